@@ -1,0 +1,126 @@
+"""What a data set's columns mean: label, dense and categorical features, and how raw values become numbers."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+# Bumped when any transform or id rule below changes its result; a package or a data set says which one it holds.
+TRANSFORM_VERSION = 1
+
+UNKNOWN_ID = 0  # rare ids (below the frequency threshold) and ids never seen in preprocessing share this row
+MISSING_ID = 1  # an empty field of a one-hot feature; an empty multi-hot field is an empty bag
+NUM_RESERVED_IDS = 2
+
+DenseTransform = Literal["log1p", "identity"]
+Encoding = Literal["vocabulary", "hash", "identity"]
+ValueKind = Literal["hex", "string", "integer"]
+
+
+class SchemaError(ValueError):
+    """A schema file that cannot be used; the message names the key and the mend."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DenseColumn(_Section):
+    """A numeric input: `transform` is applied to the raw number, `missing_value` stands for an empty field."""
+
+    name: str
+    transform: DenseTransform = "log1p"
+    missing_value: float = 0.0
+
+
+class CategoricalColumn(_Section):
+    """A categorical input, one id a sample, or a list of ids when `multi_hot`.
+
+    `encoding` says how raw values become rows: `vocabulary` (exact ids, those seen fewer than `frequency_threshold`
+    times share row 0, at most `max_ids` kept, the most frequent first), `hash` (stateless, `num_buckets` rows in all)
+    or `identity` (the raw integers are row numbers already, all below `num_buckets`).
+    """
+
+    name: str
+    multi_hot: bool = False
+    kind: ValueKind = "string"
+    encoding: Encoding = "vocabulary"
+    frequency_threshold: int = Field(1, ge=1)
+    max_ids: int = Field(40_000_000, ge=1, le=2**31 - 1 - NUM_RESERVED_IDS)
+    num_buckets: int | None = Field(None, gt=NUM_RESERVED_IDS, lt=2**31)
+    separator: str = Field(" ", min_length=1, max_length=1)
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> CategoricalColumn:
+        if self.encoding != "vocabulary" and self.num_buckets is None:
+            raise ValueError(f"encoding = {self.encoding!r} needs num_buckets, the number of rows of the table")
+        return self
+
+
+class Schema(_Section):
+    """All columns of a data set, in the order the model sees them."""
+
+    label: str = "label"
+    dense: tuple[DenseColumn, ...] = ()
+    categorical: tuple[CategoricalColumn, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Schema:
+        names = [self.label, *self.dense_names, *self.categorical_names]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"column names must differ; repeated: {', '.join(repeated)}")
+        return self
+
+    @property
+    def dense_names(self) -> list[str]:
+        return [column.name for column in self.dense]
+
+    @property
+    def categorical_names(self) -> list[str]:
+        return [column.name for column in self.categorical]
+
+
+def load_schema(path: str | Path) -> Schema:
+    """Read a schema from a TOML file.
+
+    Raises:
+        SchemaError: the file is missing, is not TOML, or has a wrong key or value (the message names it).
+    """
+    try:
+        with open(path, "rb") as file:
+            return Schema.model_validate(tomllib.load(file))
+    except FileNotFoundError:
+        raise SchemaError(f"schema file {path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SchemaError(f"schema file {path} is not TOML: {error}") from None
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc'])) or 'schema'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        raise SchemaError(f"schema file {path}: " + "; ".join(lines)) from None
+
+
+def criteo_schema(*, frequency_threshold: int = 1, num_buckets: int | None = None) -> Schema:
+    """The Criteo click logs: 13 integer counts, 26 categorical columns of 32-bit hexadecimal ids.
+
+    Args:
+        frequency_threshold: ids seen fewer times share one row (exact vocabularies).
+        num_buckets: when given, ids are hashed to this many rows instead.
+    """
+    encoding: Encoding = "vocabulary" if num_buckets is None else "hash"
+    return Schema(
+        dense=tuple(DenseColumn(name=f"I{i}") for i in range(1, 14)),
+        categorical=tuple(
+            CategoricalColumn(
+                name=f"C{i}",
+                kind="hex",
+                encoding=encoding,
+                frequency_threshold=frequency_threshold,
+                num_buckets=num_buckets,
+            )
+            for i in range(1, 27)
+        ),
+    )

@@ -1,0 +1,73 @@
+# make train   virtual environment, dependencies, data, then a two-rank training job (under torchx)
+# make test    the same environment, then the whole test suite
+# make lint    ruff and mypy          make data    the generated data set of the quick start
+# make env     the environment alone  make clean   removes it
+#
+# Settings, as in `make train NPROC=4`:
+#   PYTHON    the interpreter the environment is made from (3.11 or newer)
+#   VENV      where the environment goes
+#   DEVICE    cpu or cuda; found by asking nvidia-smi
+#   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/trio.py)
+#   PIP_ARGS  passed to every `pip install`, for an index or a wheel folder of your own
+#   RECIPE, NPROC, ROWS  of `make train` and `make data`; PYTEST_ARGS of `make test`
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH ?= 2.13.0
+PIP_ARGS ?=
+RECIPE ?= launch/recipes/quickstart.toml
+NPROC ?= 2
+ROWS ?= 1000000
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+DATA := datasets/quickstart
+# The stamp's name holds all that the environment depends on, so any change of it asks for a new installation.
+KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/trio.py | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.papilio-$(KEY)
+CUT_OFF := $(VENV)/.papilio-unfinished
+OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
+
+.PHONY: train test lint env data clean
+.DEFAULT_GOAL := train
+.DELETE_ON_ERROR:
+
+train: env data
+	PATH="$(abspath $(BIN)):$$PATH" torchx run -s local_cwd launch/components.py:train --recipe $(RECIPE) --nproc $(NPROC)
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+data: env $(DATA)/manifest.json
+
+# The manifest is written last: without it the data set is not complete and generating goes on.
+$(DATA)/manifest.json: | $(STAMP)
+	$(BIN)/papilio generate --shape criteo_small --rows $(ROWS) --output $(DATA)
+
+env: $(STAMP)
+
+# An environment that we began and did not finish is made anew; one of the same device is brought up to date in place.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@if [ -e $(CUT_OFF) ]; then rm -rf $(VENV); fi
+	@if [ ! -e $(VENV)/pyvenv.cfg ] || ls $(VENV)/.papilio-* >/dev/null 2>&1; then mkdir -p $(VENV) && touch $(CUT_OFF); fi
+	@rm -f $(VENV)/.papilio-c*
+	@echo "make: installing torch $(TORCH) for $(DEVICE) and the rest into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_FBGEMM)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH))
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	$(BIN)/papilio doctor
+	@rm -f $(CUT_OFF) && touch $@
+
+clean:
+	rm -rf $(VENV)

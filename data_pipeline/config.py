@@ -11,9 +11,11 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(description="Folder of the data set: made by `papilio preprocess` or `papilio generate`.")
-    shuffle: bool = Field(True, description="Read the training split in another order each epoch; else in row order.")
+    shuffle: bool = Field(
+        default=True, description="Read the training split in another order each epoch; else in row order."
+    )
     shuffle_block_rows: int = Field(
-        64,
+        default=64,
         ge=1,
         description="Consecutive rows that stay together when shuffling; 1 shuffles single rows, which reads slower.",
     )

@@ -6,8 +6,8 @@ import json
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_pipeline.schema import TRANSFORM_VERSION, Schema
 from data_pipeline.paths import join, path_manager
+from data_pipeline.schema import TRANSFORM_VERSION, Schema
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -42,6 +42,7 @@ class SplitInfo(_Section):
 
     @property
     def label_rate(self) -> float:
+        """Share of positive labels."""
         return self.num_positives / self.num_rows if self.num_rows else float("nan")
 
 
@@ -88,6 +89,7 @@ class Manifest(_Section):
 
     @property
     def num_rows(self) -> int:
+        """Rows over all splits."""
         return sum(split.num_rows for split in self.splits.values())
 
 

@@ -49,10 +49,10 @@ class CategoricalColumn(_Section):
     multi_hot: bool = False
     kind: ValueKind = "string"
     encoding: Encoding = "vocabulary"
-    frequency_threshold: int = Field(1, ge=1)
-    max_ids: int = Field(40_000_000, ge=1, le=2**31 - 1 - NUM_RESERVED_IDS)
-    num_buckets: int | None = Field(None, gt=NUM_RESERVED_IDS, lt=2**31)
-    separator: str = Field(" ", min_length=1, max_length=1)
+    frequency_threshold: int = Field(default=1, ge=1)
+    max_ids: int = Field(default=40_000_000, ge=1, le=2**31 - 1 - NUM_RESERVED_IDS)
+    num_buckets: int | None = Field(default=None, gt=NUM_RESERVED_IDS, lt=2**31)
+    separator: str = Field(default=" ", min_length=1, max_length=1)
 
     @model_validator(mode="after")
     def _check_buckets(self) -> CategoricalColumn:
@@ -78,10 +78,12 @@ class Schema(_Section):
 
     @property
     def dense_names(self) -> list[str]:
+        """Names of the dense columns, in order."""
         return [column.name for column in self.dense]
 
     @property
     def categorical_names(self) -> list[str]:
+        """Names of the categorical columns, in order."""
         return [column.name for column in self.categorical]
 
 

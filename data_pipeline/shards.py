@@ -41,6 +41,7 @@ class Columns:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the shard."""
         return len(self.labels)
 
 

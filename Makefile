@@ -1,7 +1,7 @@
 # make train   virtual environment, dependencies, data, then a two-rank training job (under torchx)
 # make test    the same environment, then the whole test suite
 # make lint    ruff and mypy          make data    the generated data set of the quick start
-# make env     the environment alone  make clean   removes it
+# make env     the environment alone
 #
 # Settings, as in `make train NPROC=4`:
 #   PYTHON    the interpreter the environment is made from (3.11 or newer)
@@ -26,9 +26,8 @@ DATA := datasets/quickstart
 KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/trio.py | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.papilio-$(KEY)
 CUT_OFF := $(VENV)/.papilio-unfinished
-OTHER_FBGEMM := $(if $(filter cuda,$(DEVICE)),fbgemm-gpu-cpu,fbgemm-gpu)
 
-.PHONY: train test lint env data clean
+.PHONY: train test lint env data
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
 
@@ -51,23 +50,21 @@ $(DATA)/manifest.json: | $(STAMP)
 
 env: $(STAMP)
 
-# An environment that we began and did not finish is made anew; one of the same device is brought up to date in place.
+# An environment that we began and did not finish, or made for another device or trio, is made anew; else it is brought
+# up to date in place.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@if [ -e $(CUT_OFF) ]; then rm -rf $(VENV); fi
+	@if ls $(VENV)/.papilio-* >/dev/null 2>&1 && ! ls $(VENV)/.papilio-$(DEVICE)-$(TORCH)-* >/dev/null 2>&1; then rm -rf $(VENV); fi
 	@if [ ! -e $(VENV)/pyvenv.cfg ] || ls $(VENV)/.papilio-* >/dev/null 2>&1; then mkdir -p $(VENV) && touch $(CUT_OFF); fi
-	@rm -f $(VENV)/.papilio-c*
+	@rm -f $(VENV)/.papilio-$(DEVICE)-*
 	@echo "make: installing torch $(TORCH) for $(DEVICE) and the rest into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_FBGEMM)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH))
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
 	$(BIN)/papilio doctor
 	@rm -f $(CUT_OFF) && touch $@
-
-clean:
-	rm -rf $(VENV)

@@ -1,0 +1,127 @@
+"""The `papilio` command: finds the verb, parses its arguments, imports its job and runs it.
+
+Exit status: 0 done, 1 the job failed, 2 the command line is wrong, 130 and 143 interrupted and terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from launch.usage import UsageError
+from launch.verbs import VERBS, Verb
+
+# An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
+OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
+OVERRIDE = re.compile(r"--[A-Za-z]\w*(\.\w+)+=.*", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `papilio` with these arguments (default: the process's) and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"papilio {_version()}")
+        return 0
+    verb = next((verb for verb in VERBS if verb.name == arguments[0]), None)
+    if verb is None:
+        return _fail("papilio", f"{_unknown_verb(arguments[0])}; `papilio --help` lists them", 2)
+    try:
+        return _run(verb, parse_arguments(verb, arguments[1:]))
+    except UsageError as error:
+        return _fail(f"papilio {verb.name}", str(error), 2)
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            raise
+        return _fail(f"papilio {verb.name}", str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(f"papilio {verb.name}", "interrupted", 130)
+
+
+def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse what follows the verb; wrong arguments end the process with status 2 and one line on stderr."""
+    parser = _Parser(
+        prog=f"papilio {verb.name}",
+        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        epilog=_epilog(verb),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    namespace, rest = parser.parse_known_args(list(arguments))
+    overrides = [word for word in rest if verb.takes_overrides and OVERRIDE.fullmatch(word)]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}{_hint(parser, verb, unknown[0])}")
+    namespace.overrides = overrides
+    return namespace
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` explains)\n")
+
+
+def _run(verb: Verb, namespace: argparse.Namespace) -> int:
+    module_name, _, function_name = verb.job.partition(":")
+    if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
+        importlib.import_module("trainer.install").check_install()
+    return int(getattr(importlib.import_module(module_name), function_name)(namespace))
+
+
+def _fail(prefix: str, message: str, status: int) -> int:
+    print(f"{prefix}: error: {message}", file=sys.stderr)
+    return status
+
+
+def _overview() -> str:
+    width = max(len(verb.name) for verb in VERBS)
+    return "\n".join(
+        [
+            "usage: papilio VERB [arguments]",
+            "",
+            "Trains deep learning recommendation models with sharded embedding tables.",
+            "",
+            *(f"  {verb.name:{width}}  {verb.summary}" for verb in VERBS),
+            "",
+            "`papilio VERB --help` explains a verb; `papilio --version` prints the version.",
+        ]
+    )
+
+
+def _epilog(verb: Verb) -> str:
+    lines = [f"example:\n  {verb.example}"]
+    if verb.takes_overrides:
+        lines.insert(0, "Any setting of the recipe can be replaced: --section.key=value, as often as needed.\n")
+    return "\n".join(lines)
+
+
+def _unknown_verb(word: str) -> str:
+    nearest = difflib.get_close_matches(word, [verb.name for verb in VERBS], 1)
+    return f"there is no verb {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _hint(parser: argparse.ArgumentParser, verb: Verb, word: str) -> str:
+    options = [option for action in parser._actions for option in action.option_strings]
+    nearest = difflib.get_close_matches(word.partition("=")[0], options, 1)
+    if nearest:
+        return f"; did you mean {nearest[0]}?"
+    return "; settings of the recipe are written --section.key=value" if verb.takes_overrides else ""
+
+
+def _version() -> str:
+    try:
+        return metadata.version("papilio")
+    except metadata.PackageNotFoundError:
+        return "from a checkout that is not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""TorchX components: what one job of Papilio is, whatever scheduler runs it.
+
+    torchx run -s local_cwd launch/components.py:train --recipe launch/recipes/quickstart.toml --nproc 2
+    torchx run papilio.train --recipe quickstart -- --train.epochs=2        # once installed
+
+Torch is not imported here: the machine that submits a job needs none. Nor are annotations postponed here
+(`from __future__ import annotations`): TorchX reads them as types, not as text.
+"""
+
+import shlex
+import sys
+
+from torchx import specs
+
+from launch.recipe_files import find_recipe
+
+# Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
+JOIN_TIMEOUT_S = 900
+LOCAL_JOIN_TIMEOUT_S = 60
+# Below the 10 s after which TorchX's local scheduler kills the torchrun agent, whose ranks would live on as orphans.
+SHUTDOWN_TIMEOUT_S = 5
+
+
+def train(
+    *overrides: str,
+    recipe: str,
+    nproc: int = 2,
+    nnodes: int = 1,
+    name: str = "train",
+    python: str | None = None,
+    image: str = "papilio",
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 4096,
+    omp_threads: int = 1,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Plan, train and evaluate the model of a recipe on nproc ranks of each of nnodes nodes.
+
+    Args:
+        overrides: settings that replace the recipe's, after `--`, each as --section.key=value
+        recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
+        nproc: ranks on each node; on GPUs, one for each
+        nnodes: number of nodes
+        name: name of the job
+        python: interpreter that runs the ranks (default: the one that runs this command)
+        image: container image, for schedulers that use one
+        cpu: cores to ask of the scheduler for each node
+        gpu: GPUs to ask of the scheduler for each node
+        memory_mb: memory to ask of the scheduler for each node, in MB
+        omp_threads: threads of each rank inside a CPU operator
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+        rdzv_port: port on the first node where the nodes meet; unused with one node
+    """
+    command = ["trainer.train", "--recipe", find_recipe(recipe), *overrides]
+    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
+    role = _torchrun_role("train", command, nproc, nnodes, python or sys.executable, rdzv_port)
+    return _app(name, role, image, resource, omp_threads, max_retries)
+
+
+def evaluate(
+    *overrides: str,
+    run: str,
+    data: str,
+    split: str = "test",
+    nproc: int = 2,
+    nnodes: int = 1,
+    name: str = "evaluate",
+    python: str | None = None,
+    image: str = "papilio",
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 4096,
+    omp_threads: int = 1,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Evaluate the trained model of a run folder on one split of a data set.
+
+    Args:
+        overrides: settings that replace the run's, after `--`, each as --section.key=value
+        run: the run folder, as the training job printed it
+        data: folder of the data set
+        split: train, validation or test
+        nproc: ranks on each node; on GPUs, one for each
+        nnodes: number of nodes
+        name: name of the job
+        python: interpreter that runs the ranks (default: the one that runs this command)
+        image: container image, for schedulers that use one
+        cpu: cores to ask of the scheduler for each node
+        gpu: GPUs to ask of the scheduler for each node
+        memory_mb: memory to ask of the scheduler for each node, in MB
+        omp_threads: threads of each rank inside a CPU operator
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+        rdzv_port: port on the first node where the nodes meet; unused with one node
+    """
+    command = ["trainer.evaluate", "--run", run, "--data", data, "--split", split, *overrides]
+    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
+    role = _torchrun_role("evaluate", command, nproc, nnodes, python or sys.executable, rdzv_port)
+    return _app(name, role, image, resource, omp_threads, max_retries)
+
+
+def _app(
+    name: str, role: specs.Role, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
+) -> specs.AppDef:
+    role.image = image
+    role.resource = resource
+    role.max_retries = max_retries
+    role.env["OMP_NUM_THREADS"] = str(omp_threads)
+    role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_TIMEOUT_S)
+    return specs.AppDef(name=name, roles=[role])
+
+
+def _torchrun_role(
+    role_name: str, command: list[str], nproc: int, nnodes: int, python: str, rdzv_port: int
+) -> specs.Role:
+    """One replica a node, each a torchrun agent that starts `nproc` ranks of the module `command[0]`."""
+    if nproc < 1 or nnodes < 1:
+        raise ValueError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
+    join_timeout_s = LOCAL_JOIN_TIMEOUT_S if nnodes == 1 else JOIN_TIMEOUT_S
+    before = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
+    before += ["--rdzv-backend=c10d", f"--rdzv-conf=join_timeout={join_timeout_s}", f"--rdzv-id={specs.macros.app_id}"]
+    after = ["--tee=3", "--role=", "-m", *(_escape_macros(word) for word in command)]
+    if nnodes == 1:
+        # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
+        return specs.Role(role_name, "", entrypoint=python, args=[*before, "--rdzv-endpoint=localhost:0", *after])
+    script = _refuse_without_head_node() + " ".join(
+        ["exec", shlex.join([python, *before]), f'--rdzv-endpoint="$$head_node":{rdzv_port}', shlex.join(after)]
+    )
+    return specs.Role(
+        role_name,
+        "",
+        entrypoint="bash",
+        args=["-c", script],
+        num_replicas=nnodes,
+        port_map={"c10d": rdzv_port},
+    )
+
+
+def _refuse_without_head_node() -> str:
+    """Shell lines that set `head_node`, or end the job where torchx's own component would fall back to localhost.
+
+    With that fallback every node trains alone, each believing it is the whole job. `$$` is TorchX's spelling of `$`;
+    the macro is the name of the variable in which this scheduler gives the host of the first node.
+    """
+    variable = specs.macros.rank0_env
+    message = (
+        f"papilio: error: the scheduler did not say which host is the first node: the variable {variable} is empty "
+        "here, so the nodes cannot find each other. Run on one node (--nnodes 1), use a scheduler that sets it, or "
+        f"export {variable}=HOST on every node"
+    )
+    return f'head_node="$${{{variable}:-}}"\nif [ -z "$$head_node" ]; then echo "{message}" >&2; exit 2; fi\n'
+
+
+def _escape_macros(word: str) -> str:
+    return word.replace("$", "$$")

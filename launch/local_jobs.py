@@ -1,0 +1,48 @@
+"""The verbs that run ranks on this machine: through the same TorchX components as on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+
+from launch import components
+from launch.local_run import run_locally
+from launch.recipe_files import find_recipe
+from launch.usage import UsageError, require_folder
+from trainer.config_file import load_config
+
+NUM_CPU_RANKS = 2
+
+
+def run_train(namespace: argparse.Namespace) -> int:
+    """Train a recipe; a wrong key or value of it is found here, before any process is started."""
+    recipe = find_recipe(namespace.recipe)
+    load_config(recipe, namespace.overrides)
+    return run_locally(components.train(*namespace.overrides, recipe=recipe, nproc=_num_ranks(namespace.nproc)))
+
+
+def run_evaluate(namespace: argparse.Namespace) -> int:
+    """Evaluate the model of a run folder."""
+    require_folder("--run", namespace.run, "`papilio train`")
+    require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
+    app = components.evaluate(
+        run=namespace.run, data=namespace.data, split=namespace.split, nproc=_num_ranks(namespace.nproc)
+    )
+    return run_locally(app)
+
+
+def count_gpus() -> int:
+    """GPUs that the driver shows, without importing torch."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def _num_ranks(asked: int | None) -> int:
+    if asked is None:
+        return count_gpus() or NUM_CPU_RANKS
+    if asked < 1:
+        raise UsageError(f"--nproc {asked}: at least one rank is needed")
+    return asked

@@ -1,0 +1,145 @@
+"""The verbs of the `papilio` command: their names, help and arguments. No job is imported here, only named.
+
+A verb's arguments are added only when that verb is asked for, so `papilio train --help` imports no options of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One job of the command line.
+
+    `job` is "module:function", imported when the verb runs; it is called with the parsed arguments and returns the
+    exit status. With `takes_overrides`, arguments of the form --section.key=value are gathered in `overrides`.
+    """
+
+    name: str
+    summary: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    job: str
+    takes_overrides: bool = False
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
+    from data_pipeline.preprocess_options import PreprocessOptions
+
+    add = _options_of(parser, PreprocessOptions)
+    add("--source", required=True, choices=("criteo", "table"))
+    add("--input", "inputs", required=True, nargs="+", action="extend", metavar="FILE")
+    add("--output", required=True, metavar="DIR")
+    add("--schema", "schema_path", metavar="FILE")
+    add("--frequency-threshold", type=int, metavar="N")
+    add("--num-buckets", type=int, metavar="N")
+    add("--max-ids", type=int, metavar="N")
+    add("--split", choices=("days", "fraction", "random"))
+    add("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"))
+    add("--seed", type=int, metavar="S")
+    add("--max-bad-rows", type=int, metavar="N")
+    add("--num-workers", type=int, metavar="N")
+    add("--rows-per-shard", type=int, metavar="N")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    from data_pipeline.generate_options import GenerateOptions
+
+    add = _options_of(parser, GenerateOptions)
+    add("--shape", required=True)
+    add("--rows", "num_rows", required=True, type=int, metavar="N")
+    add("--output", required=True, metavar="DIR")
+    add("--format", choices=("shards", "tsv"))
+    add("--seed", type=int, metavar="S")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
+    )
+    _add_nproc(parser)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="RUN_DIR", help="the run folder, as `papilio train` printed it")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which rows to evaluate on (default: test)")
+    _add_nproc(parser)
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
+    )
+
+
+def _options_of(parser: argparse.ArgumentParser, options_type: type[BaseModel]) -> Callable[..., None]:
+    """Arguments that fill a model's fields: help and default are the field's; one not given stays out of the namespace.
+
+    The function returned takes the flag, the field if it is named otherwise, and argparse's settings.
+    """
+
+    def add(flag: str, field_name: str | None = None, **settings: Any) -> None:
+        name = field_name or flag.removeprefix("--").replace("-", "_")
+        field = options_type.model_fields[name]
+        described = (field.description or "").replace("%", "%%")
+        if not field.is_required() and field.default is not None:
+            default = field.default
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            described += f" (default: {shown})"
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=described, **settings)
+
+    return add
+
+
+VERBS = (
+    Verb(
+        "doctor",
+        "say whether this installation is sound, and the command that mends it",
+        "papilio doctor",
+        _doctor_arguments,
+        "launch.doctor:run",
+    ),
+    Verb(
+        "preprocess",
+        "turn raw click logs or a table into a data set: columnar shards and a manifest",
+        "papilio preprocess --source criteo --input day_0.gz day_1.gz --output datasets/terabyte",
+        _preprocess_arguments,
+        "launch.data_jobs:run_preprocess",
+    ),
+    Verb(
+        "generate",
+        "make a data set with a planted teacher, whose best possible AUC is known",
+        "papilio generate --shape criteo_small --rows 1000000 --output datasets/quickstart",
+        _generate_arguments,
+        "launch.data_jobs:run_generate",
+    ),
+    Verb(
+        "train",
+        "plan, train and evaluate a recipe on this machine",
+        "papilio train --recipe quickstart --nproc 2 --train.epochs=2",
+        _train_arguments,
+        "launch.local_jobs:run_train",
+        takes_overrides=True,
+    ),
+    Verb(
+        "evaluate",
+        "evaluate a trained model on one split of a data set",
+        "papilio evaluate --run runs/quickstart --data datasets/quickstart --split test",
+        _evaluate_arguments,
+        "launch.local_jobs:run_evaluate",
+    ),
+)

@@ -18,7 +18,7 @@ from launch.verbs import VERBS, Verb
 
 # An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
 OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
-OVERRIDE = re.compile(r"--[A-Za-z]\w*(\.\w+)+=.*", re.DOTALL)
+OVERRIDE = re.compile(r"--[A-Za-z]\w*(\.\w+)*=.*", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((verb for verb in VERBS if verb.name == arguments[0]), None)
     if verb is None:
         return _fail("papilio", f"{_unknown_verb(arguments[0])}; `papilio --help` lists them", 2)
-    try:
-        return _run(verb, parse_arguments(verb, arguments[1:]))
-    except UsageError as error:
-        return _fail(f"papilio {verb.name}", str(error), 2)
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
-            raise
-        return _fail(f"papilio {verb.name}", str(error), 1)
-    except KeyboardInterrupt:
-        return _fail(f"papilio {verb.name}", "interrupted", 130)
+    return _run(verb, parse_arguments(verb, arguments[1:]))
 
 
 def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
@@ -56,10 +47,13 @@ def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
     )
     verb.add_arguments(parser)
     namespace, rest = parser.parse_known_args(list(arguments))
-    overrides = [word for word in rest if verb.takes_overrides and OVERRIDE.fullmatch(word)]
+    overrides = [word for word in rest if verb.takes_overrides and _is_override(word, parser)]
     unknown = [word for word in rest if word not in overrides]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}{_hint(parser, verb, unknown[0])}")
+        nearest = _nearest_option(unknown[0], parser)
+        hint = "settings of the recipe are written --section.key=value" if verb.takes_overrides else ""
+        hint = f"did you mean {nearest}?" if nearest else hint
+        parser.error(f"unknown argument {unknown[0]}" + (f"; {hint}" if hint else ""))
     namespace.overrides = overrides
     return namespace
 
@@ -71,9 +65,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _run(verb: Verb, namespace: argparse.Namespace) -> int:
     module_name, _, function_name = verb.job.partition(":")
-    if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
-        importlib.import_module("trainer.install").check_install()
-    return int(getattr(importlib.import_module(module_name), function_name)(namespace))
+    try:
+        if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
+            importlib.import_module("trainer.install").check_install()
+        return int(getattr(importlib.import_module(module_name), function_name)(namespace))
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            raise
+        return _fail(f"papilio {verb.name}", str(error), 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        return _fail(f"papilio {verb.name}", "interrupted", 130)
 
 
 def _fail(prefix: str, message: str, status: int) -> int:
@@ -108,12 +109,15 @@ def _unknown_verb(word: str) -> str:
     return f"there is no verb {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 
-def _hint(parser: argparse.ArgumentParser, verb: Verb, word: str) -> str:
+def _is_override(word: str, parser: argparse.ArgumentParser) -> bool:
+    if OVERRIDE.fullmatch(word) is None:
+        return False
+    return "." in word.partition("=")[0] or _nearest_option(word, parser) is None
+
+
+def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str | None:
     options = [option for action in parser._actions for option in action.option_strings]
-    nearest = difflib.get_close_matches(word.partition("=")[0], options, 1)
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
-    return "; settings of the recipe are written --section.key=value" if verb.takes_overrides else ""
+    return next(iter(difflib.get_close_matches(word.partition("=")[0], options, 1, cutoff=0.7)), None)
 
 
 def _version() -> str:

@@ -12,8 +12,6 @@ import sys
 
 from torchx import specs
 
-from launch.recipe_files import find_recipe
-
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
 JOIN_TIMEOUT_S = 900
 LOCAL_JOIN_TIMEOUT_S = 60
@@ -53,10 +51,10 @@ def train(
         max_retries: how often the scheduler starts the job again after a failure, where it can
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
-    command = ["trainer.train", "--recipe", find_recipe(recipe), *overrides]
+    command = ["trainer.train", "--recipe", recipe, *overrides]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _torchrun_role("train", command, nproc, nnodes, python or sys.executable, rdzv_port)
-    return _app(name, role, image, resource, omp_threads, max_retries)
+    role = _torchrun_role("train", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port)
+    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
 def evaluate(
@@ -97,12 +95,12 @@ def evaluate(
     """
     command = ["trainer.evaluate", "--run", run, "--data", data, "--split", split, *overrides]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _torchrun_role("evaluate", command, nproc, nnodes, python or sys.executable, rdzv_port)
-    return _app(name, role, image, resource, omp_threads, max_retries)
+    role = _torchrun_role("evaluate", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port)
+    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
 def _app(
-    name: str, role: specs.Role, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
+    name: str, role: specs.Role, *, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
 ) -> specs.AppDef:
     role.image = image
     role.resource = resource
@@ -113,11 +111,12 @@ def _app(
 
 
 def _torchrun_role(
-    role_name: str, command: list[str], nproc: int, nnodes: int, python: str, rdzv_port: int
+    role_name: str, command: list[str], *, nproc: int, nnodes: int, python: str | None, rdzv_port: int
 ) -> specs.Role:
     """One replica a node, each a torchrun agent that starts `nproc` ranks of the module `command[0]`."""
     if nproc < 1 or nnodes < 1:
         raise ValueError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
+    python = python or sys.executable
     join_timeout_s = LOCAL_JOIN_TIMEOUT_S if nnodes == 1 else JOIN_TIMEOUT_S
     before = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
     before += ["--rdzv-backend=c10d", f"--rdzv-conf=join_timeout={join_timeout_s}", f"--rdzv-id={specs.macros.app_id}"]

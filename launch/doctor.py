@@ -111,7 +111,7 @@ def _check_device_match(installation: Installation) -> Check:
     if has_cpu and cuda:
         found = f"fbgemm is the CPU build, torch is built for CUDA {cuda}"
         return Check(name, "FAIL", found, f"pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu=={trio.fbgemm}")
-    if has_cuda and installation.versions["torch"] and not cuda and installation.probe.has_gloo:
+    if has_cuda and installation.probe.torch_loads and not cuda:
         found = "fbgemm is the CUDA build, torch is built for CPU only (plain `pip install torchrec` does this)"
         mend = f"pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu=={trio.fbgemm}"
         return Check(name, "FAIL", found, mend)
@@ -126,7 +126,9 @@ def _check_loading(installation: Installation) -> Check:
         return Check("loading", "ok", "torch, fbgemm and torchrec load")
     culprit = "torchrec" if probe.fbgemm_loads else "torch or fbgemm"
     found = f"{culprit} does not load: {probe.error}"
-    return Check("loading", "FAIL", found, _install_trio(installation, force=True))
+    is_mixed = _check_device_match(installation).status == "FAIL"
+    mend = "mend the fbgemm build first" if is_mixed else _install_trio(installation, force=True)
+    return Check("loading", "FAIL", found, mend)
 
 
 def _check_operators(installation: Installation) -> Check:

@@ -23,6 +23,7 @@ def main() -> None:
     import torch.distributed as dist
 
     _report(
+        torch_loads=True,
         torch_cuda=torch.version.cuda,
         num_visible_gpus=torch.cuda.device_count(),
         has_gloo=dist.is_available() and dist.is_gloo_available(),

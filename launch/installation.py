@@ -37,6 +37,7 @@ PROBE_TIMEOUT_S = 180
 class Probe:
     """What a process of its own found when it loaded the trio; `error` is the last line it left when it failed."""
 
+    torch_loads: bool = False
     torch_cuda: str | None = None
     num_visible_gpus: int = 0
     has_gloo: bool = False

@@ -7,8 +7,7 @@ import subprocess
 
 from launch import components
 from launch.local_run import run_locally
-from launch.recipe_files import find_recipe
-from launch.usage import UsageError, require_folder
+from launch.usage import UsageError, require_files, require_folder
 from trainer.config_file import load_config
 
 NUM_CPU_RANKS = 2
@@ -16,9 +15,11 @@ NUM_CPU_RANKS = 2
 
 def run_train(namespace: argparse.Namespace) -> int:
     """Train a recipe; a wrong key or value of it is found here, before any process is started."""
-    recipe = find_recipe(namespace.recipe)
-    load_config(recipe, namespace.overrides)
-    return run_locally(components.train(*namespace.overrides, recipe=recipe, nproc=_num_ranks(namespace.nproc)))
+    recipe, overrides = namespace.recipe, namespace.overrides
+    if recipe.endswith(".toml"):
+        require_files("--recipe", [recipe])
+    load_config(recipe, overrides)
+    return run_locally(components.train(*overrides, recipe=recipe, nproc=_num_ranks(namespace.nproc)))
 
 
 def run_evaluate(namespace: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ $(STAMP):
 	@echo "make: installing torch $(TORCH) for $(DEVICE) and the rest into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH))
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
-	$(BIN)/papilio doctor
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
+	PATH="$(abspath $(BIN)):$$PATH" papilio doctor
 	@rm -f $(CUT_OFF) && touch $@

@@ -1,0 +1,117 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.verbs import VERBS, Verb
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIST_TORCH_MODULES = """
+import json, sys
+from launch.cli import main
+try:
+    status = main(json.loads(sys.argv[1]))
+except SystemExit as exit:
+    status = exit.code
+heavy = ("torch", "torchrec", "fbgemm_gpu", "torchx", "pyarrow")
+print(json.dumps([status, sorted({name.partition(".")[0] for name in sys.modules} & set(heavy))]))
+"""
+
+
+def run_papilio(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb.name, "--help"] for verb in VERBS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", LIST_TORCH_MODULES, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, []]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_has_an_example_that_parses(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([verb.name, "--help"])
+    assert exit_info.value.code == 0
+    assert verb.example in capsys.readouterr().out
+    program, name, *arguments = verb.example.split()
+    assert (program, name) == ("papilio", verb.name)
+    cli.parse_arguments(verb, arguments)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_every_job_exists(verb: Verb) -> None:
+    module_name, _, function_name = verb.job.partition(":")
+    source = (REPOSITORY / Path(*module_name.split("."))).with_suffix(".py").read_text()
+    assert f"def {function_name}(" in source
+
+
+def test_overview_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb.name} " in out and verb.summary in out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tran"], "papilio: error: there is no verb tran; did you mean train?; `papilio --help` lists them"),
+        (["train"], "papilio train: error: the following arguments are required: --recipe"),
+        (["train", "--recipe", "r", "--nprocs=3"], "unknown argument --nprocs=3; did you mean --nproc?"),
+        (["train", "--recipe", "r", "x"], "unknown argument x; settings of the recipe are written --section.key=value"),
+        (["train", "--recipe", "r", "--nproc", "two"], "argument --nproc: invalid int value: 'two'"),
+        (["train", "--recipe", "missing.toml"], "--recipe missing.toml does not exist; give the path of a file"),
+        (["evaluate", "--run", "nowhere", "--data", "d"], "--run nowhere does not exist; `papilio train` makes one"),
+        (["evaluate", "--run", ".", "--data", "d"], "--data d does not exist; `papilio preprocess` or"),
+        (["preprocess", "--source", "criteo", "--input", "no.txt", "--output", "o"], "--input no.txt does not exist"),
+        (["preprocess", "--source", "criteo", "--input", ".", "--output", "o"], "--input . is a folder, not a file"),
+        (["preprocess", "--source", "table", "--input", "setup.cfg", "--output", "o"], "--source table needs --schema"),
+        (["generate", "--shape", "criteo_small", "--rows", "0", "--output", "o"], "--rows 0: "),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    done = run_papilio(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_wrong_setting_is_found_before_any_rank_is_started(tmp_path: Path) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text('name = "x"\n[data]\npath = "d"\n')
+    done = run_papilio("train", "--recipe", str(recipe), "--train.epoch=2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("papilio train: error: ")
+    assert "there is no key train.epoch; did you mean train.epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    verb = Verb("boom", "fail", "papilio boom", lambda parser: None, "json:loads")
+    monkeypatch.setattr(cli, "VERBS", (verb,))
+    with pytest.raises(TypeError, match="the JSON object must be str"):
+        cli.main(["boom"])
+
+
+def test_overrides_are_gathered_in_order() -> None:
+    verb = next(verb for verb in VERBS if verb.name == "train")
+    words = ["--seed=3", "--recipe", "r", "--train.epochs=2", "--model.layers=[8, 1]", "--nproc", "4"]
+    namespace = cli.parse_arguments(verb, words)
+    assert namespace.overrides == ["--seed=3", "--train.epochs=2", "--model.layers=[8, 1]"]
+    assert (namespace.recipe, namespace.nproc) == ("r", 4)
+
+
+def test_a_foreign_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sharding").mkdir()
+    (tmp_path / "sharding" / "__init__.py").touch()
+    done = run_papilio("evaluate", "--run", ".", "--data", ".", cwd=tmp_path)
+    assert done.returncode == 1
+    assert str(tmp_path / "sharding") in done.stderr
+    assert "Traceback" not in done.stderr

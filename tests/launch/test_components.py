@@ -1,0 +1,101 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchx import specs
+from torchx.specs import finder
+
+from launch import components
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HEAD_NODE_VARIABLE = "HEAD_NODE_OF_THIS_TEST"
+
+
+def resolve(app: specs.AppDef) -> specs.Role:
+    """The role as a scheduler would start it."""
+    values = specs.macros.Values(img_root="", app_id="job_7", replica_id="0", rank0_env=HEAD_NODE_VARIABLE)
+    return values.apply(app.roles[0])
+
+
+def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
+    role = resolve(components.train("--train.epochs=2", "--name=$HOME", recipe="quickstart", nproc=3))
+    assert role.entrypoint == sys.executable
+    assert role.args == [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--nproc-per-node=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=join_timeout=60",
+        "--rdzv-id=job_7",
+        "--rdzv-endpoint=localhost:0",
+        "--tee=3",
+        "--role=",
+        "-m",
+        "trainer.train",
+        "--recipe",
+        "quickstart",
+        "--train.epochs=2",
+        "--name=$HOME",
+    ]
+    assert role.num_replicas == 1
+    assert role.env["OMP_NUM_THREADS"] == "1"
+
+
+def test_evaluate_passes_its_arguments_on() -> None:
+    role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
+    assert role.args[-8:] == ["-m", "trainer.evaluate", "--run", "runs/a", "--data", "d", "--split", "validation"]
+    assert role.env["OMP_NUM_THREADS"] == "4"
+
+
+def run_two_node_role(tmp_path: Path, head_node: str | None) -> subprocess.CompletedProcess[str]:
+    """Run the role's command with a stand-in for the interpreter that prints its arguments, one a line."""
+    interpreter = tmp_path / "python of nowhere"
+    interpreter.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    interpreter.chmod(0o755)
+    role = resolve(components.train("--name=$HOME 'x'", recipe="r", nnodes=2, python=str(interpreter), rdzv_port=1234))
+    assert role.num_replicas == 2
+    environment = {"PATH": "/usr/bin:/bin"} | ({} if head_node is None else {HEAD_NODE_VARIABLE: head_node})
+    command = [role.entrypoint, *role.args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("head_node", [None, ""])
+def test_two_nodes_refuse_to_meet_at_localhost(tmp_path: Path, head_node: str | None) -> None:
+    done = run_two_node_role(tmp_path, head_node)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"the variable {HEAD_NODE_VARIABLE} is empty" in done.stderr
+    assert f"export {HEAD_NODE_VARIABLE}=HOST on every node" in done.stderr
+
+
+def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
+    done = run_two_node_role(tmp_path, "host-a")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert "--rdzv-endpoint=host-a:1234" in words
+    assert "--rdzv-id=job_7" in words
+    assert "--nnodes=2" in words
+    assert words[-5:] == ["-m", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
+
+
+@pytest.mark.parametrize(("nproc", "nnodes"), [(0, 1), (2, 0)])
+def test_no_ranks_is_refused(nproc: int, nnodes: int) -> None:
+    with pytest.raises(ValueError, match=f"must be at least 1; got nproc = {nproc}, nnodes = {nnodes}"):
+        components.train(recipe="r", nproc=nproc, nnodes=nnodes)
+
+
+def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    component = finder.get_component(f"{REPOSITORY}/launch/components.py:train")
+    app = specs.builders.materialize_appdef(component.fn, ["--recipe", "r", "--nproc", "4", "--", "--train.epochs=2"])
+    assert resolve(app).args[-5:] == ["-m", "trainer.train", "--recipe", "r", "--train.epochs=2"]
+    assert "--nproc-per-node=4" in app.roles[0].args
+    with pytest.raises(SystemExit):
+        specs.builders.materialize_appdef(component.fn, ["--help"])
+    assert "path of a .toml file, or the bare name" in " ".join(capsys.readouterr().out.split())
+
+
+def test_submitting_needs_no_torch() -> None:
+    code = "import launch.components, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=True)

@@ -1,0 +1,136 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local_run import LinePrinter, _whole_lines, _without_agent_traceback
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# A package `trainer` in the working folder stands before ours, so the component runs this instead of a training job.
+STAND_IN_JOB = """
+import os, sys, time
+from pathlib import Path
+rank = os.environ["RANK"]
+print(f"rank {rank} of {os.environ['WORLD_SIZE']} has {os.environ['OMP_NUM_THREADS']} thread", flush=True)
+if "--fail=1" in sys.argv and rank == "1":
+    sys.exit("this rank fails on purpose")
+if "--hang=1" in sys.argv:
+    Path(f"pid_{rank}").write_text(str(os.getpid()))
+    time.sleep(300)
+"""
+DRIVER = """
+import sys
+from launch import components
+from launch.local_run import run_locally
+sys.exit(run_locally(components.train(*sys.argv[1:], recipe="r", nproc=2)))
+"""
+
+
+@pytest.fixture
+def job_folder(tmp_path: Path) -> Path:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").touch()
+    (tmp_path / "trainer" / "train.py").write_text(STAND_IN_JOB)
+    (tmp_path / "tmp").mkdir()
+    return tmp_path
+
+
+def start_job(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder / "tmp")}
+    command = [sys.executable, "-c", DRIVER, *overrides]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def test_output_of_all_ranks_is_shown_and_success_is_status_0(job_folder: Path) -> None:
+    out, err = start_job(job_folder).communicate(timeout=120)
+    assert sorted(out.splitlines()) == ["rank 0 of 2 has 1 thread", "rank 1: rank 1 of 2 has 1 thread"], err
+    assert list((job_folder / "tmp").glob("papilio_logs_*")) == []
+
+
+def test_a_failing_rank_is_status_1_and_its_log_is_kept(job_folder: Path) -> None:
+    job = start_job(job_folder, "--fail=1")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "rank 1: this rank fails on purpose" in out.splitlines()
+    assert "ChildFailedError" not in out
+    (log_dir,) = (job_folder / "tmp").glob("papilio_logs_*")
+    assert f"papilio: the job failed; the log of each rank is under {log_dir}" in err
+    assert any("on purpose" in path.read_text() for path in log_dir.rglob("stderr.log"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_all_ranks(job_folder: Path, number: signal.Signals) -> None:
+    job = start_job(job_folder, "--hang=1")
+    pid_files = [job_folder / "pid_0", job_folder / "pid_1"]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pid_files), "both ranks")
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 128 + number
+    assert f"papilio: stopped by {number.name}; all ranks were ended" in err
+    wait_for(lambda: not any(is_alive(int(path.read_text())) for path in pid_files), "the end of both ranks")
+
+
+def printed(lines: list[str], num_columns: int | None) -> str:
+    stream = io.StringIO()
+    printer = LinePrinter(stream, num_columns)
+    for line in lines:
+        printer.print(line)
+    printer.end_progress()
+    return stream.getvalue()
+
+
+PROGRESS = ["[0]:start", "[0]:|██      | 25 %", "[0]:|████████| 100 %", "[3]:done"]
+
+
+def test_progress_lines_are_drawn_over_on_a_terminal() -> None:
+    expected = "start\n\r|██      | 25 %\x1b[K\r|████████| 100 %\x1b[K\nrank 3: done\n"
+    assert printed(PROGRESS, num_columns=80) == expected
+
+
+def test_progress_lines_are_plain_in_a_log() -> None:
+    assert printed(PROGRESS, num_columns=None) == "start\n|██      | 25 %\n|████████| 100 %\nrank 3: done\n"
+
+
+def test_a_progress_line_wider_than_the_terminal_is_cut() -> None:
+    assert printed(["|████|123456"], num_columns=10) == "\r|████|123\x1b[K\n"
+
+
+def test_tables_are_not_taken_for_progress() -> None:
+    assert printed(["| a | b |", "|---|---|"], num_columns=80) == "| a | b |\n|---|---|\n"
+
+
+def test_lines_cut_by_the_reader_are_joined() -> None:
+    assert list(_whole_lines(["a\n", "b", "c\n", "\n", "d"])) == ["a", "bc", "", "d"]
+
+
+AGENT_TRACEBACK = ["Traceback (most recent call last):", '  File "run.py", line 1']
+
+
+def test_torchruns_traceback_is_left_out_when_a_rank_failed() -> None:
+    lines = ["[1]:my error", *AGENT_TRACEBACK, "[0]:late", "torch...ChildFailedError:", "[1]:", "rest"]
+    assert list(_without_agent_traceback(lines)) == ["[1]:my error", "[0]:late"]
+
+
+def test_torchruns_own_traceback_is_shown() -> None:
+    lines = [*AGENT_TRACEBACK, "RendezvousTimeoutError: nobody came"]
+    assert list(_without_agent_traceback(lines)) == lines

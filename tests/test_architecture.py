@@ -1,0 +1,131 @@
+"""The rules of CONTRIBUTING.md that a syntax tree can check."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+FILES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+# What a package may import of the others; every package may import itself and the standard library.
+OWN_IMPORTS = {
+    "benchmarks": set(PACKAGES),
+    "data_pipeline": set(),
+    "launch": {"data_pipeline", "trainer"},
+    "sharding": set(),
+    "trainer": {"data_pipeline", "sharding"},
+}
+FOREIGN_IMPORTS = {
+    "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
+    "launch": {"pydantic", "torchx"},
+    "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
+    "trainer": {"torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
+}
+# papilio doctor runs this one in a process of its own, to see whether the trio loads.
+PROBE = "launch.fbgemm_probe"
+# The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
+JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): ast.parse(path.read_text("utf-8")) for path in FILES}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a module imports, at its top or inside functions, but not for type checking only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            base = node.module or ""
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in MODULES else base
+        else:
+            yield from imports(node)
+
+
+IMPORTS = {name: sorted(set(imports(tree))) for name, tree in MODULES.items()}
+
+
+def test_there_is_something_to_check() -> None:
+    assert {name.partition(".")[0] for name in MODULES} == set(PACKAGES)
+    assert "data_pipeline.schema" in IMPORTS["data_pipeline.manifest"]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_its_package_may(module: str) -> None:
+    package = module.partition(".")[0]
+    roots = {name.partition(".")[0] for name in IMPORTS[module]} - {package} - set(sys.stdlib_module_names)
+    own, foreign = roots & set(PACKAGES), roots - set(PACKAGES)
+    assert own <= OWN_IMPORTS[package]
+    if module != PROBE and package in FOREIGN_IMPORTS:
+        assert foreign <= FOREIGN_IMPORTS[package]
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("launch")))
+def test_launch_reaches_no_torch(module: str) -> None:
+    """Of the other packages launch imports configs, options, the install check and torch-free jobs."""
+    reached: set[str] = set()
+    waiting = [module] if module != PROBE else []
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += [found for found in IMPORTS.get(name, []) if found != PROBE]
+    heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
+    assert heavy == set()
+    direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "trainer")}
+    allowed = ("config", "config_file", "install")
+    assert all(n.rpartition(".")[2] in allowed or n.endswith("_options") or n in JOBS_OF_LAUNCH for n in direct)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    state: dict[str, str] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", f"import cycle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in state:
+            state[name] = "open"
+            for found in IMPORTS[name]:
+                if found in MODULES:
+                    visit(found, (*path, name))
+            state[name] = "done"
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_sizes(path: Path) -> None:
+    text = path.read_text("utf-8")
+    if path.name == "__init__.py":
+        assert text == "", "importing a package must import nothing"
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = (node.end_lineno or 0) - node.lineno + 1
+            assert num_lines <= MAX_FUNCTION_LINES, f"{node.name} has {num_lines} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_module_has_a_name_of_the_standard_library(path: Path) -> None:
+    assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names
+
+
+def test_nothing_imports_tests_or_benchmarks() -> None:
+    for name, found in IMPORTS.items():
+        if not name.startswith("benchmarks"):
+            assert {root.partition(".")[0] for root in found}.isdisjoint({"tests", "benchmarks"}), name

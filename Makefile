@@ -24,8 +24,8 @@ BIN := $(VENV)/bin
 DATA := datasets/quickstart
 # The stamp's name holds all that the environment depends on, so any change of it asks for a new installation.
 KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/trio.py | cksum | cut -d' ' -f1)
-STAMP := $(VENV)/.papilio-$(KEY)
-CUT_OFF := $(VENV)/.papilio-unfinished
+STAMP := $(VENV)/.papilio-stamp-$(KEY)
+MADE_HERE := $(VENV)/.papilio-made-here
 
 .PHONY: train test lint env data
 .DEFAULT_GOAL := train
@@ -50,21 +50,20 @@ $(DATA)/manifest.json: | $(STAMP)
 
 env: $(STAMP)
 
-# An environment that we began and did not finish, or made for another device or trio, is made anew; else it is brought
-# up to date in place.
+# An environment that was begun here and not finished, or made here for another device or trio, is made anew; any other
+# is brought up to date in place.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@if [ -e $(CUT_OFF) ]; then rm -rf $(VENV); fi
-	@if ls $(VENV)/.papilio-* >/dev/null 2>&1 && ! ls $(VENV)/.papilio-$(DEVICE)-$(TORCH)-* >/dev/null 2>&1; then rm -rf $(VENV); fi
-	@if [ ! -e $(VENV)/pyvenv.cfg ] || ls $(VENV)/.papilio-* >/dev/null 2>&1; then mkdir -p $(VENV) && touch $(CUT_OFF); fi
-	@rm -f $(VENV)/.papilio-$(DEVICE)-*
+	@if [ -e $(MADE_HERE) ] && ! ls $(VENV)/.papilio-stamp-$(DEVICE)-$(TORCH)-* >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@if [ ! -e $(VENV)/pyvenv.cfg ]; then mkdir -p $(VENV) && touch $(MADE_HERE); fi
+	@rm -f $(VENV)/.papilio-stamp-*
 	@echo "make: installing torch $(TORCH) for $(DEVICE) and the rest into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH))
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
 	PATH="$(abspath $(BIN)):$$PATH" papilio doctor
-	@rm -f $(CUT_OFF) && touch $@
+	@touch $@

@@ -104,6 +104,7 @@ def test_an_environment_that_is_not_ours_is_not_removed(folder: Path) -> None:
     (theirs / "kept").touch()
     (folder / "fail").unlink()
     assert make(folder, "env", "VENV=theirs").returncode == 0
+    assert make(folder, "env", "VENV=theirs", "TORCH=2.11.0").returncode == 0
     assert (theirs / "kept").exists()
 
 

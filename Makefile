@@ -9,14 +9,14 @@
 #   DEVICE    cpu or cuda; found by asking nvidia-smi
 #   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/trio.py)
 #   PIP_ARGS  passed to every `pip install`, for an index or a wheel folder of your own
-#   RECIPE, NPROC, ROWS  of `make train` and `make data`; PYTEST_ARGS of `make test`
+#   RECIPE, NPROC, ROWS  of `make train` and `make data` (ranks: one a GPU, or 2); PYTEST_ARGS of `make test`
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH ?= 2.13.0
 PIP_ARGS ?=
 RECIPE ?= launch/recipes/quickstart.toml
-NPROC ?= 2
+NPROC ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | grep -c ^GPU),2)
 ROWS ?= 1000000
 PYTEST_ARGS ?=
 

@@ -1,0 +1,68 @@
+"""Several named arrays in one file that is either whole or absent; parts of an array are read without the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FOOTER_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+
+
+def write_arrays(path: str, arrays: dict[str, NDArray[Any]], meta: Any = None) -> None:
+    """Write arrays and a JSON value under a temporary name and rename: killed at any time, the file is not half there.
+
+    Layout: the arrays' bytes, each from a multiple of 8; a JSON footer; the footer's length in 8 bytes.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    index: dict[str, tuple[str, int, int]] = {}
+    with open(temporary, "wb") as file:
+        for name, array in arrays.items():
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            index[name] = (array.dtype.str, file.tell(), array.size)
+            file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        footer = json.dumps({"index": index, "meta": meta}).encode()
+        file.write(footer + len(footer).to_bytes(_FOOTER_LENGTH_BYTES, "little"))
+    os.replace(temporary, path)
+
+
+class ArrayFile:
+    """A file of `write_arrays`, opened for reading (a context manager). Arrays come back flat."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+        self._file.seek(-_FOOTER_LENGTH_BYTES, os.SEEK_END)
+        footer_end = self._file.tell()
+        length = int.from_bytes(self._file.read(_FOOTER_LENGTH_BYTES), "little")
+        self._file.seek(footer_end - length)
+        footer = json.loads(self._file.read(length))
+        self._index: dict[str, tuple[str, int, int]] = footer["index"]
+        self.meta: Any = footer["meta"]
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def size(self, name: str) -> int:
+        """Number of elements of an array."""
+        return self._index[name][2]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read elements [start, stop) of an array into memory (not mapped, so that it is freed when dropped)."""
+        dtype_name, offset, size = self._index[name]
+        dtype = np.dtype(dtype_name)
+        stop = size if stop is None else stop
+        self._file.seek(offset + start * dtype.itemsize)
+        array = np.empty(stop - start, dtype)
+        if array.size:
+            self._file.readinto(array.data.cast("B"))
+        return array

@@ -1,0 +1,196 @@
+"""First stage: raw blocks to staged chunks of numbers and codes, in parallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.array_file import ArrayFile, write_arrays
+from data_pipeline.bad_rows import BadRow, BadRows
+from data_pipeline.byte_blocks import Block, load_block, read_blocks
+from data_pipeline.criteo import parse_criteo
+from data_pipeline.manifest import DenseStats
+from data_pipeline.paths import path_manager
+from data_pipeline.progress import Progress
+from data_pipeline.raw_chunk import RawChunk
+from data_pipeline.schema import Schema
+from data_pipeline.stage import Stage
+from data_pipeline.table_source import (
+    delimiter_of,
+    parse_header,
+    parse_parquet_batch,
+    parse_text_block,
+    read_parquet_batches,
+)
+from data_pipeline.transforms import binary_buffers
+from data_pipeline.work_pool import WorkPool
+
+
+@dataclass(frozen=True)
+class ParseTask:
+    """One block to parse and stage."""
+
+    block: Block
+    path: str
+    source: str
+    schema: Schema
+    stage: Stage
+
+
+@dataclass
+class Parsed:
+    """What the first stage knows in the end: rows of each chunk and file, and sums over the dense columns."""
+
+    num_dense: int
+    num_files: int
+    chunk_rows: list[int] = field(default_factory=list)
+    rows_per_file: list[int] = field(init=False)
+    num_missing: NDArray[np.int64] = field(init=False)
+    sums: NDArray[np.float64] = field(init=False)
+    extremes: NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows_per_file = [0] * self.num_files
+        self.num_missing = np.zeros(self.num_dense, np.int64)
+        self.sums = np.zeros((2, self.num_dense))
+        self.extremes = np.full((2, self.num_dense), [[np.inf], [-np.inf]])
+
+    def add(self, file_index: int, meta: dict[str, Any]) -> None:
+        """Count a chunk in, in input order (the sums are of floats)."""
+        self.chunk_rows.append(meta["num_rows"])
+        self.rows_per_file[file_index] += meta["num_rows"]
+        self.num_missing += np.array(meta["num_missing"], np.int64)
+        if meta["num_rows"]:
+            self.sums += np.array(meta["sums"])
+            low, high = np.array(meta["extremes"])
+            self.extremes = np.stack([np.minimum(self.extremes[0], low), np.maximum(self.extremes[1], high)])
+
+    def dense_stats(self, schema: Schema) -> dict[str, DenseStats]:
+        """Statistics of each dense column for the manifest."""
+        num_rows = sum(self.chunk_rows)
+        mean = self.sums[0] / num_rows
+        deviation = np.sqrt(np.maximum(self.sums[1] / num_rows - mean**2, 0))
+        return {
+            name: DenseStats(
+                missing_rate=int(self.num_missing[i]) / num_rows,
+                mean=float(mean[i]),
+                standard_deviation=float(deviation[i]),
+                minimum=float(self.extremes[0, i]),
+                maximum=float(self.extremes[1, i]),
+            )
+            for i, name in enumerate(schema.dense_names)
+        }
+
+
+def parse_inputs(
+    tasks: Iterator[ParseTask], parsed: Parsed, bad_rows: BadRows, pool: WorkPool, progress: Progress
+) -> None:
+    """Parse all blocks that are not staged yet, and count all of them.
+
+    Raises:
+        PreprocessError: an input cannot be read, or more rows are malformed than allowed.
+    """
+    places: list[tuple[str, int, int]] = []
+
+    def noted() -> Iterator[ParseTask]:
+        for task in tasks:
+            places.append((task.path, task.block.file_index, task.block.num_bytes))
+            yield task
+
+    first_line, last_file = 0, -1
+    for chunk, meta in enumerate(pool.map_ordered(parse_block, noted())):
+        path, file_index, num_bytes = places[chunk]
+        first_line, last_file = (first_line if file_index == last_file else 0), file_index
+        for line, name, reason, raw in meta["bad_rows"]:
+            bad_rows.add(BadRow(first_line + line, name, reason, bytes.fromhex(raw)), path)
+        first_line += meta["num_lines"]
+        parsed.add(file_index, meta)
+        progress.advance(num_bytes)
+
+
+def list_tasks(inputs: tuple[str, ...], source: str, schema: Schema, stage: Stage) -> Iterator[ParseTask]:
+    """Yield the blocks of all inputs in order, without the bytes of those already staged."""
+    chunk = 0
+    for file_index, path in enumerate(inputs):
+        for offset, num_bytes, data, header in _blocks_of(path, source, schema):
+            held = None if os.path.exists(stage.chunk_path(chunk)) else data
+            block = Block(chunk, file_index, offset, num_bytes, held, header)
+            yield ParseTask(block, path, source, schema, stage)
+            chunk += 1
+
+
+def _blocks_of(
+    path: str, source: str, schema: Schema
+) -> Iterator[tuple[int, int, bytes | None, tuple[str, ...] | None]]:
+    if source == "table" and delimiter_of(path) is None:
+        for first_row, batch in read_parquet_batches(path, schema):
+            yield first_row, len(batch), batch, None
+        return
+    header = None
+    for offset, num_bytes, data in read_blocks(path):
+        if source == "table" and offset == 0:
+            header = parse_header(_first_line(path, data), path, schema)
+        yield offset, num_bytes, data, header
+
+
+def _first_line(path: str, data: bytes | None) -> bytes:
+    if data is not None:
+        return data[: data.find(b"\n") + 1] or data
+    with path_manager.open(path, "rb") as file:
+        return bytes(file.readline())
+
+
+def parse_block(task: ParseTask) -> dict[str, Any]:
+    """Parse and stage one block, unless it is staged; return its counts."""
+    path = task.stage.chunk_path(task.block.index)
+    if os.path.exists(path):
+        with ArrayFile(path) as file:
+            return dict(file.meta)
+    chunk = _parse(task)
+    meta = _meta_of(chunk)
+    write_arrays(path, _arrays_of(chunk), meta)
+    return meta
+
+
+def _parse(task: ParseTask) -> RawChunk:
+    block = task.block
+    if task.source == "criteo":
+        return parse_criteo(load_block(block, task.path), task.schema)
+    delimiter = delimiter_of(task.path)
+    if delimiter is None:
+        assert block.data is not None
+        return parse_parquet_batch(block.data, task.schema)
+    assert block.header is not None
+    buffer = load_block(block, task.path)
+    return parse_text_block(buffer, block.header, delimiter, task.schema, starts_file=block.offset == 0)
+
+
+def _meta_of(chunk: RawChunk) -> dict[str, Any]:
+    dense = chunk.dense.astype(np.float64)
+    return {
+        "num_rows": len(chunk.labels),
+        "num_lines": chunk.num_lines,
+        "num_missing": chunk.num_missing.tolist(),
+        "sums": [dense.sum(axis=0).tolist(), np.square(dense).sum(axis=0).tolist()],
+        "extremes": [dense.min(axis=0).tolist(), dense.max(axis=0).tolist()] if len(dense) else [],
+        "bad_rows": [(row.line, row.field, row.reason, row.raw.hex()) for row in chunk.bad_rows],
+    }
+
+
+def _arrays_of(chunk: RawChunk) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"labels": chunk.labels, "dense": chunk.dense.reshape(-1)}
+    for c, column in enumerate(chunk.columns):
+        if isinstance(column.keys, np.ndarray):
+            arrays[f"keys_{c}"] = column.keys
+        else:
+            arrays[f"key_offsets_{c}"], arrays[f"key_bytes_{c}"] = binary_buffers(column.keys)
+        arrays[f"counts_{c}"] = column.counts
+        arrays[f"codes_{c}"] = column.codes
+        if column.lengths is not None:
+            arrays[f"lengths_{c}"] = column.lengths
+    return arrays

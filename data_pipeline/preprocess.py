@@ -1,0 +1,213 @@
+"""Raw logs to a data set, in three stages that each survive being killed.
+
+    parse_stage:       raw text  -> chunks: labels, dense inputs, per column the distinct raw ids and codes into them
+    vocabulary_stage:  chunks    -> per column: vocabulary, and the id of each chunk's raw ids
+    shard_stage:       both      -> shards of each split
+
+Every finished chunk, column and shard is one file under the output, committed by its rename; the same command skips
+what is there. Memory is bounded by blocks, id ranges and shards, none of which grows with the input.
+Vocabularies count the training split only: an id first seen in validation or test is unknown, as it would be in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from data_pipeline.bad_rows import BadRows, PreprocessError
+from data_pipeline.byte_blocks import input_num_bytes
+from data_pipeline.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    CategoricalStats,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    read_manifest,
+    write_manifest,
+)
+from data_pipeline.parse_stage import Parsed, list_tasks, parse_inputs
+from data_pipeline.preprocess_options import PreprocessOptions
+from data_pipeline.progress import Progress
+from data_pipeline.schema import CategoricalColumn, Schema, criteo_schema, load_schema
+from data_pipeline.shard_stage import ShardJob, list_shards, write_split_shard
+from data_pipeline.splits import SplitRule, make_split_rule
+from data_pipeline.stage import STAGE_NAME, Stage, open_stage
+from data_pipeline.table_source import delimiter_of
+from data_pipeline.vocabulary_stage import ColumnTask, build_column
+from data_pipeline.work_pool import WorkPool
+
+_logger = logging.getLogger(__name__)
+
+# Options that do not change a byte of the output.
+_FREE_OPTIONS = {"num_workers", "show_progress", "max_bad_rows", "output"}
+# Of the whole process tree, for what grows with the number of workers: shards in work, large vocabularies.
+_SHARED_BYTES = 600 << 20
+_BYTES_PER_VOCABULARY_KEY = 24
+
+
+def preprocess(options: PreprocessOptions) -> Manifest:
+    """Make a data set, or continue making it; return its manifest, which is written last.
+
+    With more than one worker, processes are spawned: call this from under `if __name__ == "__main__":`.
+
+    Raises:
+        PreprocessError: an input or a row is wrong, or the output holds other work.
+        SchemaError: the schema file is wrong.
+    """
+    schema = resolve_schema(options)
+    request = _describe_request(options, schema)
+    if (finished := _finished(options.output, request)) is not None:
+        return finished
+    os.makedirs(options.output, exist_ok=True)
+    stage = open_stage(options.output, request)
+    bad_rows = BadRows(options.max_bad_rows)
+    with WorkPool(options.worker_count) as pool:
+        job = _Job(options, schema, stage, pool)
+        parsed = _parse(job, bad_rows, request["input_num_bytes"])
+        rule = make_split_rule(options, parsed.rows_per_file)
+        stats = _build_columns(job, parsed, rule)
+        splits = _write_shards(job, parsed, rule)
+    bad_rows.write(options.output)
+    manifest = Manifest(
+        papilio_version=_papilio_version(),
+        data_schema=schema,
+        split_rule=rule.words,
+        splits=splits,
+        dense_stats=parsed.dense_stats(schema),
+        categorical_stats=stats,
+        source=_source(request),
+        num_bad_rows=len(bad_rows),
+    )
+    write_manifest(manifest, options.output)
+    stage.remove()
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all three stages need."""
+
+    options: PreprocessOptions
+    schema: Schema
+    stage: Stage
+    pool: WorkPool
+
+
+def resolve_schema(options: PreprocessOptions) -> Schema:
+    """Return the schema of the inputs with what the options replace."""
+    schema = criteo_schema() if options.schema_path is None else load_schema(options.schema_path)
+    replaced: dict[str, Any] = {
+        key: value
+        for key in ("frequency_threshold", "num_buckets", "max_ids")
+        if (value := getattr(options, key)) is not None
+    }
+    if options.num_buckets is not None:
+        replaced["encoding"] = "hash"
+
+    def with_options(column: CategoricalColumn) -> CategoricalColumn:
+        if column.encoding != "vocabulary":
+            return column
+        return CategoricalColumn.model_validate(column.model_dump() | replaced)
+
+    return schema.model_copy(update={"categorical": tuple(map(with_options, schema.categorical))})
+
+
+def _describe_request(options: PreprocessOptions, schema: Schema) -> dict[str, Any]:
+    """Everything that decides the bytes of the output."""
+    request = options.model_dump(mode="json", exclude=_FREE_OPTIONS)
+    request["schema"] = schema.model_dump(mode="json")
+    request["input_num_bytes"] = [input_num_bytes(path) for path in options.inputs]
+    if options.source == "table":
+        for path in options.inputs:
+            delimiter_of(path)
+    return request
+
+
+def _finished(output: str, request: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of a data set that this very request made; refuse any other."""
+    if not os.path.exists(os.path.join(output, MANIFEST_NAME)):
+        return None
+    manifest = read_manifest(output)
+    if manifest.source.get("request_crc32") != _source(request)["request_crc32"]:
+        raise PreprocessError(
+            f"{output} holds a data set made with other options or inputs; choose another --output, or delete it"
+        )
+    Stage(os.path.join(output, STAGE_NAME)).remove()
+    _logger.info("%s is complete already", output)
+    return manifest
+
+
+def _source(request: dict[str, Any]) -> dict[str, str | int | float]:
+    return {
+        "kind": request["source"],
+        "inputs": ", ".join(os.path.basename(path) for path in request["inputs"]),
+        "num_bytes": sum(request["input_num_bytes"]),
+        "request_crc32": zlib.crc32(repr(sorted(request.items())).encode()),
+    }
+
+
+def _parse(job: _Job, bad_rows: BadRows, input_sizes: list[int]) -> Parsed:
+    inputs = job.options.inputs
+    is_size_known = min(input_sizes) > 0 and not any(path.endswith((".gz", ".zst", ".parquet")) for path in inputs)
+    total = sum(input_sizes) if is_size_known else None
+    parsed = Parsed(len(job.schema.dense), len(inputs))
+    with Progress("reading", total, "B", is_shown=job.options.show_progress) as progress:
+        parse_inputs(
+            list_tasks(inputs, job.options.source, job.schema, job.stage), parsed, bad_rows, job.pool, progress
+        )
+    for path, num_rows in zip(inputs, parsed.rows_per_file, strict=True):
+        if num_rows == 0:
+            raise PreprocessError(f"input {path} holds no usable row; correct it, or leave it out")
+    return parsed
+
+
+def _build_columns(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, CategoricalStats]:
+    tasks = [
+        ColumnTask(number, column, job.stage, job.options.output, parsed.chunk_rows, rule)
+        for number, column in enumerate(job.schema.categorical)
+    ]
+    most_keys = max(min(column.max_ids, sum(parsed.chunk_rows)) for column in job.schema.categorical)
+    max_workers = max(1, _SHARED_BYTES // (_BYTES_PER_VOCABULARY_KEY * most_keys))
+    stats = {}
+    with Progress("vocabularies", len(tasks), "features", is_shown=job.options.show_progress) as progress:
+        results = job.pool.map_ordered(build_column, tasks, max_workers)
+        for column, column_stats in zip(job.schema.categorical, results, strict=True):
+            stats[column.name] = column_stats
+            progress.advance(1)
+    return stats
+
+
+def _write_shards(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, SplitInfo]:
+    shard_bytes = job.options.rows_per_shard * (1 + 4 * len(job.schema.dense) + 4 * len(job.schema.categorical))
+    max_workers = max(1, _SHARED_BYTES // (2 * shard_bytes))
+    tasks = list_shards(
+        parsed.chunk_rows, job.options.rows_per_shard, ShardJob(job.schema, rule, job.stage, job.options.output)
+    )
+    shards: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
+    positives = dict.fromkeys(SPLITS, 0)
+    with Progress("writing", sum(parsed.chunk_rows), "rows", is_shown=job.options.show_progress) as progress:
+        for written in job.pool.map_ordered(write_split_shard, tasks, max_workers):
+            name = SPLITS[written.split]
+            shards[name].append(written.info)
+            positives[name] += written.num_positives
+            progress.advance(written.info.num_rows)
+    return {
+        name: SplitInfo(
+            num_rows=sum(info.num_rows for info in shards[name]),
+            num_positives=positives[name],
+            shards=tuple(shards[name]),
+        )
+        for name in SPLITS
+    }
+
+
+def _papilio_version() -> str:
+    try:
+        return metadata.version("papilio")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"

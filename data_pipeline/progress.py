@@ -1,0 +1,46 @@
+"""How far long work has come: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+_LINE_EVERY_S = 10.0
+_logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Progress of one stage (a context manager)."""
+
+    def __init__(self, name: str, total: int | None, unit: str, *, is_shown: bool) -> None:
+        self._name, self._total, self._unit, self._is_shown = name, total, unit, is_shown
+        self._done = 0
+        self._start_s = self._line_s = time.monotonic()
+        hide_bar = not (is_shown and sys.stderr.isatty())
+        self._bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=hide_bar, leave=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self._bar.close()
+        if error_type is None:
+            self._log_line()
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` more units as done."""
+        self._done += amount
+        self._bar.update(amount)
+        if time.monotonic() - self._line_s > _LINE_EVERY_S:
+            self._log_line()
+
+    def _log_line(self) -> None:
+        self._line_s = time.monotonic()
+        if self._is_shown and self._bar.disable:
+            total = f" of {self._total:,}" if self._total else ""
+            _logger.info(
+                "%s: %s%s %s, %.1f s", self._name, f"{self._done:,}", total, self._unit, self._line_s - self._start_s
+            )

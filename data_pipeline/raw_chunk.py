@@ -1,0 +1,50 @@
+"""One block of raw rows after parsing: what every source hands to the stages that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.bad_rows import BadRow
+from data_pipeline.column_codes import ColumnCodes, encode_binary, encode_int64, encode_uint32
+from data_pipeline.schema import CategoricalColumn
+from data_pipeline.transforms import hash_binary, hash_integers
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """Rows in input order: `labels` [N] uint8, `dense` [N, I] float32 transformed, a `ColumnCodes` a feature.
+
+    `num_missing` [I] counts empty dense fields; `bad_rows` have lines numbered from 1 within the block, whose lines
+    (malformed ones included) are `num_lines`.
+    """
+
+    num_lines: int
+    labels: NDArray[np.uint8]
+    dense: NDArray[np.float32]
+    num_missing: NDArray[np.int64]
+    columns: tuple[ColumnCodes, ...]
+    bad_rows: tuple[BadRow, ...]
+
+
+def encode_numbers(values: NDArray[Any], missing: NDArray[np.bool_] | None, column: CategoricalColumn) -> ColumnCodes:
+    """Dictionary-encode checked integers; the keys of hash and identity columns are row numbers already."""
+    if column.encoding == "hash":
+        return encode_uint32(hash_integers(values, column.num_buckets or 0), missing)
+    if column.encoding == "identity" or column.kind == "hex":
+        return encode_uint32(values.astype(np.uint64, copy=False), missing)
+    return encode_int64(values, missing)
+
+
+def encode_strings(values: pa.Array, column: CategoricalColumn) -> ColumnCodes:
+    """Dictionary-encode Arrow binary values; the keys of hash columns are row numbers already."""
+    encoded = encode_binary(values)
+    if column.encoding == "vocabulary":
+        return encoded
+    num_keys = len(encoded.keys)
+    rows = np.append(hash_binary(encoded.keys, column.num_buckets or 0), np.uint64(0))
+    return encode_uint32(rows[encoded.codes], encoded.codes == num_keys)

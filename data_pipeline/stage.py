@@ -1,0 +1,103 @@
+"""The folder of work in progress under an output: each finished piece is one file, there or not, never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.array_file import ArrayFile
+from data_pipeline.bad_rows import PreprocessError
+from data_pipeline.transforms import binary_array
+
+STAGE_NAME = ".preprocess_in_progress"
+_REQUEST_NAME = "request.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Names of the staged files. Cheap to hand to a worker."""
+
+    folder: str
+
+    def chunk_path(self, chunk: int) -> str:
+        """Arrays of one parsed block."""
+        return os.path.join(self.folder, f"chunk_{chunk:07d}")
+
+    def ids_path(self, column: int) -> str:
+        """Int32 ids of all chunks' keys of one column, one after the other."""
+        return os.path.join(self.folder, f"ids_{column:04d}")
+
+    def column_path(self, column: int) -> str:
+        """Where each chunk's part of the ids starts, and the column's statistics; its presence means both are there."""
+        return os.path.join(self.folder, f"column_{column:04d}")
+
+    def shard_path(self, split: int, number: int) -> str:
+        """The manifest's entry of a finished shard."""
+        return os.path.join(self.folder, f"shard_{split}_{number:07d}.json")
+
+    def scratch_path(self, column: int) -> str:
+        """Space for a column in work."""
+        return os.path.join(self.folder, f"scratch_{column:04d}.{os.getpid()}.tmp")
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_stage(output: str, request: dict[str, Any]) -> Stage:
+    """Start work in `output`, or continue it when it was started by the same request.
+
+    Raises:
+        PreprocessError: other work is in progress there; the message lists the differences.
+    """
+    stage = Stage(os.path.join(output, STAGE_NAME))
+    os.makedirs(stage.folder, exist_ok=True)
+    path = os.path.join(stage.folder, _REQUEST_NAME)
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            _check_same(json.load(file), json.loads(json.dumps(request)), output, stage.folder)
+    else:
+        write_json(path, request)
+    for name in os.listdir(stage.folder):
+        if name.endswith(".tmp"):
+            os.remove(os.path.join(stage.folder, name))
+    return stage
+
+
+def _check_same(started: dict[str, Any], wanted: dict[str, Any], output: str, folder: str) -> None:
+    keys = [key for key in {**started, **wanted} if started.get(key) != wanted.get(key)]
+    if keys:
+        lines = "; ".join(f"{key}: was {started.get(key)!r}, now {wanted.get(key)!r}" for key in keys)
+        raise PreprocessError(
+            f"{output} holds unfinished work of another command ({lines}). Give the first command again to continue "
+            f"it, choose another --output, or delete {folder} to start afresh"
+        )
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a JSON file through a temporary name."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(temporary, path)
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_keys(file: ArrayFile, column: int) -> NDArray[Any] | pa.Array:
+    """Read all keys of a column from a chunk file."""
+    if f"keys_{column}" in file:
+        return file.read(f"keys_{column}")
+    offsets: NDArray[np.int64] = file.read(f"key_offsets_{column}")
+    return binary_array(offsets, file.read(f"key_bytes_{column}"))

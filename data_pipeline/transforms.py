@@ -1,0 +1,81 @@
+"""From raw numbers and raw ids to model inputs, the same at preprocessing and at serving (see TRANSFORM_VERSION)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.mixing import mix64
+from data_pipeline.schema import NUM_RESERVED_IDS, DenseColumn
+
+# FNV-1a, 64 bits (Fowler, Noll, Vo).
+_FNV_OFFSET = 0xCBF29CE484222325
+_FNV_PRIME = 0x100000001B3
+
+
+def transform_dense(
+    values: NDArray[np.float64], missing: NDArray[np.bool_], column: DenseColumn
+) -> NDArray[np.float32]:
+    """Apply a dense column's transform, in float64, rounded once to float32.
+
+    `log1p` is log(1 + max(x, 0)): Criteo's counts go down to -3.
+    """
+    if column.transform == "log1p":
+        result = np.log1p(np.maximum(values, 0.0)).astype(np.float32)
+    else:
+        result = values.astype(np.float32)
+    result[missing] = np.float32(column.missing_value)
+    return result
+
+
+def hash_integers(keys: NDArray[Any], num_buckets: int) -> NDArray[np.uint64]:
+    """Map integers to rows: NUM_RESERVED_IDS + splitmix64(key) % (num_buckets - NUM_RESERVED_IDS).
+
+    Negative keys count as their two's complement.
+    """
+    unsigned = keys.astype(np.int64).view(np.uint64) if keys.dtype.kind == "i" else keys.astype(np.uint64)
+    return _to_rows(mix64(unsigned), num_buckets)
+
+
+def hash_binary(keys: pa.Array, num_buckets: int) -> NDArray[np.uint64]:
+    """Map Arrow large binary values to rows: as `hash_integers` of the 64-bit FNV-1a hash of the bytes."""
+    return _to_rows(mix64(fnv1a(keys)), num_buckets)
+
+
+def fnv1a(keys: pa.Array) -> NDArray[np.uint64]:
+    """64-bit FNV-1a hashes of Arrow large binary values."""
+    offsets, data = binary_buffers(keys)
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    hashes = np.full(len(starts), _FNV_OFFSET, np.uint64)
+    alive = np.flatnonzero(lengths > 0)
+    position = 0
+    while len(alive):
+        octets = data[starts[alive] + position].astype(np.uint64)
+        hashes[alive] = (hashes[alive] ^ octets) * np.uint64(_FNV_PRIME)
+        position += 1
+        alive = alive[lengths[alive] > position]
+    return hashes
+
+
+def binary_buffers(array: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Offsets [U + 1] (from 0) and bytes of an Arrow large binary array without nulls."""
+    _, offsets_buffer, data_buffer = array.buffers()
+    if len(array) == 0:
+        return np.zeros(1, np.int64), np.empty(0, np.uint8)
+    offsets = np.frombuffer(offsets_buffer, np.int64, len(array) + 1, array.offset * 8)
+    num_bytes = int(offsets[-1] - offsets[0])
+    data = np.frombuffer(data_buffer, np.uint8, num_bytes, int(offsets[0])) if num_bytes else np.empty(0, np.uint8)
+    return offsets - offsets[0], data
+
+
+def binary_array(offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> pa.Array:
+    """Inverse of `binary_buffers`."""
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data.tobytes())]
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def _to_rows(hashes: NDArray[np.uint64], num_buckets: int) -> NDArray[np.uint64]:
+    return np.uint64(NUM_RESERVED_IDS) + hashes % np.uint64(num_buckets - NUM_RESERVED_IDS)

@@ -1,0 +1,175 @@
+"""Second stage: a vocabulary (or none, for hashed ids) and the statistics of each categorical column."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.array_file import ArrayFile, write_arrays
+from data_pipeline.id_mapper import IdMapper
+from data_pipeline.key_runs import KeyRuns
+from data_pipeline.manifest import CategoricalStats
+from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn
+from data_pipeline.splits import SplitRule
+from data_pipeline.stage import Stage
+from data_pipeline.vocabulary import Vocabulary, save_vocabulary, vocabulary_file
+
+_SMALL_COUNT = 1 << 16
+_POSITION_BITS = 28  # of twice the most ids a vocabulary may keep
+_COUNT_BITS = 64 - _POSITION_BITS
+
+
+@dataclass(frozen=True)
+class ColumnTask:
+    """One categorical column to finish."""
+
+    number: int
+    column: CategoricalColumn
+    stage: Stage
+    output: str
+    chunk_rows: list[int]
+    rule: SplitRule
+
+
+def build_column(task: ColumnTask) -> CategoricalStats:
+    """Count, rank and map the ids of a column: writes its vocabulary, each chunk's key-to-id table, its statistics."""
+    done_path = task.stage.column_path(task.number)
+    if os.path.exists(done_path):
+        with ArrayFile(done_path) as file:
+            return CategoricalStats.model_validate(file.meta)
+    with KeyRuns(task.stage, task.number, task.chunk_rows, task.rule) as runs:
+        skew = _SkewCounter()
+        ranking = _Ranking(task.column)
+        for part in runs.merged():
+            skew.add(part.all_counts)
+            if task.column.encoding == "vocabulary":
+                ranking.add(part.keys, part.train_counts)
+        vocabulary = Vocabulary(ranking.keys_by_rank()) if task.column.encoding == "vocabulary" else None
+        num_unknown = _write_ids(task, runs, IdMapper(task.column, vocabulary))
+        stats = _stats(task, runs, vocabulary, skew, num_unknown)
+        write_arrays(done_path, {"offsets": runs.offsets}, stats.model_dump())
+    return stats
+
+
+def _write_ids(task: ColumnTask, runs: KeyRuns, mapper: IdMapper) -> int:
+    """Write the id of each code of each chunk; return how many values are unknown."""
+    path = task.stage.ids_path(task.number)
+    num_unknown = 0
+    with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
+        for keys, counts in runs.keys_of_chunks():
+            ids = mapper.ids_of_keys(keys)
+            num_unknown += int(counts[:-1][ids == UNKNOWN_ID].sum(dtype=np.int64))
+            file.write(ids.tobytes() + np.int32(MISSING_ID).tobytes())
+    os.replace(f"{path}.{os.getpid()}.tmp", path)
+    return num_unknown
+
+
+def _stats(
+    task: ColumnTask, runs: KeyRuns, vocabulary: Vocabulary | None, skew: _SkewCounter, num_unknown: int
+) -> CategoricalStats:
+    num_rows = sum(task.chunk_rows)
+    column = task.column
+    file = crc32 = None
+    if vocabulary is not None:
+        file = vocabulary_file(column.name, column.kind)
+        crc32 = save_vocabulary(vocabulary.keys_by_rank, task.output, file)
+    num_empty = _num_empty_bags(task) if column.multi_hot else runs.num_missing
+    return CategoricalStats(
+        num_embeddings=vocabulary.num_embeddings if vocabulary else column.num_buckets or 0,
+        cardinality=skew.num_distinct,
+        missing_rate=num_empty / num_rows,
+        unknown_rate=num_unknown / max(runs.num_values, 1),
+        mean_ids_per_sample=runs.num_values / num_rows,
+        skew=skew.share_of_top_percent(),
+        vocabulary_file=file,
+        vocabulary_crc32=crc32,
+    )
+
+
+def _num_empty_bags(task: ColumnTask) -> int:
+    num_empty = 0
+    for chunk in range(len(task.chunk_rows)):
+        with ArrayFile(task.stage.chunk_path(chunk)) as file:
+            num_empty += int(np.count_nonzero(file.read(f"lengths_{task.number}") == 0))
+    return num_empty
+
+
+class _Ranking:
+    """Keeps the most frequent keys while they come in ascending order, at most twice `max_ids` at a time."""
+
+    def __init__(self, column: CategoricalColumn) -> None:
+        self._column = column
+        self._keys: list[Any] = []
+        self._counts: list[NDArray[np.int64]] = []
+        self._num_held = 0
+
+    def add(self, keys: NDArray[Any] | pa.Array, train_counts: NDArray[np.int64]) -> None:
+        kept = np.flatnonzero(train_counts >= self._column.frequency_threshold)
+        self._keys.append(_take(keys, kept))
+        self._counts.append(train_counts[kept])
+        self._num_held += len(kept)
+        if self._num_held > 2 * self._column.max_ids:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Drop what cannot be among the most frequent, keeping the ascending order of keys."""
+        keys, counts = _concatenate(self._keys), np.concatenate(self._counts)
+        kept = np.sort(_most_frequent(counts, self._column.max_ids))
+        self._keys, self._counts, self._num_held = [_take(keys, kept)], [counts[kept]], len(kept)
+
+    def keys_by_rank(self) -> NDArray[Any] | pa.Array:
+        if not self._keys:
+            dtype = np.uint32 if self._column.kind == "hex" else np.int64
+            return pa.array([], pa.large_binary()) if self._column.kind == "string" else np.empty(0, dtype)
+        return _take(_concatenate(self._keys), _most_frequent(np.concatenate(self._counts), self._column.max_ids))
+
+
+def _most_frequent(counts: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Positions of the `limit` greatest counts, greatest first, earlier positions first among equals."""
+    if len(counts) >= 1 << _POSITION_BITS or counts.max(initial=0) >= 1 << _COUNT_BITS:
+        return np.argsort(-counts, kind="stable")[:limit]
+    packed = (np.uint64((1 << _COUNT_BITS) - 1) - counts.astype(np.uint64)) << np.uint64(_POSITION_BITS)
+    packed |= np.arange(len(counts), dtype=np.uint64)
+    packed.sort()
+    packed &= np.uint64((1 << _POSITION_BITS) - 1)
+    return packed[:limit].view(np.int64)
+
+
+def _take(keys: NDArray[Any] | pa.Array, places: NDArray[np.int64]) -> Any:
+    return keys.take(pa.array(places)) if isinstance(keys, pa.Array) else keys[places]
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    return pa.concat_arrays(parts) if isinstance(parts[0], pa.Array) else np.concatenate(parts)
+
+
+class _SkewCounter:
+    """Counts distinct ids, and how often each count occurs, in little memory: most counts are small."""
+
+    def __init__(self) -> None:
+        self.num_distinct = 0
+        self._num_with_count = np.zeros(_SMALL_COUNT, np.int64)
+        self._large: list[NDArray[np.int64]] = []
+
+    def add(self, counts: NDArray[np.int64]) -> None:
+        is_small = counts < _SMALL_COUNT
+        self.num_distinct += len(counts)
+        self._num_with_count += np.bincount(counts[is_small], minlength=_SMALL_COUNT)
+        self._large.append(counts[~is_small])
+
+    def share_of_top_percent(self) -> float:
+        """Share of all ids that falls on the most frequent 1 % of the distinct ones (rounded up)."""
+        large = -np.sort(-np.concatenate([np.empty(0, np.int64), *self._large]))
+        total = int(large.sum()) + int((self._num_with_count * np.arange(_SMALL_COUNT)).sum())
+        wanted = -(-self.num_distinct // 100)
+        top = int(large[:wanted].sum())
+        rest = wanted - min(len(large), wanted)
+        descending = self._num_with_count[::-1]
+        taken = np.minimum(np.cumsum(descending), rest)
+        top += int((np.diff(taken, prepend=0) * np.arange(_SMALL_COUNT)[::-1]).sum())
+        return top / total if total else 0.0

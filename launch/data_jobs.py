@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
+from data_pipeline.manifest import Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from launch.usage import UsageError, require_files
@@ -24,7 +26,9 @@ def run_preprocess(namespace: argparse.Namespace) -> int:
     if given["source"] == "table" and "schema_path" not in given:
         raise UsageError("--source table needs --schema FILE, which names the label, dense and categorical columns")
     require_files("--schema", [given["schema_path"]] if "schema_path" in given else [])
-    preprocess(_build(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"}))
+    options = _build(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(summarize(options.output, preprocess(options)))
     return 0
 
 
@@ -32,6 +36,19 @@ def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
     generate(_build(GenerateOptions, _given(namespace), {"num_rows": "--rows"}))
     return 0
+
+
+def summarize(folder: str, manifest: Manifest) -> str:
+    """What a data set holds, a line a split; the best possible metrics are known for generated data only."""
+    lines = [f"{folder}: {manifest.num_rows:,} rows, split {manifest.split_rule}"]
+    if manifest.num_bad_rows:
+        lines[0] += f", {manifest.num_bad_rows:,} malformed rows set aside"
+    for name, split in manifest.splits.items():
+        line = f"  {name:10}  {split.num_rows:>13,} rows  label rate {split.label_rate:.4f}"
+        if split.best_auc is not None and split.best_logloss is not None:
+            line += f"  best possible AUC {split.best_auc:.4f}, logloss {split.best_logloss:.4f}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _given(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import SignalException, create_scheduler
 
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
-# torchrun's own report of a failure has lines that are "[1]:" and nothing else.
-RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))")
+# "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
+# "[1]:" and nothing else.
+RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))(?:\[rank\d+\]: ?)?")
 TRACEBACK = "Traceback (most recent call last):"
 ERASE_TO_END_OF_LINE = "\x1b[K"
 
@@ -24,7 +25,7 @@ ERASE_TO_END_OF_LINE = "\x1b[K"
 class LinePrinter:
     """Prints a job's lines; on a terminal, a progress line is drawn over the progress line before it.
 
-    Lines of rank 0 lose torchrun's prefix "[0]:"; those of other ranks say "rank 3: ".
+    Lines of rank 0 lose their prefixes; those of other ranks begin with "rank 3: ".
     """
 
     def __init__(self, stream: TextIO, num_columns: int | None) -> None:

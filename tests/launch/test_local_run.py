@@ -111,6 +111,20 @@ def test_progress_lines_are_plain_in_a_log() -> None:
     assert printed(PROGRESS, num_columns=None) == "start\n|██      | 25 %\n|████████| 100 %\nrank 3: done\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[0]:[rank0]: RuntimeError: x", "RuntimeError: x"),
+        ("[2]:[rank2]:   File", "rank 2:   File"),
+        ("[0]:", ""),
+        ("[2]:", "[2]:"),
+        ("W1121 agent", "W1121 agent"),
+    ],
+)
+def test_prefixes_of_ranks(line: str, expected: str) -> None:
+    assert printed([line], num_columns=None) == expected + "\n"
+
+
 def test_a_progress_line_wider_than_the_terminal_is_cut() -> None:
     assert printed(["|████|123456"], num_columns=10) == "\r|████|123\x1b[K\n"
 

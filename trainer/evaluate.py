@@ -1,0 +1,75 @@
+"""Evaluate a finished run on any data set of its columns: `python -m trainer.evaluate --run RUN_DIR --data DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from data_pipeline.dataset import Dataset, open_dataset
+from trainer.checkpoint import CheckpointError, checkpoint_dir, load_weights
+from trainer.config import Config
+from trainer.config_file import ConfigError
+from trainer.evaluation import evaluate
+from trainer.install import check_install
+from trainer.ranks import Ranks, process_group
+from trainer.run_folder import load_run_config
+from trainer.sharded_model import build_sharded_model
+from trainer.storage import read_json
+from trainer.summary import format_metrics
+from trainer.train import EXPECTED_ERRORS, configure_logging
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of every rank."""
+    parser = argparse.ArgumentParser(prog="trainer.evaluate", description=__doc__)
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--data", help="data set folder; that of the run by default")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    known = parser.parse_args(arguments)
+    configure_logging()
+    try:
+        check_install()
+        config = load_run_config(known.run)
+        with process_group() as ranks:
+            evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks)
+    except (*EXPECTED_ERRORS, CheckpointError) as error:
+        print(f"papilio evaluate: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks: Ranks) -> None:
+    """Load the run's weights, whatever world size saved them, and print metrics of `split`. Collective."""
+    dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
+    check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
+    model = build_sharded_model(config, dataset, ranks)
+    load_weights(model.module, checkpoint_dir(run_dir))
+    values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
+    if ranks.is_first:
+        print(format_metrics({split: values}, dataset.manifest), flush=True)
+
+
+def check_same_columns(dataset: Dataset, trained_on: dict[str, object], run_dir: str) -> None:
+    """Check that ids mean the same rows as in training.
+
+    Raises:
+        ConfigError: the data set was made with other columns, transforms or vocabularies.
+    """
+    manifest = dataset.manifest
+    found = {
+        "transform_version": manifest.transform_version,
+        "num_embeddings": dataset.num_embeddings,
+        "schema": manifest.data_schema.model_dump(mode="json"),
+        "vocabularies": {name: stats.vocabulary_crc32 for name, stats in manifest.categorical_stats.items()},
+    }
+    differing = [key for key, value in found.items() if trained_on.get(key) != value]
+    if differing:
+        raise ConfigError(
+            f"data set {dataset.folder} differs from the one {run_dir} was trained on in: {', '.join(differing)}; its "
+            "ids would look up wrong rows. Preprocess it together with the training data"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What one step computes: a batch in, a loss and the outputs to be measured out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from data_pipeline.batch import Batch
+from data_pipeline.order import ReadPosition
+
+
+class StepOutput(NamedTuple):
+    """Of one rank's slice: `loss`, `logits` [B], `labels` [B], none with a gradient; and the batch's place in the order."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    position: ReadPosition
+    global_batch_size: int
+
+
+class TrainModel(nn.Module):
+    """A click model with its loss, the mean binary cross-entropy over the global batch.
+
+    A rank returns its own sum of losses * world size / global batch size: DDP and TorchRec's all-to-all both average
+    gradients over ranks, so ranks may have slices of different sizes, or none.
+    """
+
+    def __init__(self, model: nn.Module, world_size: int, autocast_dtype: torch.dtype | None, device_type: str) -> None:
+        super().__init__()
+        self.model = model
+        self._world_size = world_size
+        self._autocast_dtype = autocast_dtype
+        self._device_type = device_type
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
+        """Return the loss (a scalar) and the outputs."""
+        with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            logits = self.model(batch.dense_features, batch.sparse_features)
+        logits = logits.float()
+        total = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        loss = total * (self._world_size / batch.global_batch_size)
+        return loss, StepOutput(loss.detach(), logits.detach(), batch.labels, batch.position, batch.global_batch_size)

@@ -1,0 +1,70 @@
+"""Who am I among the processes of this run: ranks, device, process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place; `group` holds all ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def agree_on(self, value: T | None) -> T:
+        """Return rank 0's value on every rank. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]  # type: ignore[return-value]
+
+    def slice_of(self, global_size: int) -> int:
+        """Return the most samples of a global batch that one rank gets."""
+        return -(-global_size // self.world_size)
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the job that torchrun's variables describe, or be a job of one; NCCL with GPUs, else gloo.
+
+    After an error no further collective is run: the group is torn down and the error goes on.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        yield Ranks(rank, world_size, local_rank, local_world_size, device, group)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,74 @@
+"""What a person reads when a run is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.manifest import Manifest
+from trainer.metrics import MetricValues
+
+WIDTH = 78
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a finished run; `final` has metrics by split."""
+
+    run_dir: str
+    world_size: int
+    device: str
+    num_parameters: int
+    num_steps: int
+    num_samples: int
+    train_s: float
+    samples_per_s: float
+    data_wait_share: float
+    final: dict[str, MetricValues]
+    best_validation_auc: float
+    best_validation_step: int
+    findings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        values = {key: value for key, value in self.__dict__.items() if key != "final"}
+        return {**values, "final": {split: found.to_dict() for split, found in self.final.items()}}
+
+
+def format_summary(summary: Summary, manifest: Manifest) -> str:
+    """Lay the summary out for a terminal."""
+    lines = [
+        "─" * WIDTH,
+        f" trained    {summary.num_samples:,} samples in {summary.num_steps:,} steps, {summary.train_s:.1f} s, on "
+        f"{summary.world_size} rank(s), {summary.device}",
+        f" speed      {summary.samples_per_s:,.0f} samples/s; {summary.data_wait_share:.2%} of the step spent waiting "
+        "for data",
+        f" model      {summary.num_parameters:,} weights",
+        "",
+        *_metric_lines(summary.final, manifest),
+        "",
+        f" best       validation AUC {summary.best_validation_auc:.4f}, after step {summary.best_validation_step:,}",
+        f" run folder {summary.run_dir}",
+        *(f" WARNING    NOT LEARNING: {finding}" for finding in summary.findings),
+        "─" * WIDTH,
+    ]
+    return "\n".join(lines)
+
+
+def format_metrics(final: dict[str, MetricValues], manifest: Manifest) -> str:
+    """Lay out metrics by split for a terminal."""
+    return "\n".join(_metric_lines(final, manifest))
+
+
+def _metric_lines(final: dict[str, MetricValues], manifest: Manifest) -> Sequence[str]:
+    header = f" {'split':<11}{'AUC':>8}{'best possible':>15}{'gap':>9}{'NE':>9}{'logloss':>10}{'calibration':>13}"
+    lines = [header]
+    for split, values in final.items():
+        info = manifest.splits.get(split)
+        best = info.best_auc if info is not None else None
+        known = f"{best:>15.4f}{best - values.auc:>9.4f}" if best is not None else f"{'unknown':>15}{'':>9}"
+        lines.append(
+            f" {split:<11}{values.auc:>8.4f}{known}{values.ne:>9.4f}{values.logloss:>10.4f}{values.calibration:>13.3f}"
+        )
+    return lines

@@ -24,10 +24,12 @@ FOREIGN_IMPORTS = {
     "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
     "launch": {"pydantic", "torchx"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
-    "trainer": {"torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
+    "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
 }
 # papilio doctor runs this one in a process of its own, to see whether the trio loads.
 PROBE = "launch.fbgemm_probe"
+# Bytes are apart from policy: these alone know iopath, by which any storage is reached.
+KNOW_IOPATH = {"data_pipeline.paths", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
 JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate"}
 
@@ -88,7 +90,7 @@ def test_launch_reaches_no_torch(module: str) -> None:
     heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
     assert heavy == set()
     direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "trainer")}
-    allowed = ("config", "config_file", "install")
+    allowed = ("config", "config_file", "install", "manifest")
     assert all(n.rpartition(".")[2] in allowed or n.endswith("_options") or n in JOBS_OF_LAUNCH for n in direct)
 
 
@@ -106,6 +108,11 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_few_modules_know_iopath() -> None:
+    knowing = {name for name, found in IMPORTS.items() if any(root.startswith("iopath") for root in found)}
+    assert knowing <= KNOW_IOPATH
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -58,9 +58,8 @@ def train(
 
 
 def evaluate(
-    *overrides: str,
     run: str,
-    data: str,
+    data: str | None = None,
     split: str = "test",
     nproc: int = 2,
     nnodes: int = 1,
@@ -77,9 +76,8 @@ def evaluate(
     """Evaluate the trained model of a run folder on one split of a data set.
 
     Args:
-        overrides: settings that replace the run's, after `--`, each as --section.key=value
         run: the run folder, as the training job printed it
-        data: folder of the data set
+        data: folder of the data set (default: the one it was trained on)
         split: train, validation or test
         nproc: ranks on each node; on GPUs, one for each
         nnodes: number of nodes
@@ -93,7 +91,7 @@ def evaluate(
         max_retries: how often the scheduler starts the job again after a failure, where it can
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
-    command = ["trainer.evaluate", "--run", run, "--data", data, "--split", split, *overrides]
+    command = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
     role = _torchrun_role("evaluate", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port)
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)

@@ -25,7 +25,8 @@ def run_train(namespace: argparse.Namespace) -> int:
 def run_evaluate(namespace: argparse.Namespace) -> int:
     """Evaluate the model of a run folder."""
     require_folder("--run", namespace.run, "`papilio train`")
-    require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
+    if namespace.data is not None:
+        require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
     app = components.evaluate(
         run=namespace.run, data=namespace.data, split=namespace.split, nproc=_num_ranks(namespace.nproc)
     )

@@ -75,7 +75,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="RUN_DIR", help="the run folder, as `papilio train` printed it")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one it was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which rows to evaluate on (default: test)")
     _add_nproc(parser)
 

@@ -45,7 +45,8 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
 
 def test_evaluate_passes_its_arguments_on() -> None:
     role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
-    assert role.args[-8:] == ["-m", "trainer.evaluate", "--run", "runs/a", "--data", "d", "--split", "validation"]
+    assert role.args[-8:] == ["-m", "trainer.evaluate", "--run", "runs/a", "--split", "validation", "--data", "d"]
+    assert resolve(components.evaluate(run="runs/a")).args[-4:] == ["--run", "runs/a", "--split", "test"]
     assert role.env["OMP_NUM_THREADS"] == "4"
 
 

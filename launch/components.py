@@ -118,7 +118,8 @@ def _torchrun_role(
     join_timeout_s = LOCAL_JOIN_TIMEOUT_S if nnodes == 1 else JOIN_TIMEOUT_S
     before = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
     before += ["--rdzv-backend=c10d", f"--rdzv-conf=join_timeout={join_timeout_s}", f"--rdzv-id={specs.macros.app_id}"]
-    after = ["--tee=3", "--role=", "-m", *(_escape_macros(word) for word in command)]
+    # After "--", or torchrun takes an argument of the module for one of its own that begins alike (--run, --run-path).
+    after = ["--tee=3", "--role=", "-m", "--", *(_escape_macros(word) for word in command)]
     if nnodes == 1:
         # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
         return specs.Role(role_name, "", entrypoint=python, args=[*before, "--rdzv-endpoint=localhost:0", *after])

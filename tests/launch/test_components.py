@@ -1,8 +1,10 @@
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 from torchx import specs
 from torchx.specs import finder
 
@@ -33,6 +35,7 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
         "--tee=3",
         "--role=",
         "-m",
+        "--",
         "trainer.train",
         "--recipe",
         "quickstart",
@@ -45,9 +48,22 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
 
 def test_evaluate_passes_its_arguments_on() -> None:
     role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
-    assert role.args[-8:] == ["-m", "trainer.evaluate", "--run", "runs/a", "--split", "validation", "--data", "d"]
+    assert role.args[-8:] == ["--", "trainer.evaluate", "--run", "runs/a", "--split", "validation", "--data", "d"]
     assert resolve(components.evaluate(run="runs/a")).args[-4:] == ["--run", "runs/a", "--split", "test"]
     assert role.env["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.parametrize("nnodes", [1, 2])
+def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
+    """`--run` is the beginning of two options of torchrun's own."""
+    app = components.evaluate(run="runs/a", nnodes=nnodes)
+    role = resolve(app)
+    words = role.args if nnodes == 1 else shlex.split(role.args[1])
+    after_launcher = words[words.index("torch.distributed.run") + 1 :]
+    parsed = torch.distributed.run.parse_args(after_launcher)
+    assert (parsed.module, parsed.training_script) == (True, "trainer.evaluate")
+    assert parsed.training_script_args == ["--run", "runs/a", "--split", "test"]
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.tee) == (str(nnodes), "2", "3")
 
 
 def run_two_node_role(tmp_path: Path, head_node: str | None) -> subprocess.CompletedProcess[str]:
@@ -78,7 +94,7 @@ def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
     assert "--rdzv-endpoint=host-a:1234" in words
     assert "--rdzv-id=job_7" in words
     assert "--nnodes=2" in words
-    assert words[-5:] == ["-m", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
+    assert words[-5:] == ["--", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
 
 
 @pytest.mark.parametrize(("nproc", "nnodes"), [(0, 1), (2, 0)])
@@ -90,7 +106,7 @@ def test_no_ranks_is_refused(nproc: int, nnodes: int) -> None:
 def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     component = finder.get_component(f"{REPOSITORY}/launch/components.py:train")
     app = specs.builders.materialize_appdef(component.fn, ["--recipe", "r", "--nproc", "4", "--", "--train.epochs=2"])
-    assert resolve(app).args[-5:] == ["-m", "trainer.train", "--recipe", "r", "--train.epochs=2"]
+    assert resolve(app).args[-5:] == ["--", "trainer.train", "--recipe", "r", "--train.epochs=2"]
     assert "--nproc-per-node=4" in app.roles[0].args
     with pytest.raises(SystemExit):
         specs.builders.materialize_appdef(component.fn, ["--help"])

@@ -1,13 +1,14 @@
 """Criteo click logs (Kaggle train.txt, Terabyte day_N): label, 13 integers, 26 hexadecimal ids, split by tabs.
 
-A block of text is decoded a column at a time, without per-row Python: the last 8 bytes of each field are read as one
-64-bit word, and arithmetic on the word treats its 8 characters at once. Shape letters: N rows, I dense inputs.
+Text is decoded a slice at a time, without per-row Python: the last 8 bytes of each field are read as one 64-bit word and
+arithmetic on the words treats 8 characters at once. Shape letters: N rows, I dense inputs.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 from data_pipeline.bad_rows import BadRow
 from data_pipeline.byte_blocks import PADDING_BYTES
 from data_pipeline.raw_chunk import RawChunk, encode_numbers
-from data_pipeline.schema import DenseColumn, Schema
+from data_pipeline.schema import Schema
 from data_pipeline.transforms import transform_dense
 
 NUM_FIELDS = 40
 NUM_DENSE = 13
 _FIRST_CATEGORICAL = 1 + NUM_DENSE
 _TAB, _NEWLINE, _RETURN, _MINUS, _ZERO = (np.uint8(ord(c)) for c in "\t\n\r-0")
-_SCAN_BYTES = 1 << 18  # a slice and its temporaries stay in the L2 cache
+_SLICE_BYTES = 1 << 18  # about 1,000 rows: a slice and its temporaries stay in the L2 cache
 _WORD_BYTES = 8
 _MAX_INTEGER = 2**63 - 1
 
@@ -33,33 +34,63 @@ def _repeat(octet: int) -> np.uint64:
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """Where the fields are: `starts`, `ends` [40, N] byte positions; `words` [position] the 8 bytes from there on."""
+class _Rows:
+    """Decoded rows: `ids` [N, 26] are numbers below 2**32, 0 where `no_id` [N, 26]."""
 
-    buffer: NDArray[np.uint8]
-    words: NDArray[np.uint64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-
-    def last_words(self, field: int) -> NDArray[np.uint64]:
-        words: NDArray[np.uint64] = self.words[self.ends[field] - _WORD_BYTES]
-        return words
-
-    def lengths(self, field: int) -> NDArray[np.int64]:
-        lengths: NDArray[np.int64] = self.ends[field] - self.starts[field]
-        return lengths
+    labels: NDArray[np.uint8]
+    dense: NDArray[np.float32]
+    no_dense: NDArray[np.bool_]
+    ids: NDArray[np.uint64]
+    no_id: NDArray[np.bool_]
 
 
 def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
     """Parse whole lines of Criteo text (as `byte_blocks.load_block` returns them). Malformed rows are set aside."""
+    bad_rows: list[BadRow] = []
+    parts: list[_Rows] = []
+    num_lines = 0
+    for slice_buffer in _slices(buffer):
+        rows, slice_bad_rows = _parse_slice(slice_buffer, schema)
+        parts.append(rows)
+        bad_rows += [replace(row, line=num_lines + row.line) for row in slice_bad_rows]
+        num_lines += len(rows.labels) + len(slice_bad_rows)
+    num_missing = sum((part.no_dense.sum(axis=0) for part in parts), np.zeros(NUM_DENSE, np.int64))
+    columns = []
+    for c, column in enumerate(schema.categorical):
+        missing = np.concatenate([part.no_id[:, c] for part in parts])
+        values = np.concatenate([part.ids[:, c] for part in parts])
+        columns.append(encode_numbers(values, missing if missing.any() else None, column))
+    return RawChunk(
+        num_lines,
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.dense for part in parts]),
+        num_missing,
+        tuple(columns),
+        tuple(bad_rows),
+    )
+
+
+def _slices(buffer: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Cut at line ends into views of about _SLICE_BYTES, each with padding (other text, never used) in front."""
+    start = PADDING_BYTES
+    while start < len(buffer):
+        stop = min(start + _SLICE_BYTES, len(buffer))
+        newlines = np.flatnonzero(buffer[start:stop] == _NEWLINE)
+        while not len(newlines):
+            stop = min(stop + _SLICE_BYTES, len(buffer))
+            newlines = np.flatnonzero(buffer[start:stop] == _NEWLINE)
+        stop = start + int(newlines[-1]) + 1
+        yield buffer[start - PADDING_BYTES : stop]
+        start = stop
+
+
+def _parse_slice(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows, list[BadRow]]:
     line_numbers: NDArray[np.int64] | None = None
     bad_rows: list[BadRow] = []
     while True:
-        chunk, is_bad = _parse_clean(buffer, schema)
-        if chunk is not None:
-            num_lines = chunk.num_lines + len(bad_rows)
-            bad_rows.sort(key=lambda row: row.line)
-            return RawChunk(num_lines, chunk.labels, chunk.dense, chunk.num_missing, chunk.columns, tuple(bad_rows))
+        rows, is_bad = _decode(buffer, schema)
+        if rows is not None:
+            return rows, sorted(bad_rows, key=lambda row: row.line)
         if line_numbers is None:
             line_numbers = np.arange(1, len(is_bad) + 1)
         buffer, raw_rows = _drop_lines(buffer, is_bad)
@@ -94,58 +125,48 @@ def _fault(number: int, field: bytes) -> str | None:
     return None if is_hex else f"{field.decode()!r} is not an id of at most 8 hexadecimal digits"
 
 
-def _parse_clean(buffer: NDArray[np.uint8], schema: Schema) -> tuple[RawChunk | None, NDArray[np.bool_]]:
-    """Return the chunk, or None and which lines are malformed."""
+def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, NDArray[np.bool_]]:
+    """Return the rows, or None and which lines are malformed."""
     separators, others = _scan(buffer)
     is_newline = buffer[separators] == _NEWLINE
     num_rows = int(np.count_nonzero(is_newline))
     if len(separators) != NUM_FIELDS * num_rows or not is_newline[NUM_FIELDS - 1 :: NUM_FIELDS].all():
         return None, np.diff(np.flatnonzero(is_newline), prepend=-1) != NUM_FIELDS
-    fields = _locate(buffer, separators, num_rows)
+    ends = separators.reshape(num_rows, NUM_FIELDS)
+    lengths = np.diff(separators, prepend=PADDING_BYTES - 1).reshape(num_rows, NUM_FIELDS) - 1
     is_bad = np.zeros(num_rows, np.bool_)
     is_bad[_rows_of_stray_bytes(buffer, separators, others)] = True
-    labels = buffer[fields.starts[0]] - _ZERO
-    is_bad |= (fields.lengths(0) != 1) | (labels > 1)
-    dense = np.empty((num_rows, NUM_DENSE), np.float32)
-    num_missing = np.zeros(NUM_DENSE, np.int64)
-    for i, column in enumerate(schema.dense):
-        dense[:, i], num_missing[i] = _dense_column(fields, 1 + i, column, is_bad)
-    hex_lengths = fields.ends[_FIRST_CATEGORICAL:] - fields.starts[_FIRST_CATEGORICAL:]
-    is_bad |= (hex_lengths > _WORD_BYTES).any(axis=0)
+    has_return = buffer[ends[:, -1] - 1] == _RETURN
+    if has_return.any():
+        ends, lengths = ends.copy(), lengths.copy()
+        ends[:, -1] -= has_return
+        lengths[:, -1] -= has_return
+    labels = buffer[ends[:, 0] - 1] - _ZERO
+    is_bad |= (lengths[:, 0] != 1) | (labels > 1)
+    # Unaligned words: words[p] is the 8 bytes from byte p on.
+    words: NDArray[np.uint64] = np.ndarray((len(buffer) - _WORD_BYTES + 1,), np.uint64, buffer, strides=(1,))
+    is_dense = slice(1, _FIRST_CATEGORICAL)
+    numbers = _decode_integers(buffer, words, ends[:, is_dense], lengths[:, is_dense], is_bad)
+    hex_lengths = lengths[:, _FIRST_CATEGORICAL:]
+    is_bad |= (hex_lengths > _WORD_BYTES).any(axis=1)
     if is_bad.any():
         return None, is_bad
-    columns = []
-    for c, categorical in enumerate(schema.categorical):
-        values = decode_hex(fields.last_words(_FIRST_CATEGORICAL + c), hex_lengths[c])
-        missing = hex_lengths[c] == 0
-        columns.append(encode_numbers(values, missing if missing.any() else None, categorical))
-    return RawChunk(num_rows, labels, dense, num_missing, tuple(columns), ()), is_bad
+    no_dense, no_id = lengths[:, is_dense] == 0, hex_lengths == 0
+    # All dense columns of Criteo's schema have the same transform.
+    dense = transform_dense(numbers, no_dense, schema.dense[0])
+    ids = decode_hex(words[ends[:, _FIRST_CATEGORICAL:] - _WORD_BYTES], hex_lengths)
+    return _Rows(labels, dense, no_dense, ids, no_id), is_bad
 
 
 def _scan(buffer: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of separators, and of bytes that are neither separators nor hexadecimal digits."""
-    separators, others = [], []
-    for start in range(PADDING_BYTES, len(buffer), _SCAN_BYTES):
-        piece = buffer[start : start + _SCAN_BYTES]
-        is_separator = piece == _TAB
-        is_separator |= piece == _NEWLINE
-        is_known = (piece - _ZERO) < 10
-        is_known |= ((piece | np.uint8(0x20)) - np.uint8(ord("a"))) < 6
-        is_known |= is_separator
-        separators.append(np.flatnonzero(is_separator) + start)
-        others.append(np.flatnonzero(~is_known) + start)
-    return np.concatenate(separators), np.concatenate(others)
-
-
-def _locate(buffer: NDArray[np.uint8], separators: NDArray[np.int64], num_rows: int) -> _Fields:
-    ends = np.ascontiguousarray(separators.reshape(num_rows, NUM_FIELDS).T)
-    starts = np.empty_like(ends)
-    starts[1:] = ends[:-1] + 1
-    starts[0, :1] = PADDING_BYTES
-    starts[0, 1:] = ends[-1, :-1] + 1
-    ends[-1] -= buffer[ends[-1] - 1] == _RETURN
-    words: NDArray[Any] = np.ndarray((len(buffer) - _WORD_BYTES + 1,), np.uint64, buffer, strides=(1,))
-    return _Fields(buffer, words, starts, ends)
+    text = buffer[PADDING_BYTES:]
+    is_separator = text == _TAB
+    is_separator |= text == _NEWLINE
+    is_known = (text - _ZERO) < 10
+    is_known |= ((text | np.uint8(0x20)) - np.uint8(ord("a"))) < 6
+    is_known |= is_separator
+    return np.flatnonzero(is_separator) + PADDING_BYTES, np.flatnonzero(~is_known) + PADDING_BYTES
 
 
 def _rows_of_stray_bytes(
@@ -163,8 +184,9 @@ def decode_hex(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray
     """Read the last `lengths` (0..8) characters of each word, which must be hexadecimal digits, as a number."""
     is_letter = (words >> np.uint64(6)) & _repeat(0x01)
     nibbles = (words & _repeat(0x0F)) + is_letter * np.uint64(9)
-    if lengths.min(initial=_WORD_BYTES) < _WORD_BYTES:
-        nibbles = _keep_last(nibbles, lengths)
+    is_short = lengths < _WORD_BYTES
+    if is_short.any():
+        nibbles[is_short] = _keep_last(nibbles[is_short], lengths[is_short])
     # Neighbours join: 8 digits in 8 bytes, 4 pairs in 4 x 2, 2 fours in 2 x 4. The first character is the lowest byte.
     pairs = ((nibbles << np.uint64(4)) | (nibbles >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
     fours = ((pairs << np.uint64(8)) | (pairs >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
@@ -180,32 +202,35 @@ def decode_decimal(digits: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _keep_last(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Clear all but the last `lengths` bytes; of an empty field one byte is kept, which nobody may use."""
+    """Clear all but the last `lengths` bytes of each word."""
     shift = (8 * (_WORD_BYTES - np.clip(lengths, 1, _WORD_BYTES))).astype(np.uint64)
-    return (words >> shift) << shift
+    kept = (words >> shift) << shift
+    kept *= lengths > 0  # a shift by all 64 bits is not defined
+    return kept
 
 
-def _dense_column(
-    fields: _Fields, field: int, column: DenseColumn, is_bad: NDArray[np.bool_]
-) -> tuple[NDArray[np.float32], int]:
-    """Decode and transform one integer column; marks malformed rows in `is_bad`."""
-    is_negative = fields.buffer[fields.starts[field]] == _MINUS
-    lengths = fields.lengths(field)
+def _decode_integers(
+    buffer: NDArray[np.uint8],
+    words: NDArray[np.uint64],
+    ends: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    is_bad: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """Read whole numbers [N, I], 0 where missing; marks malformed rows in `is_bad`."""
+    is_negative = buffer[ends - lengths] == _MINUS
     num_digits = lengths - is_negative
-    digits = _keep_last(fields.last_words(field) ^ _repeat(ord("0")), num_digits)
-    values = decode_decimal(digits).astype(np.float64)
-    missing = lengths == 0
+    digits = _keep_last(words[ends - _WORD_BYTES] ^ _repeat(ord("0")), num_digits)
+    numbers = decode_decimal(digits).astype(np.float64)
     # A byte above 9 carries into its high half when 6 is added; one above 15 has it set already.
     is_wrong = ((digits + _repeat(6)) | digits) & _repeat(0xF0) != 0
-    is_wrong |= num_digits == 0
-    is_wrong &= ~missing
-    values[is_negative] *= -1
-    for row in np.flatnonzero(num_digits > _WORD_BYTES):
-        text = fields.buffer[fields.starts[field, row] : fields.ends[field, row]].tobytes()
-        is_wrong[row] = _fault(field, text) is not None
-        values[row] = 0.0 if is_wrong[row] else float(int(text))
-    is_bad |= is_wrong
-    return transform_dense(values, missing, column), int(np.count_nonzero(missing))
+    is_wrong |= is_negative & (num_digits == 0)
+    np.negative(numbers, out=numbers, where=is_negative)
+    for row, i in np.argwhere(num_digits > _WORD_BYTES).tolist():
+        text = buffer[ends[row, i] - lengths[row, i] : ends[row, i]].tobytes()
+        is_wrong[row, i] = _fault(1 + i, text) is not None
+        numbers[row, i] = 0.0 if is_wrong[row, i] else float(int(text))
+    is_bad |= is_wrong.any(axis=1)
+    return numbers
 
 
 def _drop_lines(buffer: NDArray[np.uint8], is_dropped: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], list[bytes]]:

@@ -34,7 +34,9 @@ def run_preprocess(namespace: argparse.Namespace) -> int:
 
 def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
-    generate(_build(GenerateOptions, _given(namespace), {"num_rows": "--rows"}))
+    options = _build(GenerateOptions, _given(namespace), {"num_rows": "--rows"})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    generate(options)
     return 0
 
 

@@ -59,11 +59,12 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     from data_pipeline.generate_options import GenerateOptions
 
     add = _options_of(parser, GenerateOptions)
-    add("--shape", required=True)
+    add("--shape", metavar="SHAPE")
     add("--rows", "num_rows", required=True, type=int, metavar="N")
     add("--output", required=True, metavar="DIR")
     add("--format", choices=("shards", "tsv"))
     add("--seed", type=int, metavar="S")
+    add("--rows-per-shard", type=int, metavar="N")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class ShardedModel:
     @property
     def num_parameters(self) -> int:
         """Weights over all ranks."""
-        return sum(weight.numel() for weight in self.module.state_dict().values())
+        return sum(math.prod(weight.size()) for weight in self.module.state_dict().values())
 
 
 def build_sharded_model(config: Config, dataset: Dataset, ranks: Ranks) -> ShardedModel:

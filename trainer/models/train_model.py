@@ -12,7 +12,7 @@ from data_pipeline.order import ReadPosition
 
 
 class StepOutput(NamedTuple):
-    """Of one rank's slice: `loss`, `logits` [B], `labels` [B], none with a gradient; and the batch's place in the order."""
+    """Of a rank's slice: `loss`, `logits` [B], `labels` [B], none with a gradient; and the batch's place."""
 
     loss: torch.Tensor
     logits: torch.Tensor

@@ -36,15 +36,15 @@ def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
     options = _build(GenerateOptions, _given(namespace), {"num_rows": "--rows"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    generate(options)
+    print(summarize(options.output, generate(options)))
     return 0
 
 
 def summarize(folder: str, manifest: Manifest) -> str:
     """What a data set holds, a line a split; the best possible metrics are known for generated data only."""
-    lines = [f"{folder}: {manifest.num_rows:,} rows, split {manifest.split_rule}"]
+    lines = [f"{folder}: {manifest.num_rows:,} rows; split: {manifest.split_rule}"]
     if manifest.num_bad_rows:
-        lines[0] += f", {manifest.num_bad_rows:,} malformed rows set aside"
+        lines[0] += f"; {manifest.num_bad_rows:,} malformed rows set aside"
     for name, split in manifest.splits.items():
         line = f"  {name:10}  {split.num_rows:>13,} rows  label rate {split.label_rate:.4f}"
         if split.best_auc is not None and split.best_logloss is not None:

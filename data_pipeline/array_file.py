@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_FOOTER_LENGTH_BYTES = 8
+_FOOTER_LENGTHS_BYTES = 16
 _ALIGNMENT = 8
 
 
 def write_arrays(path: str, arrays: dict[str, NDArray[Any]], meta: Any = None) -> None:
     """Write arrays and a JSON value under a temporary name and rename: killed at any time, the file is not half there.
 
-    Layout: the arrays' bytes, each from a multiple of 8; a JSON footer; the footer's length in 8 bytes.
+    Layout: the arrays' bytes, each from a multiple of 8; the JSON value; a line "name dtype offset size" an array; the
+    lengths of these two in 8 bytes each.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     index: dict[str, tuple[str, int, int]] = {}
@@ -25,8 +26,8 @@ def write_arrays(path: str, arrays: dict[str, NDArray[Any]], meta: Any = None) -
             file.write(bytes(-file.tell() % _ALIGNMENT))
             index[name] = (array.dtype.str, file.tell(), array.size)
             file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-        footer = json.dumps({"index": index, "meta": meta}).encode()
-        file.write(footer + len(footer).to_bytes(_FOOTER_LENGTH_BYTES, "little"))
+        footer = [json.dumps(meta).encode(), "\n".join(" ".join(map(str, (n, *e))) for n, e in index.items()).encode()]
+        file.write(b"".join(footer) + np.array([len(part) for part in footer], "<i8").tobytes())
     os.replace(temporary, path)
 
 
@@ -35,13 +36,13 @@ class ArrayFile:
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 - closed by __exit__
-        self._file.seek(-_FOOTER_LENGTH_BYTES, os.SEEK_END)
+        self._file.seek(-_FOOTER_LENGTHS_BYTES, os.SEEK_END)
         footer_end = self._file.tell()
-        length = int.from_bytes(self._file.read(_FOOTER_LENGTH_BYTES), "little")
-        self._file.seek(footer_end - length)
-        footer = json.loads(self._file.read(length))
-        self._index: dict[str, tuple[str, int, int]] = footer["index"]
-        self.meta: Any = footer["meta"]
+        meta_bytes, index_bytes = np.frombuffer(self._file.read(_FOOTER_LENGTHS_BYTES), "<i8").tolist()
+        self._file.seek(footer_end - index_bytes - meta_bytes)
+        self.meta: Any = json.loads(self._file.read(meta_bytes))
+        lines = (line.split(" ") for line in self._file.read(index_bytes).decode().split("\n"))
+        self._index = {line[0]: line[1:] for line in lines}
 
     def __enter__(self) -> ArrayFile:
         return self
@@ -52,16 +53,12 @@ class ArrayFile:
     def __contains__(self, name: str) -> bool:
         return name in self._index
 
-    def size(self, name: str) -> int:
-        """Number of elements of an array."""
-        return self._index[name][2]
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read elements [start, stop) of an array into memory (not mapped, so that it is freed when dropped)."""
         dtype_name, offset, size = self._index[name]
         dtype = np.dtype(dtype_name)
-        stop = size if stop is None else stop
-        self._file.seek(offset + start * dtype.itemsize)
+        stop = int(size) if stop is None else stop
+        self._file.seek(int(offset) + start * dtype.itemsize)
         array = np.empty(stop - start, dtype)
         if array.size:
             self._file.readinto(array.data.cast("B"))

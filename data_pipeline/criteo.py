@@ -1,6 +1,6 @@
 """Criteo click logs (Kaggle train.txt, Terabyte day_N): label, 13 integers, 26 hexadecimal ids, split by tabs.
 
-Text is decoded a slice at a time, without per-row Python: the last 8 bytes of each field are read as one 64-bit word and
+Text is decoded a slice at a time, without per-row Python: the last 8 bytes of each field are read as one 64-bit word;
 arithmetic on the words treats 8 characters at once. Shape letters: N rows, I dense inputs.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +32,25 @@ def _repeat(octet: int) -> np.uint64:
     return np.uint64(octet * 0x0101010101010101)
 
 
+# [length] masks of the last `length` bytes of a word (its highest ones).
+_LAST_BYTES = np.array([(2**64 - 1) ^ (2 ** (8 * (_WORD_BYTES - length)) - 1) for length in range(9)], np.uint64)
+
+
+def _joins(base: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
+    """Multiplier, right shift and mask that join neighbours of 1, 2 and 4 digits, held in 8, 16 and 32 bits each."""
+    kept = (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF)
+    return [
+        (np.uint64(1 + (base**digits << 8 * digits)), np.uint64(8 * digits), np.uint64(mask))
+        for digits, mask in zip((1, 2, 4), kept, strict=True)
+    ]
+
+
+_HEX_JOINS, _DECIMAL_JOINS = _joins(16), _joins(10)
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """Decoded rows: `ids` [N, 26] are numbers below 2**32, 0 where `no_id` [N, 26]."""
+    """Decoded rows: `ids` [26, N] are numbers below 2**32, of no meaning where `no_id` [26, N]."""
 
     labels: NDArray[np.uint8]
     dense: NDArray[np.float32]
@@ -55,11 +70,11 @@ def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
         bad_rows += [replace(row, line=num_lines + row.line) for row in slice_bad_rows]
         num_lines += len(rows.labels) + len(slice_bad_rows)
     num_missing = sum((part.no_dense.sum(axis=0) for part in parts), np.zeros(NUM_DENSE, np.int64))
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    missing = np.concatenate([part.no_id for part in parts], axis=1)
     columns = []
     for c, column in enumerate(schema.categorical):
-        missing = np.concatenate([part.no_id[:, c] for part in parts])
-        values = np.concatenate([part.ids[:, c] for part in parts])
-        columns.append(encode_numbers(values, missing if missing.any() else None, column))
+        columns.append(encode_numbers(ids[c], missing[c] if missing[c].any() else None, column))
     return RawChunk(
         num_lines,
         np.concatenate([part.labels for part in parts]),
@@ -155,7 +170,8 @@ def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, ND
     # All dense columns of Criteo's schema have the same transform.
     dense = transform_dense(numbers, no_dense, schema.dense[0])
     ids = decode_hex(words[ends[:, _FIRST_CATEGORICAL:] - _WORD_BYTES], hex_lengths)
-    return _Rows(labels, dense, no_dense, ids, no_id), is_bad
+    # Columns are gathered from here on: turned while they are in the cache.
+    return _Rows(labels, dense, no_dense, np.ascontiguousarray(ids.T), np.ascontiguousarray(no_id.T)), is_bad
 
 
 def _scan(buffer: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -182,31 +198,30 @@ def _rows_of_stray_bytes(
 
 def decode_hex(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Read the last `lengths` (0..8) characters of each word, which must be hexadecimal digits, as a number."""
-    is_letter = (words >> np.uint64(6)) & _repeat(0x01)
-    nibbles = (words & _repeat(0x0F)) + is_letter * np.uint64(9)
+    nibbles = words >> np.uint64(6)
+    nibbles &= _repeat(0x01)  # of letters
+    nibbles *= np.uint64(9)
+    nibbles += words & _repeat(0x0F)
     is_short = lengths < _WORD_BYTES
     if is_short.any():
-        nibbles[is_short] = _keep_last(nibbles[is_short], lengths[is_short])
-    # Neighbours join: 8 digits in 8 bytes, 4 pairs in 4 x 2, 2 fours in 2 x 4. The first character is the lowest byte.
-    pairs = ((nibbles << np.uint64(4)) | (nibbles >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
-    fours = ((pairs << np.uint64(8)) | (pairs >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
-    return ((fours << np.uint64(16)) | (fours >> np.uint64(32))) & np.uint64(0xFFFFFFFF)
+        nibbles[is_short] &= _LAST_BYTES[lengths[is_short]]
+    # Neighbours join: 8 digits in 8 bytes, 4 pairs in 4 x 2, 2 fours in 2 x 4. The first character is the lowest byte:
+    # a multiplication adds it, shifted past its neighbour, to the byte above, and a right shift brings both down.
+    for join, shift, kept in _HEX_JOINS:
+        nibbles *= join
+        nibbles >>= shift
+        nibbles &= kept
+    return nibbles
 
 
 def decode_decimal(digits: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Read words whose 8 bytes are decimal digits 0..9, the first the lowest byte, as numbers."""
-    pairs = (digits * np.uint64(10) + (digits >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
-    fours = (pairs * np.uint64(100) + (pairs >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
-    number: NDArray[Any] = (fours * np.uint64(10_000) + (fours >> np.uint64(32))) & np.uint64(0xFFFFFFFF)
-    return number.view(np.int64)
-
-
-def _keep_last(words: NDArray[np.uint64], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Clear all but the last `lengths` bytes of each word."""
-    shift = (8 * (_WORD_BYTES - np.clip(lengths, 1, _WORD_BYTES))).astype(np.uint64)
-    kept = (words >> shift) << shift
-    kept *= lengths > 0  # a shift by all 64 bits is not defined
-    return kept
+    numbers = digits.copy()
+    for join, shift, kept in _DECIMAL_JOINS:
+        numbers *= join
+        numbers >>= shift
+        numbers &= kept
+    return numbers.view(np.int64)
 
 
 def _decode_integers(
@@ -219,10 +234,15 @@ def _decode_integers(
     """Read whole numbers [N, I], 0 where missing; marks malformed rows in `is_bad`."""
     is_negative = buffer[ends - lengths] == _MINUS
     num_digits = lengths - is_negative
-    digits = _keep_last(words[ends - _WORD_BYTES] ^ _repeat(ord("0")), num_digits)
+    digits = words[ends - _WORD_BYTES]
+    digits ^= _repeat(ord("0"))
+    digits &= _LAST_BYTES[np.minimum(num_digits, _WORD_BYTES)]
     numbers = decode_decimal(digits).astype(np.float64)
     # A byte above 9 carries into its high half when 6 is added; one above 15 has it set already.
-    is_wrong = ((digits + _repeat(6)) | digits) & _repeat(0xF0) != 0
+    carried = digits + _repeat(6)
+    carried |= digits
+    carried &= _repeat(0xF0)
+    is_wrong = carried != 0
     is_wrong |= is_negative & (num_digits == 0)
     np.negative(numbers, out=numbers, where=is_negative)
     for row, i in np.argwhere(num_digits > _WORD_BYTES).tolist():

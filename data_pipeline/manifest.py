@@ -125,5 +125,9 @@ def read_manifest(folder: str) -> Manifest:
                 f"it ({found.get('papilio_version', 'unknown version')})"
             )
         return Manifest.model_validate(found)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DatasetError(f"{path} is damaged ({key}: {first['msg']}); preprocess the data again") from None
+    except (json.JSONDecodeError, AttributeError) as error:
         raise DatasetError(f"{path} is damaged ({error}); preprocess the data again") from None

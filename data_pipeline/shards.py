@@ -82,8 +82,9 @@ def open_shard(info: ShardInfo, schema: Schema, folder: str, *, verify_checksum:
     try:
         with pa.memory_map(local_path) as source:
             table = pa.ipc.open_file(source).read_all()
+        _check_types(table, schema)
         return _from_table(table, schema)
-    except (pa.ArrowException, KeyError, AttributeError) as error:
+    except pa.ArrowException as error:
         raise DatasetError(f"shard {path} does not hold the columns of the manifest ({error})") from None
 
 
@@ -126,6 +127,18 @@ def _to_record_batch(columns: Columns, schema: Schema) -> pa.RecordBatch:
         ids = pa.array(bags.ids, pa.int32())
         arrays[f"id:{column.name}"] = ids if bags.offsets is None else pa.ListArray.from_arrays(bags.offsets, ids)
     return pa.RecordBatch.from_pydict(arrays)
+
+
+def _check_types(table: pa.Table, schema: Schema) -> None:
+    wanted = {LABEL: pa.uint8()}
+    if schema.dense:
+        wanted[DENSE] = pa.list_(pa.float32(), len(schema.dense))
+    for column in schema.categorical:
+        wanted[f"id:{column.name}"] = pa.list_(pa.int32()) if column.multi_hot else pa.int32()
+    found = dict(zip(table.schema.names, table.schema.types, strict=True))
+    for name, arrow_type in wanted.items():
+        if found.get(name) != arrow_type:
+            raise pa.ArrowInvalid(f"column {name} is {found.get(name, 'missing')}, not {arrow_type}")
 
 
 def _from_table(table: pa.Table, schema: Schema) -> Columns:

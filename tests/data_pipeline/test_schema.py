@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.schema import (
+    MISSING_ID,
+    NUM_RESERVED_IDS,
+    UNKNOWN_ID,
+    CategoricalColumn,
+    Schema,
+    SchemaError,
+    criteo_schema,
+    load_schema,
+)
+
+
+def test_schema_file_gives_the_columns_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "schema.toml"
+    path.write_text(
+        """
+        label = "clicked"
+        dense = [{name = "age", transform = "identity", missing_value = -1.0}, {name = "price"}]
+        [[categorical]]
+        name = "user"
+        kind = "integer"
+        encoding = "hash"
+        num_buckets = 1000
+        [[categorical]]
+        name = "tags"
+        multi_hot = true
+        separator = "|"
+        frequency_threshold = 3
+        """
+    )
+    schema = load_schema(path)
+    assert schema.label == "clicked"
+    assert schema.dense_names == ["age", "price"]
+    assert [(column.transform, column.missing_value) for column in schema.dense] == [("identity", -1.0), ("log1p", 0.0)]
+    assert schema.categorical_names == ["user", "tags"]
+    user, tags = schema.categorical
+    assert (user.kind, user.encoding, user.num_buckets, user.multi_hot) == ("integer", "hash", 1000, False)
+    assert (tags.kind, tags.encoding, tags.frequency_threshold, tags.separator) == ("string", "vocabulary", 3, "|")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label = [", "is not TOML"),
+        ('label = "y"', "categorical: Field required"),
+        ("categorical = []", "categorical: Tuple should have at least 1 item"),
+        ('categorical = [{name = "u", embedding = 3}]', r"categorical.0.embedding: Extra inputs .*got 3"),
+        ('categorical = [{name = "u", encoding = "hash"}]', "encoding = 'hash' needs num_buckets"),
+        ('categorical = [{name = "u", frequency_threshold = 0}]', r"frequency_threshold: .* greater than .*got 0"),
+        ('dense = [{name = "u"}]\ncategorical = [{name = "u"}]', "names must differ; repeated: u"),
+        (
+            'dense = [{name = "x", transform = "sqrt"}]\ncategorical = [{name = "u"}]',
+            "transform: .*'log1p' or 'identity'",
+        ),
+    ],
+)
+def test_wrong_schema_file_is_refused_by_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "schema.toml"
+    path.write_text(text)
+    with pytest.raises(SchemaError, match=message) as caught:
+        load_schema(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_schema_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"none\.toml does not exist"):
+        load_schema(tmp_path / "none.toml")
+
+
+def test_criteo_schema_has_the_columns_of_the_logs() -> None:
+    schema = criteo_schema(frequency_threshold=10)
+    assert schema.dense_names == [f"I{i}" for i in range(1, 14)]
+    assert schema.categorical_names == [f"C{i}" for i in range(1, 27)]
+    assert {(c.kind, c.encoding, c.frequency_threshold) for c in schema.categorical} == {("hex", "vocabulary", 10)}
+    assert {(c.encoding, c.num_buckets) for c in criteo_schema(num_buckets=500).categorical} == {("hash", 500)}
+
+
+def test_reserved_ids_lie_below_all_others() -> None:
+    assert sorted((UNKNOWN_ID, MISSING_ID)) == list(range(NUM_RESERVED_IDS))
+
+
+def test_schema_survives_json() -> None:
+    schema = Schema(categorical=(CategoricalColumn(name="u", multi_hot=True),))
+    assert Schema.model_validate_json(schema.model_dump_json()) == schema

@@ -32,7 +32,7 @@ MADE_HERE := $(VENV)/.papilio-made-here
 .DELETE_ON_ERROR:
 
 train: env data
-	PATH="$(abspath $(BIN)):$$PATH" torchx run -s local_cwd launch/components.py:train --recipe $(RECIPE) --nproc $(NPROC)
+	PATH="$(abspath $(BIN)):$$PATH" torchx --log_level WARNING run -s local_cwd launch/components.py:train --recipe $(RECIPE) --nproc $(NPROC)
 
 test: env
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -23,7 +23,7 @@ esac
 JOB = """#!/bin/sh
 echo "$(basename "$0") $@" >> calls
 if [ "$1" = generate ]; then mkdir -p datasets/quickstart; touch datasets/quickstart/manifest.json; fi
-if [ "$1" = run ] && [ -e fail_job ]; then exit 3; fi
+if [ "$3" = run ] && [ -e fail_job ]; then exit 3; fi
 """
 
 
@@ -116,7 +116,7 @@ def test_pip_arguments_reach_every_installation(folder: Path) -> None:
 def test_train_makes_data_once_and_runs_the_component(folder: Path) -> None:
     component = "launch/components.py:train --recipe launch/recipes/quickstart.toml --nproc 2"
     generate = "papilio generate --shape criteo_small --rows 1000000 --output datasets/quickstart"
-    job = f"torchx run -s local_cwd {component}"
+    job = f"torchx --log_level WARNING run -s local_cwd {component}"
     assert make(folder, "train").returncode == 0
     assert calls(folder) == [*INSTALLATION, generate, job]
     assert make(folder).returncode == 0

@@ -14,10 +14,11 @@ from trainer.evaluation import evaluate
 from trainer.install import check_install
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import load_run_config
+from trainer.runtime import configure_runtime
 from trainer.sharded_model import build_sharded_model
 from trainer.storage import read_json
 from trainer.summary import format_metrics
-from trainer.train import EXPECTED_ERRORS, configure_logging
+from trainer.train import EXPECTED_ERRORS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="data set folder; that of the run by default")
     parser.add_argument("--split", default="test", help="train, validation or test")
     known = parser.parse_args(arguments)
-    configure_logging()
+    configure_runtime()
     try:
         check_install()
         config = load_run_config(known.run)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
-
-import torch
 
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Loader
@@ -24,6 +21,7 @@ from trainer.loop import Progress, run_training
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import RunFolder, choose_run_dir, papilio_version
+from trainer.runtime import configure_runtime
 from trainer.sharded_model import ShardedModel, build_sharded_model
 from trainer.storage import write_json
 from trainer.summary import Summary, format_summary
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__)
     parser.add_argument("--recipe", required=True, help="TOML file, or the name of a shipped recipe")
     known, overrides = parser.parse_known_args(arguments)
-    configure_logging()
+    configure_runtime()
     try:
         check_install()
         config = load_config(known.recipe, overrides)
@@ -48,16 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def configure_logging() -> None:
-    """Warnings of libraries stay; their notices at start-up, which repeat on every rank, do not."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
-
-
 def train(config: Config, ranks: Ranks) -> Summary:
     """Train as the config says and write the run folder. Collective; returns the summary on every rank."""
-    torch.set_flush_denormal(True)
     dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
     loader = _training_loader(config, dataset, ranks)
     run_dir = ranks.agree_on(choose_run_dir(config.output, config.name) if ranks.is_first else None)

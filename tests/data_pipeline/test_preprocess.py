@@ -1,0 +1,401 @@
+"""The whole of preprocessing against a slow statement of it in plain Python: dictionaries, loops and math.log1p."""
+
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from data_pipeline import byte_blocks, criteo, key_runs
+from data_pipeline.bad_rows import PreprocessError
+from data_pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipeline.preprocess import preprocess
+from data_pipeline.preprocess_options import PreprocessOptions
+from data_pipeline.shards import open_shard
+from data_pipeline.stage import STAGE_NAME
+
+SPLITS = ("train", "validation", "test")
+
+
+def criteo_lines(num_rows: int, seed: int = 0) -> list[bytes]:
+    generator = random.Random(seed)
+
+    def integer(i: int) -> str:
+        draw = generator.random()
+        if draw < 0.2:
+            return ""
+        if draw < 0.3:
+            return str(-generator.randint(1, 3))
+        return str(int(generator.lognormvariate(2, 2 + i / 4)) % 10 ** generator.randint(1, 11))
+
+    def hexadecimal(c: int) -> str:
+        if generator.random() < 0.1:
+            return ""
+        key = int(2 ** (generator.random() * (2 + c % 10)))
+        return f"{key * 2654435761 % 2**32:0{generator.choice([8, 8, 8, 1])}x}"
+
+    return [
+        "\t".join(
+            [str(generator.randint(0, 1)), *(integer(i) for i in range(13)), *(hexadecimal(c) for c in range(26))]
+        ).encode()
+        for _ in range(num_rows)
+    ]
+
+
+def splitmix64(number: int) -> int:
+    mask = 2**64 - 1
+    number = (number + 0x9E3779B97F4A7C15) & mask
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & mask
+    return number ^ (number >> 31)
+
+
+def oracle(lines: list[bytes], split_of: list[str], threshold: int = 1, max_ids: int = 10**9, buckets: int = 0):
+    """Rows of each split as (label, dense, ids), and each column's vocabulary by rank."""
+    rows = [line.decode().split("\t") for line in lines]
+    vocabularies = []
+    for c in range(26):
+        counts = Counter(
+            int(row[14 + c], 16) for row, split in zip(rows, split_of, strict=True) if split == "train" and row[14 + c]
+        )
+        kept = [(-count, key) for key, count in counts.items() if count >= threshold]
+        vocabularies.append([key for _, key in sorted(kept)[:max_ids]])
+    id_of = [{key: 2 + rank for rank, key in enumerate(keys)} for keys in vocabularies]
+
+    def to_id(c: int, field: str) -> int:
+        if field == "":
+            return 1
+        if buckets:
+            return 2 + splitmix64(int(field, 16)) % (buckets - 2)
+        return id_of[c].get(int(field, 16), 0)
+
+    result = {split: [] for split in SPLITS}
+    for row, split in zip(rows, split_of, strict=True):
+        dense = [math.log1p(max(int(field), 0)) if field else 0.0 for field in row[1:14]]
+        result[split].append((int(row[0]), dense, [to_id(c, field) for c, field in enumerate(row[14:])]))
+    return result, vocabularies
+
+
+def days_split(rows_per_file: list[int]) -> list[str]:
+    total = sum(rows_per_file)
+    last = rows_per_file[-1] if len(rows_per_file) > 1 else total // 7
+    return ["train"] * (total - last) + ["validation"] * (last // 2) + ["test"] * (last - last // 2)
+
+
+def assert_equal_to_oracle(folder: Path, expected) -> None:
+    manifest = read_manifest(str(folder))
+    for split in SPLITS:
+        shards = [open_shard(info, manifest.data_schema, str(folder)) for info in manifest.splits[split].shards]
+        rows = expected[split]
+        assert manifest.splits[split].num_rows == len(rows) == sum(shard.num_rows for shard in shards)
+        assert manifest.splits[split].num_positives == sum(label for label, _, _ in rows)
+        if not rows:
+            continue
+        assert np.concatenate([shard.labels for shard in shards]).tolist() == [label for label, _, _ in rows]
+        dense = np.concatenate([shard.dense for shard in shards])
+        np.testing.assert_array_equal(dense, np.array([dense for _, dense, _ in rows], np.float32))
+        for c in range(26):
+            ids = np.concatenate([shard.bags[c].ids for shard in shards])
+            assert ids.tolist() == [ids[c] for _, _, ids in rows], f"column {c} of {split}"
+
+
+def criteo_options(inputs: list[Path] | Path, output: Path, **changes) -> PreprocessOptions:
+    paths = inputs if isinstance(inputs, list) else [inputs]
+    options = {"num_workers": 1, "show_progress": False} | changes
+    return PreprocessOptions(source="criteo", inputs=tuple(map(str, paths)), output=str(output), **options)
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Many blocks, slices and key ranges in a small file."""
+    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (30_000,))
+    monkeypatch.setattr(criteo, "_SLICE_BYTES", 4_000)
+    monkeypatch.setattr(key_runs, "RANGE_KEYS", 50)
+    monkeypatch.setattr(key_runs, "_SAMPLED_KEYS", 100)
+
+
+@pytest.mark.parametrize(("block_bytes", "slice_bytes"), [(8 << 20, 1 << 18), (20_000, 3_000), (997, 500)])
+def test_one_file_equals_the_oracle_whatever_the_cuts(tmp_path, monkeypatch, block_bytes, slice_bytes):
+    lines = criteo_lines(1_000)
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(criteo, "_SLICE_BYTES", slice_bytes)
+    preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=2))
+    expected, vocabularies = oracle(lines, days_split([1_000]), threshold=2)
+    assert_equal_to_oracle(tmp_path / "out", expected)
+    for c, keys in enumerate(vocabularies):
+        assert np.load(tmp_path / "out" / "vocabulary" / f"C{c + 1}.npy").tolist() == keys
+
+
+def test_several_files_ranges_and_shards_equal_the_oracle(tmp_path, small_pieces):
+    files = [criteo_lines(rows, seed) for seed, rows in enumerate([3_000, 2_500, 301])]
+    for day, lines in enumerate(files):
+        (tmp_path / f"day_{day}").write_bytes(b"\n".join(lines) + b"\n")
+    paths = [tmp_path / f"day_{day}" for day in range(3)]
+    manifest = preprocess(criteo_options(paths, tmp_path / "out", max_ids=20, rows_per_shard=4096))
+    expected, _ = oracle([line for lines in files for line in lines], days_split([3_000, 2_500, 301]), max_ids=20)
+    assert_equal_to_oracle(tmp_path / "out", expected)
+    assert [info.num_rows for info in manifest.splits["train"].shards] == [4096, 1404]
+    assert manifest.split_rule.startswith("days: the last file (301 rows) halved in order")
+
+
+def test_hashed_ids_equal_splitmix64(tmp_path, small_pieces):
+    lines = criteo_lines(300)
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines))
+    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", num_buckets=1000))
+    expected, _ = oracle(lines, days_split([300]), buckets=1000)
+    assert_equal_to_oracle(tmp_path / "out", expected)
+    assert manifest.categorical_stats["C1"].num_embeddings == 1000
+    assert not (tmp_path / "out" / "vocabulary").exists()
+
+
+@pytest.mark.parametrize("split", ["random", "fraction"])
+def test_random_and_fraction_splits(tmp_path, small_pieces, split):
+    lines = criteo_lines(900)
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    options = criteo_options(tmp_path / "train.txt", tmp_path / "out", split=split, seed=3, fractions=(0.6, 0.3, 0.1))
+    manifest = preprocess(options)
+    counts = [manifest.splits[name].num_rows for name in SPLITS]
+    if split == "fraction":
+        assert counts == [540, 270, 90]
+        split_of = ["train"] * 540 + ["validation"] * 270 + ["test"] * 90
+    else:
+        assert sum(counts) == 900
+        assert all(abs(count - share * 900) < 60 for count, share in zip(counts, (0.6, 0.3, 0.1), strict=True))
+        from data_pipeline.mixing import key_of
+
+        draws = [splitmix64(splitmix64(row) ^ key_of(3, "split")) / 2**64 for row in range(900)]
+        split_of = ["train" if draw < 0.6 else "validation" if draw < 0.9 else "test" for draw in draws]
+    assert_equal_to_oracle(tmp_path / "out", oracle(lines, split_of)[0])
+
+
+def test_statistics_of_the_manifest(tmp_path, small_pieces):
+    lines = criteo_lines(700)
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=3))
+    expected, _ = oracle(lines, days_split([700]), threshold=3)
+    rows = [row for split in SPLITS for row in expected[split]]
+    raw = [line.decode().split("\t") for line in lines]
+    dense = np.array([row[1] for row in rows])
+    for i in range(13):
+        stats = manifest.dense_stats[f"I{i + 1}"]
+        assert stats.missing_rate == sum(row[1 + i] == "" for row in raw) / 700
+        seen = [stats.mean, stats.standard_deviation, stats.minimum, stats.maximum]
+        wanted = [dense[:, i].mean(), dense[:, i].std(), dense[:, i].min(), dense[:, i].max()]
+        np.testing.assert_allclose(seen, wanted, rtol=1e-5, atol=1e-7)
+    for c in range(26):
+        stats = manifest.categorical_stats[f"C{c + 1}"]
+        counts = Counter(int(row[14 + c], 16) for row in raw if row[14 + c])
+        top = sum(sorted(counts.values(), reverse=True)[: math.ceil(len(counts) / 100)])
+        assert stats.cardinality == len(counts)
+        assert stats.skew == top / sum(counts.values())
+        assert stats.missing_rate == sum(row[14 + c] == "" for row in raw) / 700
+        assert stats.unknown_rate == sum(row[2][c] == 0 for row in rows) / 700
+        assert stats.mean_ids_per_sample == 1.0
+
+
+def test_workers_and_compression_change_no_byte(tmp_path):
+    text = b"\n".join(criteo_lines(400)) + b"\n"
+    for suffix, data in {
+        "": text,
+        ".gz": gzip.compress(text[:1000]) + gzip.compress(text[1000:]),
+        ".zst": zstandard.compress(text[:1000]) + zstandard.compress(text[1000:]),
+    }.items():
+        (tmp_path / f"train.txt{suffix}").write_bytes(data)
+    outputs = []
+    for number, (suffix, workers) in enumerate([("", 1), ("", 2), (".gz", 1), (".zst", 1)]):
+        preprocess(criteo_options(tmp_path / f"train.txt{suffix}", tmp_path / f"out{number}", num_workers=workers))
+        outputs.append(all_bytes(tmp_path / f"out{number}"))
+    assert outputs[0] == outputs[1]
+    for output in outputs[2:]:
+        manifests = [json.loads(files.pop(MANIFEST_NAME)) | {"source": None} for files in (dict(outputs[0]), output)]
+        assert manifests[0] == manifests[1]
+        assert output == {name: data for name, data in outputs[0].items() if name != MANIFEST_NAME}
+
+
+KILLED_SCRIPT = """
+import sys, time
+from data_pipeline import byte_blocks, parse_stage, vocabulary_stage, shard_stage, preprocess as p
+from data_pipeline.preprocess_options import PreprocessOptions
+byte_blocks.read_blocks.__defaults__ = (30_000,)
+def slowly(function):
+    def run(task):
+        result = function(task)
+        time.sleep(0.02)
+        return result
+    return run
+options = PreprocessOptions.model_validate_json(sys.argv[1])
+if options.num_workers == 1:
+    parse_stage.parse_block = slowly(parse_stage.parse_block)
+    p.build_column = slowly(p.build_column)
+    p.write_split_shard = slowly(p.write_split_shard)
+p.preprocess(options)
+"""
+
+
+@pytest.mark.parametrize("killed_at", ["chunk_0000005", "column_0007", "shard_0_0000000.json", "several"])
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, monkeypatch, killed_at):
+    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (30_000,))
+    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(2_000)) + b"\n")
+    options = criteo_options(tmp_path / "train.txt", tmp_path / "out")
+    stage = tmp_path / "out" / STAGE_NAME
+    for name in ["chunk_0000003", "column_0002", "column_0019"] if killed_at == "several" else [killed_at]:
+        kill_when_there(options, stage / name)
+        assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    parts = {name: (stage / name).stat().st_mtime_ns for name in os.listdir(stage) if name.startswith("chunk")}
+    assert parts
+    opened = []
+    monkeypatch.setattr("data_pipeline.parse_stage._parse", count_calls(opened))
+    preprocess(options)
+    preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
+    assert not stage.exists()
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
+    num_chunks = max(task.block.index for task in opened) + 1
+    assert len(opened) == 2 * num_chunks - len([name for name in parts if not name.endswith(".tmp")])
+
+
+def test_a_killed_run_of_two_workers_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (30_000,))
+    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(2_000)) + b"\n")
+    options = criteo_options(tmp_path / "train.txt", tmp_path / "out", num_workers=2)
+    kill_when_there(options, tmp_path / "out" / STAGE_NAME / "chunk_0000000")
+    preprocess(options)
+    preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
+
+
+def count_calls(opened: list):
+    from data_pipeline.parse_stage import _parse
+
+    def counted(task):
+        opened.append(task)
+        return _parse(task)
+
+    return counted
+
+
+def kill_when_there(options: PreprocessOptions, path: Path) -> None:
+    script = [sys.executable, "-c", KILLED_SCRIPT, options.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
+    process = subprocess.Popen(script, env=environment)
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = (
+        "import os, sys, time\n"
+        "from data_pipeline.work_pool import WorkPool\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkPool(2) as pool:\n"
+        "        for pid in pool.map_ordered(pow, []): pass\n"
+        "        future = pool._executor.submit(os.getpid)\n"
+        "        print(future.result(), flush=True)\n"
+        "        pool._executor.submit(time.sleep, 60)\n"
+        "        time.sleep(60)\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE)
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes()
+
+
+def test_other_options_are_refused_with_the_differences(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\n".join([*criteo_lines(20), b"bad"]) + b"\n")
+    with pytest.raises(PreprocessError):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
+    with pytest.raises(PreprocessError, match=r"unfinished work of another command .*num_buckets: was None, now 100"):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", num_buckets=100, max_bad_rows=1))
+    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", max_bad_rows=1))
+    assert (manifest.num_rows, manifest.num_bad_rows) == (20, 1)
+
+
+def test_a_finished_data_set_is_returned_or_kept(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(20)) + b"\n")
+    first: Manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
+    before = all_bytes(tmp_path / "out")
+    assert preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out")) == first
+    with pytest.raises(PreprocessError, match="holds a data set made with other options or inputs"):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=2))
+    assert all_bytes(tmp_path / "out") == before
+
+
+def test_bad_rows_are_named_or_set_aside(tmp_path, small_pieces):
+    lines = criteo_lines(500)
+    good = list(lines)
+    lines.insert(400, b"1\t2\t3")
+    lines.insert(300, lines[300].replace(b"\t", b"\tzz", 1))
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(PreprocessError, match=r"train.txt, line 301, field I1: 'zz.*raise --max-bad-rows"):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
+    with pytest.raises(PreprocessError, match=r"line 402, field \(row\): 3 fields.*; 1 malformed rows are allowed"):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", max_bad_rows=1))
+    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", max_bad_rows=2))
+    assert manifest.num_bad_rows == 2
+    assert_equal_to_oracle(tmp_path / "out", oracle(good, days_split([500]))[0])
+    table = (tmp_path / "out" / "bad_rows.tsv").read_bytes().splitlines()
+    assert [row.split(b"\t")[1] for row in table[1:]] == [b"301", b"402"]
+    assert table[2].endswith(b"\t1\t2\t3")
+
+
+def test_inputs_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(PreprocessError, match=r"empty is empty \(0 bytes\)"):
+        preprocess(criteo_options(tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(PreprocessError, match="absent does not exist"):
+        preprocess(criteo_options(tmp_path / "absent", tmp_path / "out"))
+    text = b"\n".join(criteo_lines(500)) + b"\n"
+    for name, data, message in [
+        ("cut.gz", gzip.compress(text)[:-2000], "cut.gz is truncated"),
+        ("cut.zst", zstandard.compress(text)[:-2000], "cut.zst is truncated"),
+        ("plain.gz", text, "plain.gz is damaged or not what its name says"),
+        ("plain.zst", text, "plain.zst is damaged or not what its name says"),
+        ("none.gz", gzip.compress(b""), "none.gz holds no text"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(PreprocessError, match=message):
+            preprocess(criteo_options(tmp_path / name, tmp_path / f"out_{name}"))
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (1_000,))
+    (tmp_path / "long").write_bytes(b"a" * 5_000)
+    with pytest.raises(PreprocessError, match="long has no line end within 1000 bytes"):
+        preprocess(criteo_options(tmp_path / "long", tmp_path / "out"))
+
+
+def test_preprocessing_imports_no_torch():
+    script = "import sys, data_pipeline.preprocess; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
+
+
+def test_options_import_neither_pyarrow_nor_numpy():
+    script = (
+        "import sys, data_pipeline.preprocess_options; sys.exit(any(m in sys.modules for m in ('pyarrow', 'numpy')))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0

@@ -110,7 +110,11 @@ def _check_device_match(installation: Installation) -> Check:
         return Check(name, "FAIL", both, f"{uninstall} && pip install {fitting}=={trio.fbgemm}")
     if has_cpu and cuda:
         found = f"fbgemm is the CPU build, torch is built for CUDA {cuda}"
-        return Check(name, "FAIL", found, f"pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu=={trio.fbgemm}")
+        mend = f"pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu=={trio.fbgemm}"
+        if installation.gpus:
+            return Check(name, "FAIL", found, mend)
+        # What many package indexes give: their only torch for Linux is the CUDA build.
+        return Check(name, "warn", f"{found}; it works here, where there is no GPU", f"once there is one: {mend}")
     if has_cuda and installation.probe.torch_loads and not cuda:
         found = "fbgemm is the CUDA build, torch is built for CPU only (plain `pip install torchrec` does this)"
         mend = f"pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu=={trio.fbgemm}"
@@ -222,9 +226,11 @@ def _nearest_trio(installation: Installation) -> Trio:
 
 def _install_trio(installation: Installation, *, force: bool = False) -> str:
     trio = _nearest_trio(installation)
-    wants_cuda = bool(installation.gpus) or installation.probe.torch_cuda is not None
-    device = "cuda" if wants_cuda else "cpu"
-    torch, fbgemm, *_ = trio.requirements(device)
+    has_cpu, has_cuda = (installation.versions[name] is not None for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"))
+    wants_cuda = bool(installation.gpus) or (installation.probe.torch_cuda is not None and not has_cpu)
+    torch, fbgemm, *_ = trio.requirements("cuda" if wants_cuda else "cpu")
+    other = "fbgemm-gpu-cpu" if wants_cuda else "fbgemm-gpu"
+    remove = f"pip uninstall -y {other} && " if (has_cpu if wants_cuda else has_cuda) else ""
     torchrec = " ".join(trio.requirements_without_dependencies())
     again = " --force-reinstall" if force else ""
-    return f"pip install{again} {torch} {fbgemm} && pip install{again} --no-deps {torchrec}"
+    return f"{remove}pip install{again} {torch} {fbgemm} && pip install{again} --no-deps {torchrec}"

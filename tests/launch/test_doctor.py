@@ -79,6 +79,12 @@ UNDEFINED_SYMBOL = {"fbgemm_loads": False, "torchrec_loads": False, "error": "un
         ),
         (change(versions={"torch": None}), "trio", "torch None", INSTALL_CPU),
         (
+            change(SOUND_CUDA, versions={"torchrec": None, "fbgemm-gpu": None, "fbgemm-gpu-cpu": "1.8.0"}),
+            "trio",
+            "torchrec None",
+            "pip uninstall -y fbgemm-gpu-cpu && pip install torch==2.13.0 fbgemm-gpu==1.8.0 && pip install --no-deps",
+        ),
+        (
             change(versions={"fbgemm-gpu": "1.8.0"}),
             "fbgemm build",
             "both fbgemm-gpu and fbgemm-gpu-cpu are installed",
@@ -166,6 +172,12 @@ def test_failures_say_what_is_wrong_and_the_mend(installation: Installation, nam
     [
         (change(gpus=("GPU 0",), driver="580.1"), "gpu", "torch is built for CPU only", "make env DEVICE=cuda"),
         (change(SOUND_CUDA, probe={"num_visible_gpus": 0}), "gpu", "torch sees 0 of them", "CUDA_VISIBLE_DEVICES"),
+        (
+            change(probe={"torch_cuda": "13.0", "has_nccl": True}),
+            "fbgemm build",
+            "fbgemm is the CPU build, torch is built for CUDA 13.0; it works here, where there is no GPU",
+            "once there is one: pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu==1.8.0",
+        ),
         (change(torchrun=None), "torchrun", "not on PATH", 'export PATH="/env/bin:$PATH"'),
         (change(memory_bytes=4 << 30), "machine", "4.0 GiB of memory", "--nproc 1"),
         (change(shared_memory_bytes=64 << 20), "shared memory", "/dev/shm has 0.06 GiB", "--shm-size=8g"),

@@ -1,0 +1,77 @@
+"""Real ranks for tests: worker processes with a gloo group, that run functions of test modules on every rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+class RankPool:
+    """`world_size` processes that live as long as the test session; a failed call replaces them."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(ranks, *arguments)` on every rank and return the results by rank."""
+        if not self._workers:
+            self._start()
+        for _, connection in self._workers:
+            connection.send((function, arguments))
+        answers = []
+        for rank, (_, connection) in enumerate(self._workers):
+            answer = ("error", f"rank {rank} gave no answer in {TIMEOUT_S} s")
+            if connection.poll(TIMEOUT_S):
+                try:
+                    answer = connection.recv()
+                except EOFError:
+                    answer = ("error", f"rank {rank} died")
+            if answer[0] == "error":
+                self.close()
+                raise AssertionError(answer[1])
+            answers.append(answer[1])
+        return answers
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, rank, self.world_size, str(store)), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+
+def _work(connection: Connection, rank: int, world_size: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from trainer.ranks import Ranks
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(("ok", function(ranks, *arguments)))
+        except BaseException:
+            connection.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))

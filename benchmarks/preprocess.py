@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +36,22 @@ SAMPLE_EVERY_S = 0.05
 _PAPILIO = """
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
-import sys
+import sys, time
 if __name__ == "__main__":
     text, output, num_workers = sys.argv[1:]
+    start_s = time.perf_counter()
     preprocess(PreprocessOptions(source="criteo", inputs=(text,), output=output, num_workers=int(num_workers)))
+    print(time.perf_counter() - start_s)
 """
 _TORCHREC = """
-import sys
+import sys, time, warnings
+warnings.simplefilter("ignore")
 from torchrec.datasets.criteo import BinaryCriteoUtils
 text, output, _ = sys.argv[1:]
+start_s = time.perf_counter()
 paths = [f"{output}/{name}.npy" for name in ("dense", "sparse", "labels")]
 BinaryCriteoUtils.tsv_to_npys(text, *paths)
+print(time.perf_counter() - start_s)
 """
 
 
@@ -69,40 +76,62 @@ def main() -> None:
         print_table(measure(contenders, folder, arguments.num_workers, arguments.repeats))
 
 
+@dataclass(frozen=True)
+class Run:
+    """Wall seconds of the call (without imports, with the start of workers), CPU seconds, peak of the process tree."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+
+
 def measure(
     contenders: dict[str, tuple[str, Path, int]], folder: str, num_workers: int, repeats: int
-) -> dict[str, tuple[float, float]]:
-    """Rows/s of wall time (median) and peak MiB of the process tree (maximum) of each, run in turn."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks = dict.fromkeys(contenders, 0.0)
+) -> dict[str, tuple[float, float, float]]:
+    """Rows/s of wall time, rows per CPU second (medians) and peak MiB (maximum) of each contender, run in turn."""
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, (script, text, rows) in contenders.items():
-            wall_s, peak_mib = run_once(script, text, folder, num_workers)
-            print(f"{name}: {rows:,} rows in {wall_s:.2f} s, {peak_mib:.0f} MiB", flush=True)
-            rates[name].append(rows / wall_s)
-            peaks[name] = max(peaks[name], peak_mib)
-    return {name: (statistics.median(rates[name]), peaks[name]) for name in contenders}
+            run = run_once(script, text, folder, num_workers)
+            print(
+                f"{name}: {rows:,} rows, {run.wall_s:.2f} s, {run.cpu_s:.2f} CPU s, {run.peak_mib:.0f} MiB", flush=True
+            )
+            runs[name].append(run)
+    return {
+        name: (
+            rows / statistics.median(run.wall_s for run in runs[name]),
+            rows / statistics.median(run.cpu_s for run in runs[name]),
+            max(run.peak_mib for run in runs[name]),
+        )
+        for name, (_, _, rows) in contenders.items()
+    }
 
 
-def run_once(script: str, text: Path, folder: str, num_workers: int) -> tuple[float, float]:
-    """Wall seconds and peak MiB of one process tree, imports included."""
+def run_once(script: str, text: Path, folder: str, num_workers: int) -> Run:
+    """Run one contender in a process of its own. CPU seconds include imports."""
     output = Path(folder, "output")
     output.mkdir()
     script_path = Path(folder, "contender.py")
     script_path.write_text(script)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    start_s = time.perf_counter()
+    cpu_before_s = children_cpu_s()
     command = [sys.executable, str(script_path), str(text), str(output), str(num_workers)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     peak_bytes = 0
     while process.poll() is None:
         peak_bytes = max(peak_bytes, tree_resident_bytes(process.pid))
         time.sleep(SAMPLE_EVERY_S)
-    wall_s = time.perf_counter() - start_s
     shutil.rmtree(output)
     if process.returncode:
         raise SystemExit(f"contender failed with exit status {process.returncode}: {command}")
-    return wall_s, peak_bytes / 2**20
+    assert process.stdout is not None
+    wall_s = float(process.stdout.read().split()[-1])
+    return Run(wall_s, children_cpu_s() - cpu_before_s, peak_bytes / 2**20)
+
+
+def children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree_resident_bytes(root: int) -> int:
@@ -148,12 +177,12 @@ def hexadecimal(keys: NDArray[np.uint64]) -> NDArray[np.bytes_]:
     return np.frombuffer(b"0123456789abcdef", np.uint8)[digits].view("S8")[:, 0].copy()
 
 
-def print_table(results: dict[str, tuple[float, float]]) -> None:
-    print(f"{'':10} {'rows/s':>12} {'peak MiB':>10}")
-    for name, (rows_per_s, peak_mib) in results.items():
-        print(f"{name:10} {rows_per_s:12,.0f} {peak_mib:10,.0f}")
+def print_table(results: dict[str, tuple[float, float, float]]) -> None:
+    print(f"{'':10} {'rows/s':>12} {'rows/CPU s':>12} {'peak MiB':>10}")
+    for name, (rows_per_s, rows_per_cpu_s, peak_mib) in results.items():
+        print(f"{name:10} {rows_per_s:12,.0f} {rows_per_cpu_s:12,.0f} {peak_mib:10,.0f}")
     if "torchrec" in results:
-        print(f"papilio / torchrec: {results['papilio'][0] / results['torchrec'][0]:.1f} x")
+        print(f"papilio / torchrec: {results['papilio'][0] / results['torchrec'][0]:.1f} x rows/s")
 
 
 if __name__ == "__main__":

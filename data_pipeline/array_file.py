@@ -41,8 +41,7 @@ class ArrayFile:
         meta_bytes, index_bytes = np.frombuffer(self._file.read(_FOOTER_LENGTHS_BYTES), "<i8").tolist()
         self._file.seek(footer_end - index_bytes - meta_bytes)
         self.meta: Any = json.loads(self._file.read(meta_bytes))
-        lines = (line.split(" ") for line in self._file.read(index_bytes).decode().split("\n"))
-        self._index = {line[0]: line[1:] for line in lines}
+        self._index = b"\n" + self._file.read(index_bytes) + b"\n"
 
     def __enter__(self) -> ArrayFile:
         return self
@@ -51,11 +50,19 @@ class ArrayFile:
         self._file.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._index
+        return self._find(name) >= 0
+
+    def _find(self, name: str) -> int:
+        # Searched, not parsed: most readers want 1 array of 100.
+        return self._index.find(b"\n" + name.encode() + b" ")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read elements [start, stop) of an array into memory (not mapped, so that it is freed when dropped)."""
-        dtype_name, offset, size = self._index[name]
+        start_of_line = self._find(name) + 1
+        if start_of_line == 0:
+            raise KeyError(name)
+        line = self._index[start_of_line : self._index.find(b"\n", start_of_line)]
+        _, dtype_name, offset, size = line.decode().split(" ")
         dtype = np.dtype(dtype_name)
         stop = int(size) if stop is None else stop
         self._file.seek(int(offset) + start * dtype.itemsize)

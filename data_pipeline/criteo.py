@@ -89,12 +89,11 @@ def _slices(buffer: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     """Cut at line ends into views of about _SLICE_BYTES, each with padding (other text, never used) in front."""
     start = PADDING_BYTES
     while start < len(buffer):
-        stop = min(start + _SLICE_BYTES, len(buffer))
-        newlines = np.flatnonzero(buffer[start:stop] == _NEWLINE)
-        while not len(newlines):
+        stop, last_newline = start, -1
+        while last_newline < 0:
             stop = min(stop + _SLICE_BYTES, len(buffer))
-            newlines = np.flatnonzero(buffer[start:stop] == _NEWLINE)
-        stop = start + int(newlines[-1]) + 1
+            last_newline = buffer[start:stop].tobytes().rfind(b"\n")
+        stop = start + last_newline + 1
         yield buffer[start - PADDING_BYTES : stop]
         start = stop
 
@@ -163,7 +162,8 @@ def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, ND
     is_dense = slice(1, _FIRST_CATEGORICAL)
     numbers = _decode_integers(buffer, words, ends[:, is_dense], lengths[:, is_dense], is_bad)
     hex_lengths = lengths[:, _FIRST_CATEGORICAL:]
-    is_bad |= (hex_lengths > _WORD_BYTES).any(axis=1)
+    if hex_lengths.max(initial=0) > _WORD_BYTES:
+        is_bad |= (hex_lengths > _WORD_BYTES).any(axis=1)
     if is_bad.any():
         return None, is_bad
     no_dense, no_id = lengths[:, is_dense] == 0, hex_lengths == 0
@@ -249,7 +249,8 @@ def _decode_integers(
         text = buffer[ends[row, i] - lengths[row, i] : ends[row, i]].tobytes()
         is_wrong[row, i] = _fault(1 + i, text) is not None
         numbers[row, i] = 0.0 if is_wrong[row, i] else float(int(text))
-    is_bad |= is_wrong.any(axis=1)
+    if is_wrong.any():
+        is_bad |= is_wrong.any(axis=1)
     return numbers
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.generate_options import GenerateOptions
 from data_pipeline.generated_stats import ColumnSums, SplitTruth
 from data_pipeline.manifest import MANIFEST_NAME, SPLITS, DatasetError, Manifest, ShardInfo, write_manifest
-from data_pipeline.paths import join, path_manager
+from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.progress import Progress
 from data_pipeline.raw_tsv import write_tsv
 from data_pipeline.shapes import SHAPES, Shape
@@ -93,7 +93,7 @@ def _write_tsv(rows: _Rows, options: GenerateOptions, progress: Progress) -> dic
             for piece in rows.read(split, *bounds):
                 write_tsv(piece, sink)
                 progress.advance(len(piece.labels))
-    path_manager.mv(path + ".tmp", path)
+    replace(path + ".tmp", path)
     return dict.fromkeys(SPLITS, ())
 
 

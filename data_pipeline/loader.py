@@ -34,7 +34,7 @@ class _Part:
 class Loader:
     """Iterates a rank's batches of one split, from a position to the end of an epoch; each `iter()` starts anew.
 
-    All ranks get the same number of batches; a rank's slice of a short one can be empty. A batch is a set: its rows
+    All ranks get the same number of batches, of the same size (short slices are padded). A batch is a set: its rows
     come in the order of the shards, whatever order they were drawn in.
 
     Attributes:
@@ -128,7 +128,8 @@ class Loader:
                 rows = order.rows_of(*rank_range(start, stop, self._rank, self._world_size))
                 position = ReadPosition(epoch, stop) if stop < num_rows else ReadPosition(epoch + 1, 0)
                 dense, sparse, labels = self._gatherer.gather(rows)
-                yield Batch(dense, sparse, labels, position, stop - start)
+                batch = Batch(dense, sparse, labels, position, stop - start, len(labels))
+                yield batch.padded_to(-(-(stop - start) // self._world_size))
                 sample = stop
             sample = 0
 
@@ -154,7 +155,7 @@ class _Gatherer:
         size = len(rows)
         dense = self._empty(size * self._num_dense, torch.float32).view(size, self._num_dense)
         labels = self._empty(size, torch.float32)
-        dense_BI, labels_B = dense.numpy(), labels.numpy()  # noqa: N806
+        dense_BI, labels_B = dense.numpy(), labels.numpy()
         for part in parts:
             # "clip" takes straight into `out`, "raise" by way of a buffer; no row is ever outside.
             part.columns.dense.take(part.rows, axis=0, out=dense_BI[part.start : part.stop], mode="clip")
@@ -170,10 +171,11 @@ class _Gatherer:
 
     def _gather_sparse(self, parts: list[_Part], size: int) -> KeyedJaggedTensor:
         lengths, positions = self._bags(parts, size)
-        per_feature = lengths.view(-1, size).sum(1).tolist() if self._has_multi_hot else [size] * len(self._keys)
+        lengths_FB = lengths.view(len(self._keys), size)
+        per_feature = lengths_FB.sum(1).tolist() if self._has_multi_hot else [size] * len(self._keys)
         offsets = np.cumsum([0, *per_feature]).tolist()
         values = self._empty(offsets[-1], torch.int32)
-        values_V = values.numpy()  # noqa: N806
+        values_V = values.numpy()
         stop = 0
         for feature, places in enumerate(positions):
             for part, places_of_part in zip(parts, places, strict=True):
@@ -195,7 +197,7 @@ class _Gatherer:
         if not self._has_multi_hot:
             return self._one_hot_lengths(size), [one_hot] * len(self._keys)
         lengths = self._empty(len(self._keys) * size, torch.int32)
-        lengths_FB = lengths.view(len(self._keys), size).numpy()  # noqa: N806
+        lengths_FB = lengths.view(len(self._keys), size).numpy()
         positions = []
         for feature, column in enumerate(self._columns):
             if not column.multi_hot:

@@ -6,7 +6,7 @@ import json
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_pipeline.paths import join, path_manager
+from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.schema import TRANSFORM_VERSION, Schema
 
 FORMAT_VERSION = 1
@@ -98,7 +98,7 @@ def write_manifest(manifest: Manifest, folder: str) -> None:
     path = join(folder, MANIFEST_NAME)
     with path_manager.open(path + ".tmp", "w") as file:
         file.write(manifest.model_dump_json(indent=1) + "\n")
-    path_manager.mv(path + ".tmp", path)
+    replace(path + ".tmp", path)
 
 
 def read_manifest(folder: str) -> Manifest:

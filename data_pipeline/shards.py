@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.manifest import DatasetError, ShardInfo
-from data_pipeline.paths import join, path_manager
+from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.schema import Schema
 
 LABEL = "label"
@@ -54,7 +54,7 @@ def write_shard(columns: Columns, schema: Schema, folder: str, file: str) -> Sha
         counting = _ChecksummingSink(sink)
         with pa.ipc.new_file(pa.PythonFile(counting, mode="w"), batch.schema) as writer:
             writer.write_batch(batch)
-    path_manager.mv(path + ".tmp", path)
+    replace(path + ".tmp", path)
     return ShardInfo(file=file, num_rows=columns.num_rows, num_bytes=counting.num_bytes, crc32=counting.crc32)
 
 

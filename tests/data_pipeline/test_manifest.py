@@ -40,6 +40,12 @@ def test_manifest_is_read_as_written_and_leaves_no_temporary_file(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_writing_again_replaces_an_older_manifest(tmp_path: Path) -> None:
+    write_manifest(_manifest().model_copy(update={"split_rule": "old"}), str(tmp_path))
+    write_manifest(_manifest(), str(tmp_path))
+    assert read_manifest(str(tmp_path)).split_rule == "by fraction"
+
+
 def test_rows_and_label_rate_are_counted() -> None:
     manifest = _manifest()
     assert manifest.num_rows == 10

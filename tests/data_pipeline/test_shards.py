@@ -42,6 +42,13 @@ def test_shard_is_a_plain_arrow_file_with_size_and_checksum_known(tmp_path: Path
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["0.arrow"]
 
 
+def test_writing_again_replaces_an_older_shard(tmp_path: Path) -> None:
+    _write(tmp_path)
+    other = Columns(np.array([1, 1, 1], np.uint8), COLUMNS.dense, COLUMNS.bags)
+    info = write_shard(other, SCHEMA, str(tmp_path), "train/0.arrow")
+    assert open_shard(info, SCHEMA, str(tmp_path)).labels.tolist() == [1, 1, 1]
+
+
 def test_open_shard_maps_the_columns_without_copying(tmp_path: Path) -> None:
     columns = open_shard(_write(tmp_path), SCHEMA, str(tmp_path))
     assert columns.num_rows == 3

@@ -82,7 +82,7 @@ def load_block(block: Block, path: str) -> NDArray[np.uint8]:
         with open(path, "rb") as file:
             file.seek(block.offset)
             if file.readinto(body.data) != block.num_bytes:
-                raise PreprocessError(f"input {path} became shorter while it was read; start again with a whole file")
+                raise PreprocessError("the file became shorter while it was read; start again with a whole file")
     buffer[-1] = ord("\n")
     return buffer[:-1] if body[-1] == ord("\n") else buffer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-_POSITION_BITS = 24  # so a block has fewer than 16M values, and 32-bit keys leave room for a mark of missing ones
+_POSITION_BITS = 24  # which leaves room for a 32-bit key and a mark of missing ones
 _KEY_BITS = 32
 
 
@@ -32,7 +32,9 @@ class ColumnCodes:
 def encode_uint32(values: NDArray[np.uint64], missing: NDArray[np.bool_] | None) -> ColumnCodes:
     """Dictionary-encode values below 2**32 held in uint64, by one sort of (value, position) pairs."""
     num_values = len(values)
-    assert num_values < 1 << _POSITION_BITS
+    if num_values >= 1 << _POSITION_BITS:  # long bags; slower
+        encoded = encode_int64(values.astype(np.int64), missing)
+        return replace(encoded, keys=encoded.keys.astype(np.uint32))
     packed = values << np.uint64(_POSITION_BITS)
     packed |= np.arange(num_values, dtype=np.uint64)
     if missing is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.array_file import ArrayFile, write_arrays
-from data_pipeline.bad_rows import BadRow, BadRows
+from data_pipeline.bad_rows import BadRow, BadRows, PreprocessError
 from data_pipeline.byte_blocks import Block, load_block, read_blocks
 from data_pipeline.criteo import parse_criteo
 from data_pipeline.manifest import DenseStats
@@ -151,7 +151,10 @@ def parse_block(task: ParseTask) -> dict[str, Any]:
     if os.path.exists(path):
         with ArrayFile(path) as file:
             return dict(file.meta)
-    chunk = _parse(task)
+    try:
+        chunk = _parse(task)
+    except PreprocessError as error:
+        raise PreprocessError(f"{task.path}, near byte {task.block.offset}: {error}") from None
     meta = _meta_of(chunk)
     write_arrays(path, _arrays_of(chunk), meta)
     return meta

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.array_file import ArrayFile
 from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.transforms import binary_array
+from data_pipeline.vocabulary import VOCABULARY_FOLDER
 
 STAGE_NAME = ".preprocess_in_progress"
 _REQUEST_NAME = "request.json"
@@ -65,9 +66,10 @@ def open_stage(output: str, request: dict[str, Any]) -> Stage:
             _check_same(json.load(file), json.loads(json.dumps(request)), output, stage.folder)
     else:
         write_json(path, request)
-    for name in os.listdir(stage.folder):
-        if name.endswith(".tmp"):
-            os.remove(os.path.join(stage.folder, name))
+    for folder in (stage.folder, os.path.join(output, VOCABULARY_FOLDER)):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            if name.endswith(".tmp"):
+                os.remove(os.path.join(folder, name))
     return stage
 
 

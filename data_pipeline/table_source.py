@@ -152,13 +152,16 @@ def _read_text(lines: _Lines, header: tuple[str, ...], delimiter: str) -> tuple[
     types = {name: pa.binary() for name in header}
     if not lines.body.size:
         return pa.table({name: pa.array([], pa.binary()) for name in header}), bad_rows
-    table = pyarrow.csv.read_csv(
-        pa.BufferReader(pa.py_buffer(lines.body)),
-        # One Arrow block and one thread: else rows are not numbered.
-        pyarrow.csv.ReadOptions(use_threads=False, block_size=lines.body.size + 1, column_names=list(header)),
-        pyarrow.csv.ParseOptions(delimiter=delimiter, ignore_empty_lines=False, invalid_row_handler=set_aside),
-        pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False, check_utf8=False),
-    )
+    try:
+        table = pyarrow.csv.read_csv(
+            pa.BufferReader(pa.py_buffer(lines.body)),
+            # One Arrow block and one thread: else rows are not numbered.
+            pyarrow.csv.ReadOptions(use_threads=False, block_size=lines.body.size + 1, column_names=list(header)),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, ignore_empty_lines=False, invalid_row_handler=set_aside),
+            pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False, check_utf8=False),
+        )
+    except pa.ArrowInvalid as error:
+        raise PreprocessError(f"not a table of delimited text ({error}); look for a quote that is not closed") from None
     return table, bad_rows
 
 

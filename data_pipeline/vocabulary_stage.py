@@ -20,8 +20,10 @@ from data_pipeline.stage import Stage
 from data_pipeline.vocabulary import Vocabulary, save_vocabulary, vocabulary_file
 
 _SMALL_COUNT = 1 << 16
-_POSITION_BITS = 28  # of twice the most ids a vocabulary may keep
+_POSITION_BITS = 28
 _COUNT_BITS = 64 - _POSITION_BITS
+# Keys held above `max_ids` before the rarest are dropped.
+_MIN_SLACK_KEYS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -100,44 +102,51 @@ def _num_empty_bags(task: ColumnTask) -> int:
 
 
 class _Ranking:
-    """Keeps the most frequent keys while they come in ascending order, at most twice `max_ids` at a time."""
+    """Keeps the most frequent keys while they come in ascending order, at most a quarter more than `max_ids`."""
 
     def __init__(self, column: CategoricalColumn) -> None:
         self._column = column
         self._keys: list[Any] = []
-        self._counts: list[NDArray[np.int64]] = []
+        self._counts: list[NDArray[Any]] = []
         self._num_held = 0
+        self._most_held = column.max_ids + max(column.max_ids // 4, _MIN_SLACK_KEYS)
 
     def add(self, keys: NDArray[Any] | pa.Array, train_counts: NDArray[np.int64]) -> None:
         kept = np.flatnonzero(train_counts >= self._column.frequency_threshold)
         self._keys.append(_take(keys, kept))
-        self._counts.append(train_counts[kept])
+        is_small = train_counts.max(initial=0) < 1 << 32
+        self._counts.append(train_counts[kept].astype(np.uint32 if is_small else np.int64))
         self._num_held += len(kept)
-        if self._num_held > 2 * self._column.max_ids:
+        if self._num_held > self._most_held:
             self._thin()
 
     def _thin(self) -> None:
         """Drop what cannot be among the most frequent, keeping the ascending order of keys."""
-        keys, counts = _concatenate(self._keys), np.concatenate(self._counts)
-        kept = np.sort(_most_frequent(counts, self._column.max_ids))
-        self._keys, self._counts, self._num_held = [_take(keys, kept)], [counts[kept]], len(kept)
+        self._counts = [np.concatenate(self._counts)]
+        self._keys = [_concatenate(self._keys)]
+        kept = np.sort(_most_frequent(self._counts[0], self._column.max_ids))
+        self._keys, self._counts, self._num_held = [_take(self._keys[0], kept)], [self._counts[0][kept]], len(kept)
 
     def keys_by_rank(self) -> NDArray[Any] | pa.Array:
         if not self._keys:
             dtype = np.uint32 if self._column.kind == "hex" else np.int64
             return pa.array([], pa.large_binary()) if self._column.kind == "string" else np.empty(0, dtype)
-        return _take(_concatenate(self._keys), _most_frequent(np.concatenate(self._counts), self._column.max_ids))
+        self._thin()
+        return _take(self._keys[0], _most_frequent(self._counts[0], self._column.max_ids))
 
 
-def _most_frequent(counts: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+def _most_frequent(counts: NDArray[Any], limit: int) -> NDArray[np.int64]:
     """Positions of the `limit` greatest counts, greatest first, earlier positions first among equals."""
     if len(counts) >= 1 << _POSITION_BITS or counts.max(initial=0) >= 1 << _COUNT_BITS:
-        return np.argsort(-counts, kind="stable")[:limit]
-    packed = (np.uint64((1 << _COUNT_BITS) - 1) - counts.astype(np.uint64)) << np.uint64(_POSITION_BITS)
+        order: NDArray[np.int64] = np.argsort(-counts.astype(np.int64), kind="stable")
+        return order[:limit]
+    packed = np.subtract(np.uint64((1 << _COUNT_BITS) - 1), counts, dtype=np.uint64)
+    packed <<= np.uint64(_POSITION_BITS)
     packed |= np.arange(len(counts), dtype=np.uint64)
     packed.sort()
     packed &= np.uint64((1 << _POSITION_BITS) - 1)
-    return packed[:limit].view(np.int64)
+    places: NDArray[np.int64] = packed[:limit].view(np.int64)
+    return places
 
 
 def _take(keys: NDArray[Any] | pa.Array, places: NDArray[np.int64]) -> Any:

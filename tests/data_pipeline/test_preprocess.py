@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from iopath.common.file_io import PathHandler
 
 from data_pipeline import byte_blocks, criteo, key_runs
 from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipeline.paths import path_manager
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.shards import open_shard
@@ -385,6 +387,29 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     (tmp_path / "long").write_bytes(b"a" * 5_000)
     with pytest.raises(PreprocessError, match="long has no line end within 1000 bytes"):
         preprocess(criteo_options(tmp_path / "long", tmp_path / "out"))
+
+
+def test_inputs_come_from_any_iopath_scheme(tmp_path):
+    class Shelf(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["shelf://"]
+
+        def _isfile(self, path, **kwargs):
+            return self._local(path).is_file()
+
+        def _open(self, path, mode="r", buffering=-1, **kwargs):
+            return self._local(path).open(mode)
+
+        def _local(self, path):
+            return tmp_path / path.removeprefix("shelf://")
+
+    if "shelf://" not in path_manager._path_handlers:
+        path_manager.register_handler(Shelf())
+    lines = criteo_lines(50)
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    options = criteo_options(tmp_path, tmp_path / "out", num_workers=2)
+    preprocess(options.model_copy(update={"inputs": ("shelf://train.txt",)}))
+    assert_equal_to_oracle(tmp_path / "out", oracle(lines, days_split([50]))[0])
 
 
 def test_preprocessing_imports_no_torch():

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import math
 from collections import Counter
@@ -157,14 +158,16 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(table_source, "PARQUET_BATCH_ROWS", 50)
 
 
-@pytest.mark.parametrize("form", ["csv", "tsv", "tsv with CRLF", "parquet"])
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "tsv", "tsv with CRLF", "parquet"])
 def test_every_form_equals_the_oracle(tmp_path, small_pieces, form):
     rows = make_rows(300)
-    path = tmp_path / f"rows.{form[:7].split()[0]}"
+    path = tmp_path / f"rows.{form.split()[0]}"
     if form == "parquet":
         write_parquet(path, rows)
     else:
-        write_text(path, rows, "," if form == "csv" else "\t", "\r\n" if "CRLF" in form else "\n")
+        write_text(path, rows, "," if "csv" in form else "\t", "\r\n" if "CRLF" in form else "\n")
+    if form.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
     manifest = preprocess(options_for(tmp_path, path))
     assert_equal_to_oracle(tmp_path / "out", rows)
     stats = manifest.categorical_stats
@@ -267,11 +270,30 @@ def test_files_that_cannot_be_used(tmp_path):
             "fields, the header has 9|quoted field holds a line",
         ),
         ("cut.parquet", parquet[:-100], "cut.parquet is damaged or truncated"),
+        ("quote.csv", text.replace("Rome", '"Rome', 1).encode(), "quote.csv, near byte 0: "),
         ("rows.xlsx", b"x", "rows.xlsx must end in .csv, .tsv"),
     ]:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(PreprocessError, match=message):
             preprocess(options_for(tmp_path, tmp_path / name, f"out_{name}"))
+
+
+def test_hashed_strings_and_missing_ones(tmp_path):
+    rows = make_rows(50)
+    write_parquet(tmp_path / "rows.parquet", rows)
+    schema = SCHEMA.replace("frequency_threshold = 2", 'encoding = "hash"\nnum_buckets = 1000')
+    preprocess(options_for(tmp_path, tmp_path / "rows.parquet", schema=schema, fractions=(1.0, 0.0, 0.0)))
+    manifest = read_manifest(str(tmp_path / "out"))
+    [shard] = [open_shard(i, manifest.data_schema, str(tmp_path / "out")) for i in manifest.splits["train"].shards]
+
+    def fnv1a(data: bytes) -> int:
+        value = 0xCBF29CE484222325
+        for octet in data:
+            value = (value ^ octet) * 0x100000001B3 % 2**64
+        return value
+
+    wanted = [2 + splitmix64(fnv1a(r["city"].encode())) % 998 if r["city"] else 1 for r in rows]
+    assert shard.bags[0].ids.tolist() == wanted
 
 
 def test_a_list_needs_multi_hot(tmp_path):

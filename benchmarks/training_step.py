@@ -106,8 +106,8 @@ def _papilio(options: argparse.Namespace) -> Steps:
     from trainer.config_file import build_config
     from trainer.optimizers import Optimizers
     from trainer.ranks import process_group
-    from trainer.sharded_model import build_sharded_model
     from trainer.runtime import configure_runtime
+    from trainer.sharded_model import build_sharded_model
 
     tree = {
         "name": "benchmark",

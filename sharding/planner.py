@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
 
@@ -58,7 +58,7 @@ def make_plan(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=max(1, local_batch_size),
-        storage_reservation=HeuristicalStorageReservation(percentage=config.reserve_fraction),
+        storage_reservation=FixedPercentageStorageReservation(percentage=config.reserve_fraction),
         constraints=_constraints(config, tables),
     )
     try:

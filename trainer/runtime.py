@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import sys
+import warnings
 
 import torch
 
@@ -24,6 +25,7 @@ def configure_runtime() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
     torch.set_flush_denormal(True)
     _keep_freed_memory()
     # Huge pages for tables (read by PyTorch's allocator at its first large allocation): random rows miss the TLB less.

@@ -25,7 +25,7 @@ class TrainModel(nn.Module):
     """A click model with its loss, the mean binary cross-entropy over the global batch.
 
     A rank returns its own sum of losses * world size / global batch size: DDP and TorchRec's all-to-all both average
-    gradients over ranks, so ranks may have slices of different sizes, or none.
+    gradients over ranks, so ranks may have different numbers of samples, or none. Padding has no loss.
     """
 
     def __init__(self, model: nn.Module, world_size: int, autocast_dtype: torch.dtype | None, device_type: str) -> None:
@@ -39,7 +39,8 @@ class TrainModel(nn.Module):
         """Return the loss (a scalar) and the outputs."""
         with torch.autocast(self._device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             logits = self.model(batch.dense_features, batch.sparse_features)
-        logits = logits.float()
-        total = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        logits = logits.float()[: batch.num_samples]
+        labels = batch.labels[: batch.num_samples]
+        total = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         loss = total * (self._world_size / batch.global_batch_size)
-        return loss, StepOutput(loss.detach(), logits.detach(), batch.labels, batch.position, batch.global_batch_size)
+        return loss, StepOutput(loss.detach(), logits.detach(), labels, batch.position, batch.global_batch_size)

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from trainer.config import ScheduleConfig, SparseOptimizerConfig
+from trainer.config_file import ConfigError
+from trainer.optimizers import check_sparse_optimizer, learning_rate_factor
+
+
+@pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb"])
+def test_optimizers_without_a_cpu_kernel_are_refused_by_name(name):
+    config = SparseOptimizerConfig(name=name)
+    with pytest.raises(
+        ConfigError, match=rf"optimizer.sparse.name = '{name}': FBGEMM has no CPU kernel .* rowwise_adagrad"
+    ):
+        check_sparse_optimizer(config, torch.device("cpu"))
+    check_sparse_optimizer(config, torch.device("cuda"))
+
+
+def test_weight_decay_that_would_be_ignored_is_refused():
+    config = SparseOptimizerConfig(name="sgd", weight_decay=0.1)
+    with pytest.raises(ConfigError, match=r"optimizer.sparse.weight_decay = 0.1: FBGEMM's CPU kernels ignore it"):
+        check_sparse_optimizer(config, torch.device("cpu"))
+
+
+def test_the_schedule_warms_up_stays_and_decays():
+    schedule = ScheduleConfig(warmup_steps=4, decay_start_step=10, decay_steps=10, decay_power=2, floor=0.1)
+    factors = [learning_rate_factor(schedule, step) for step in (0, 1, 3, 4, 9, 10, 15, 20, 1000)]
+    assert factors == pytest.approx([0.25, 0.5, 1, 1, 1, 1, 0.1 + 0.9 * 0.25, 0.1, 0.1])
+
+
+def test_without_a_schedule_the_rate_is_constant():
+    assert {learning_rate_factor(ScheduleConfig(), step) for step in range(100)} == {1.0}

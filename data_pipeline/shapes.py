@@ -32,7 +32,7 @@ class Shape:
     num_dense: int
     cardinalities: tuple[int, ...]
     pooling_factors: tuple[int, ...]
-    skew: float = 1.15
+    skew: float = 1.6
 
     @property
     def chunk_rows(self) -> int:

@@ -26,8 +26,7 @@ class Vocabulary:
         self.keys_by_rank = keys_by_rank
         self._is_binary = isinstance(keys_by_rank, pa.Array)
         probes = _probes(keys_by_rank) if self._is_binary else keys_by_rank
-        self._order = np.argsort(probes).astype(np.int32)
-        self._sorted = probes[self._order]
+        self._sorted, self._order = _sort(probes)
 
     def __len__(self) -> int:
         return len(self.keys_by_rank)
@@ -63,6 +62,18 @@ class Vocabulary:
             open_keys = open_keys[places[open_keys] < len(self)]
             open_keys = open_keys[self._sorted[places[open_keys]] == probes[open_keys]]
         return ids
+
+
+def _sort(probes: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Sorted probes and where each stood; for 32-bit ones in half the memory of argsort."""
+    if probes.dtype != np.uint32:
+        order = np.argsort(probes).astype(np.int32)
+        return probes[order], order
+    pairs = np.empty((len(probes), 2), "<u4")  # as one 64-bit number each: the second is the high half
+    pairs[:, 1] = probes
+    pairs[:, 0] = np.arange(len(probes), dtype=np.uint32)
+    pairs.view("<u8")[:, 0].sort()
+    return pairs[:, 1].copy(), pairs[:, 0].astype(np.int32)
 
 
 def _probes(keys: pa.Array) -> NDArray[np.uint64]:

@@ -24,6 +24,7 @@ _POSITION_BITS = 28
 _COUNT_BITS = 64 - _POSITION_BITS
 # Keys held above `max_ids` before the rarest are dropped.
 _MIN_SLACK_KEYS = 1 << 21
+_BLOCK_KEYS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,22 @@ def build_column(task: ColumnTask) -> CategoricalStats:
             return CategoricalStats.model_validate(file.meta)
     with KeyRuns(task.stage, task.number, task.chunk_rows, task.rule) as runs:
         skew = _SkewCounter()
-        ranking = _Ranking(task.column)
-        for part in runs.merged():
-            skew.add(part.all_counts)
-            if task.column.encoding == "vocabulary":
-                ranking.add(part.keys, part.train_counts)
-        vocabulary = Vocabulary(ranking.keys_by_rank()) if task.column.encoding == "vocabulary" else None
+        keys_by_rank = _count_and_rank(task.column, runs, skew)
+        vocabulary = Vocabulary(keys_by_rank) if task.column.encoding == "vocabulary" else None
         num_unknown = _write_ids(task, runs, IdMapper(task.column, vocabulary))
         stats = _stats(task, runs, vocabulary, skew, num_unknown)
         write_arrays(done_path, {"offsets": runs.offsets}, stats.model_dump())
     return stats
+
+
+def _count_and_rank(column: CategoricalColumn, runs: KeyRuns, skew: _SkewCounter) -> NDArray[Any] | pa.Array:
+    """Count every key for the statistics; return those a vocabulary keeps (for hashed ids none is asked for)."""
+    ranking = _Ranking(column)
+    for part in runs.merged():
+        skew.add(part.all_counts)
+        if column.encoding == "vocabulary":
+            ranking.add(part.keys, part.train_counts)
+    return ranking.keys_by_rank()
 
 
 def _write_ids(task: ColumnTask, runs: KeyRuns, mapper: IdMapper) -> int:
@@ -124,7 +131,8 @@ class _Ranking:
         """Drop what cannot be among the most frequent, keeping the ascending order of keys."""
         self._counts = [np.concatenate(self._counts)]
         self._keys = [_concatenate(self._keys)]
-        kept = np.sort(_most_frequent(self._counts[0], self._column.max_ids))
+        kept = _most_frequent(self._counts[0], self._column.max_ids)
+        kept.sort()
         self._keys, self._counts, self._num_held = [_take(self._keys[0], kept)], [self._counts[0][kept]], len(kept)
 
     def keys_by_rank(self) -> NDArray[Any] | pa.Array:
@@ -142,7 +150,9 @@ def _most_frequent(counts: NDArray[Any], limit: int) -> NDArray[np.int64]:
         return order[:limit]
     packed = np.subtract(np.uint64((1 << _COUNT_BITS) - 1), counts, dtype=np.uint64)
     packed <<= np.uint64(_POSITION_BITS)
-    packed |= np.arange(len(counts), dtype=np.uint64)
+    for start in range(0, len(counts), _BLOCK_KEYS):
+        block = packed[start : start + _BLOCK_KEYS]
+        block |= np.arange(start, start + len(block), dtype=np.uint64)
     packed.sort()
     packed &= np.uint64((1 << _POSITION_BITS) - 1)
     places: NDArray[np.int64] = packed[:limit].view(np.int64)

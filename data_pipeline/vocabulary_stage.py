@@ -22,7 +22,7 @@ from data_pipeline.vocabulary import Vocabulary, save_vocabulary, vocabulary_fil
 _SMALL_COUNT = 1 << 16
 _POSITION_BITS = 28
 _COUNT_BITS = 64 - _POSITION_BITS
-# Keys held above `max_ids` before the rarest are dropped.
+# Keys held above `max_ids`, or a tenth of it if that is more, before the rarest are dropped.
 _MIN_SLACK_KEYS = 1 << 21
 _BLOCK_KEYS = 1 << 20
 
@@ -109,14 +109,14 @@ def _num_empty_bags(task: ColumnTask) -> int:
 
 
 class _Ranking:
-    """Keeps the most frequent keys while they come in ascending order, at most a quarter more than `max_ids`."""
+    """Keeps the most frequent keys while they come in ascending order, few more than `max_ids`."""
 
     def __init__(self, column: CategoricalColumn) -> None:
         self._column = column
         self._keys: list[Any] = []
         self._counts: list[NDArray[Any]] = []
         self._num_held = 0
-        self._most_held = column.max_ids + max(column.max_ids // 4, _MIN_SLACK_KEYS)
+        self._most_held = column.max_ids + max(column.max_ids // 10, _MIN_SLACK_KEYS)
 
     def add(self, keys: NDArray[Any] | pa.Array, train_counts: NDArray[np.int64]) -> None:
         kept = np.flatnonzero(train_counts >= self._column.frequency_threshold)
@@ -133,7 +133,8 @@ class _Ranking:
         self._keys = [_concatenate(self._keys)]
         kept = _most_frequent(self._counts[0], self._column.max_ids)
         kept.sort()
-        self._keys, self._counts, self._num_held = [_take(self._keys[0], kept)], [self._counts[0][kept]], len(kept)
+        self._keys = [_take(self._keys[0], kept)]
+        self._counts, self._num_held = [self._counts[0][kept]], len(kept)
 
     def keys_by_rank(self) -> NDArray[Any] | pa.Array:
         if not self._keys:

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from iopath.common.file_io import PathHandler
 
-from data_pipeline import byte_blocks, criteo, key_runs
+from data_pipeline import byte_blocks, criteo, key_runs, vocabulary_stage
 from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_pipeline.paths import path_manager
@@ -128,6 +128,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(criteo, "_SLICE_BYTES", 4_000)
     monkeypatch.setattr(key_runs, "RANGE_KEYS", 50)
     monkeypatch.setattr(key_runs, "_SAMPLED_KEYS", 100)
+    monkeypatch.setattr(vocabulary_stage, "_MIN_SLACK_KEYS", 5)
 
 
 @pytest.mark.parametrize(("block_bytes", "slice_bytes"), [(8 << 20, 1 << 18), (20_000, 3_000), (997, 500)])
@@ -387,6 +388,15 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     (tmp_path / "long").write_bytes(b"a" * 5_000)
     with pytest.raises(PreprocessError, match="long has no line end within 1000 bytes"):
         preprocess(criteo_options(tmp_path / "long", tmp_path / "out"))
+
+
+def test_a_log_gets_lines_that_say_how_far_it_is(tmp_path, caplog):
+    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(50)) + b"\n")
+    with caplog.at_level("INFO"):
+        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", show_progress=True))
+    stages = [record.message.split(":")[0] for record in caplog.records]
+    assert stages == ["reading", "vocabularies", "writing"]
+    assert "50 of 50 rows" in caplog.records[2].message
 
 
 def test_inputs_come_from_any_iopath_scheme(tmp_path):

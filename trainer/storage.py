@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from iopath.common.file_io import PathManager
-
-path_manager = PathManager()
+from data_pipeline.paths import path_manager, replace
 
 
 def make_folder(path: str) -> None:
@@ -19,9 +17,7 @@ def write_text(path: str, text: str) -> None:
     """Write a file through a temporary name, so that it is never half there."""
     with path_manager.open(path + ".tmp", "w") as file:
         file.write(text)
-    if path_manager.exists(path):
-        path_manager.rm(path)  # iopath does not move onto an existing file
-    path_manager.mv(path + ".tmp", path)
+    replace(path + ".tmp", path)
 
 
 def write_json(path: str, value: Any) -> None:

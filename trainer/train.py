@@ -21,7 +21,7 @@ from trainer.loop import Progress, run_training
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import RunFolder, choose_run_dir, papilio_version
-from trainer.runtime import configure_runtime
+from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.sharded_model import ShardedModel, build_sharded_model
 from trainer.storage import write_json
 from trainer.summary import Summary, format_summary
@@ -58,7 +58,8 @@ def train(config: Config, ranks: Ranks) -> Summary:
         folder.write_plan(plan_to_json(model.plan, ranks.world_size))
         print(_opening(config, loader, model, ranks, run_dir), flush=True)
     try:
-        progress = run_training(model, optimizers, loader, dataset, config, ranks, folder)
+        with no_garbage_collection():
+            progress = run_training(model, optimizers, loader, dataset, config, ranks, folder)
         return _finish(model, dataset, config, ranks, folder, progress, run_dir)
     finally:
         if folder is not None:
@@ -80,9 +81,10 @@ def _training_loader(config: Config, dataset: Dataset, ranks: Ranks) -> Loader:
 
 
 def _opening(config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, run_dir: str) -> str:
+    num_steps = min(len(loader), config.train.max_steps or len(loader))
     return (
         f"{config.name}: {config.model.architecture}, {model.num_parameters:,} weights on {ranks.world_size} rank(s) "
-        f"({ranks.device.type}, {config.train.precision}); {len(loader):,} steps of "
+        f"({ranks.device.type}, {config.train.precision}); {num_steps:,} steps of "
         f"{config.train.global_batch_size:,} samples from {config.data.path}\n"
         f"{describe_placement(model.plan, ranks.world_size)}\n"
         f"run folder: {run_dir}"

@@ -7,7 +7,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from tests.support.reference import dcnv2_logits, dlrm_logits, pool_bags
 from trainer.models.dcn import DLRMDCNv2
-from trainer.models.dlrm import DLRM, PairwiseDots
+from trainer.models.dlrm import DLRM, DenseAndDots, DotInteraction, make_pairs
 from trainer.models.mlp import make_mlp
 from trainer.models.pooled import PooledFeatures
 
@@ -88,9 +88,34 @@ def test_dlrm_dcnv2_is_the_papers_formula():
     np.testing.assert_allclose(run(model, dense, ids, lengths), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_pairwise_dots_have_the_right_gradient():
-    vectors = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(PairwiseDots.apply, (vectors,))
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 3, 1, 2]])
+def test_dots_have_the_right_gradient(monkeypatch, order):
+    # gradcheck needs doubles all the way, and on a CPU the products are taken in fp32.
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    dense = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    pooled = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    pairs = make_pairs(order, torch.device("cpu"))
+    assert torch.autograd.gradcheck(lambda d, p: DenseAndDots.apply(d, p, pairs), (dense, pooled))
+
+
+def test_dlrm_does_not_depend_on_the_order_the_plan_leaves():
+    torch.manual_seed(0)
+    interaction = DotInteraction(FEATURES, DIM)
+    dense, pooled = torch.randn(4, DIM), torch.randn(4, len(FEATURES), DIM)
+    places = [2, 0, 1]
+    shuffled = KeyedTensor([FEATURES[i] for i in places], [DIM] * 3, pooled[:, places].flatten(1))
+    in_order = KeyedTensor(FEATURES, [DIM] * 3, pooled.flatten(1))
+    torch.testing.assert_close(interaction(dense, shuffled), interaction(dense, in_order))
+
+
+def test_bf16_autocast_stays_near_fp32():
+    torch.manual_seed(0)
+    model = DLRM(make_tables(), FEATURES, 4, (6, 5), (9, 4), DIM)
+    inputs = make_inputs()
+    exact = run(model, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        # bf16 has 8 bits: relative error 2^-9 a rounding, some ten roundings in a row.
+        np.testing.assert_allclose(run(model, *inputs), exact, rtol=0.03, atol=0.02)
 
 
 def test_pooled_features_follow_names_not_the_plans_order():

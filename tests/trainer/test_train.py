@@ -87,14 +87,21 @@ def samples_of(config, num_steps):
     return [batch for _, batch in zip(range(num_steps), loader, strict=False)]
 
 
+def interact(vector, pooled):
+    """The dense vector and the dot products of all pairs, pair by pair."""
+    vectors = [vector, *pooled]
+    dots = [(vectors[i] * vectors[j]).sum(1) for i in range(len(vectors)) for j in range(i)]
+    return torch.cat([vector, torch.stack(dots, dim=1)], dim=1)
+
+
 def train_unsharded(config, num_steps):
     """Plain PyTorch: whole tables with the optimizers' formulas, the dense part by autograd and SGD."""
     dataset = open_dataset(config.data.path)
     model = build_model(config.model, dataset, torch.device("cpu"), config.seed)
-    key = "model.embedding_bag_collection.embedding_bags.t_{}.weight"
+    key = "embedding_bag_collection.embedding_bags.t_{}.weight"
     weights = {
-        n: initial_weights("model." + key.format(n)[6:], config.seed, r, DIM, torch.device("cpu"))
-        for n, r in ROWS_PER_TABLE.items()
+        name: initial_weights("model." + key.format(name), config.seed, rows, DIM, torch.device("cpu"))
+        for name, rows in ROWS_PER_TABLE.items()
     }
     sparse = config.optimizer.sparse
     optimizers = {n: SparseReference(sparse.name, sparse.learning_rate, sparse.eps, w) for n, w in weights.items()}
@@ -105,7 +112,7 @@ def train_unsharded(config, num_steps):
         features = batch.sparse_features.to_dict()
         pooled = [pool_bags(leaves[n], features[n].values(), features[n].lengths(), "sum") for n in ROWS_PER_TABLE]
         vector = model.dense_arch(batch.dense_features)
-        logits = model.over_arch(model.interaction(vector, torch.stack(pooled, dim=1))).squeeze(1)
+        logits = model.over_arch(interact(vector, pooled)).squeeze(1)
         dense_optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
         dense_optimizer.step()
@@ -203,7 +210,7 @@ def test_metrics_on_the_split_are_those_of_sklearn(one_rank, two_ranks, tmp_path
         pooled.append(pool_bags(weight, ids, torch.from_numpy(lengths), "sum"))
     dense = torch.from_numpy(np.concatenate([c.dense for c in columns]))
     vector = model.dense_arch(dense)
-    logits = model.over_arch(model.interaction(vector, torch.stack(pooled, dim=1))).squeeze(1)
+    logits = model.over_arch(interact(vector, pooled)).squeeze(1)
     scores, labels = torch.sigmoid(logits).detach().double().numpy(), np.concatenate([c.labels for c in columns])
     assert measured["num_samples"] == 90
     assert measured["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)

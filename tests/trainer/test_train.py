@@ -105,14 +105,17 @@ def train_unsharded(config, num_steps):
     }
     sparse = config.optimizer.sparse
     optimizers = {n: SparseReference(sparse.name, sparse.learning_rate, sparse.eps, w) for n, w in weights.items()}
-    dense_parameters = [*model.dense_arch.parameters(), *model.over_arch.parameters()]
+    dense_parameters = [p for name, p in model.named_parameters() if "embedding_bag_collection" not in name]
     dense_optimizer = torch.optim.SGD(dense_parameters, lr=config.optimizer.dense.learning_rate)
     for batch in samples_of(config, num_steps):
         leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
         features = batch.sparse_features.to_dict()
         pooled = [pool_bags(leaves[n], features[n].values(), features[n].lengths(), "sum") for n in ROWS_PER_TABLE]
         vector = model.dense_arch(batch.dense_features)
-        logits = model.over_arch(interact(vector, pooled)).squeeze(1)
+        if config.model.architecture == "dlrm":
+            logits = model.over_arch(interact(vector, pooled)).squeeze(1)
+        else:
+            logits = model.over_arch(model.crossnet(torch.cat([vector, *pooled], dim=1))).squeeze(1)
         dense_optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
         dense_optimizer.step()
@@ -122,10 +125,17 @@ def train_unsharded(config, num_steps):
     return {f"embedding_bag_collection.embedding_bags.t_{n}.weight": w for n, w in weights.items()} | dense_weights
 
 
-@pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
-def test_two_ranks_train_what_an_unsharded_model_does(one_rank, two_ranks, tmp_path, sharding_type):
+@pytest.mark.parametrize(
+    ("architecture", "sharding_type"), [("dlrm", "table_wise"), ("dlrm", "row_wise"), ("dlrm_dcnv2", "table_wise")]
+)
+def test_two_ranks_train_what_an_unsharded_model_does(one_rank, two_ranks, tmp_path, architecture, sharding_type):
     """One epoch of 403 samples: 20 full steps and a short one of 3 samples, which the ranks share unevenly."""
-    config = make_config(write_dataset(tmp_path / "data"), tmp_path / "run", sharding={"types": [sharding_type]})
+    config = make_config(
+        write_dataset(tmp_path / "data"),
+        tmp_path / "run",
+        sharding={"types": [sharding_type]},
+        model={"architecture": architecture, "dcn_num_layers": 2, "dcn_low_rank_dim": 4},
+    )
     two_ranks.run(run_train, config)
     found = one_rank.run(trained_weights, tmp_path / "run")[0]
     expected = train_unsharded(config, num_steps=21)

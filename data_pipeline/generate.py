@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from data_pipeline.shapes import SHAPES, Shape
 from data_pipeline.shards import Bags, Columns, write_shard
 from data_pipeline.synthetic import Chunk, RawRows, draw_chunk, make_teacher
 from data_pipeline.teacher import Teacher
+from data_pipeline.version import papilio_version
 
 TSV_NAME = "train.txt"
 
@@ -99,7 +99,7 @@ def _write_tsv(rows: _Rows, options: GenerateOptions, progress: Progress) -> dic
 
 def _manifest(rows: _Rows, shards: dict[str, tuple[ShardInfo, ...]], options: GenerateOptions) -> Manifest:
     return Manifest(
-        papilio_version=_papilio_version(),
+        papilio_version=papilio_version(),
         data_schema=rows.shape.schema,
         split_rule="fraction: train/validation/test 0.9/0.05/0.05 in row order",
         splits={split: rows.truths[split].split_info(shards[split]) for split in SPLITS},
@@ -154,10 +154,3 @@ def _concatenate_bags(pieces: list[Bags]) -> Bags:
     sizes = [np.diff(piece.offsets) for piece in pieces if piece.offsets is not None]
     offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]), dtype=np.int64)
     return Bags(ids, offsets.astype(np.int32))
-
-
-def _papilio_version() -> str:
-    try:
-        return metadata.version("papilio")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"

@@ -15,7 +15,6 @@ import logging
 import os
 import zlib
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from data_pipeline.bad_rows import BadRows, PreprocessError
@@ -38,6 +37,7 @@ from data_pipeline.shard_stage import ShardJob, list_shards, write_split_shard
 from data_pipeline.splits import SplitRule, make_split_rule
 from data_pipeline.stage import STAGE_NAME, Stage, open_stage
 from data_pipeline.table_source import delimiter_of
+from data_pipeline.version import papilio_version
 from data_pipeline.vocabulary_stage import ColumnTask, build_column
 from data_pipeline.work_pool import WorkPool
 
@@ -74,7 +74,7 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         splits = _write_shards(job, parsed, rule)
     bad_rows.write(options.output)
     manifest = Manifest(
-        papilio_version=_papilio_version(),
+        papilio_version=papilio_version(),
         data_schema=schema,
         split_rule=rule.words,
         splits=splits,
@@ -204,10 +204,3 @@ def _write_shards(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, Split
         )
         for name in SPLITS
     }
-
-
-def _papilio_version() -> str:
-    try:
-        return metadata.version("papilio")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import logging
+import os
 from collections.abc import Iterator
 
 import torch
@@ -114,9 +114,7 @@ def _memory_bytes(config: ShardingConfig, device: torch.device) -> int:
         return int(config.memory_per_rank_gib * GIB)
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    return int(fields["MemTotal"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _explain(
@@ -133,6 +131,3 @@ def _explain(
         f"sharding.types, lower sharding.reserve_fraction, use more ranks or a smaller model.embedding_dim. "
         f"(TorchRec's planner: {str(error).strip().splitlines()[0]})"
     )
-
-
-logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)

@@ -30,14 +30,6 @@ VERSIONED_PACKAGES = (
 )
 
 
-def papilio_version() -> str:
-    """Return the installed version of Papilio."""
-    try:
-        return metadata.version("papilio")
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def choose_run_dir(config: OutputConfig, name: str) -> str:
     """Return the folder of a new run.
 

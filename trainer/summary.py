@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,16 @@ def format_summary(summary: Summary, manifest: Manifest) -> str:
         "",
         f" best       validation AUC {summary.best_validation_auc:.4f}, after step {summary.best_validation_step:,}",
         f" run folder {summary.run_dir}",
-        *(f" WARNING    NOT LEARNING: {finding}" for finding in summary.findings),
+        *(_wrap(finding) for finding in summary.findings),
         "─" * WIDTH,
     ]
     return "\n".join(lines)
+
+
+def _wrap(finding: str) -> str:
+    return textwrap.fill(
+        f"NOT LEARNING: {finding}", WIDTH, initial_indent=" WARNING    ", subsequent_indent=" " * len(" WARNING    ")
+    )
 
 
 def format_metrics(final: dict[str, MetricValues], manifest: Manifest) -> str:

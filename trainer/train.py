@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
+from data_pipeline.version import papilio_version
 from sharding.plan_file import describe_placement, plan_to_json
 from sharding.planner import PlanError
 from trainer.checkpoint import checkpoint_dir, save_weights
@@ -20,7 +21,7 @@ from trainer.install import InstallError, check_install
 from trainer.loop import Progress, run_training
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks, process_group
-from trainer.run_folder import RunFolder, choose_run_dir, papilio_version
+from trainer.run_folder import RunFolder, choose_run_dir
 from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.sharded_model import ShardedModel, build_sharded_model
 from trainer.storage import write_json

@@ -24,7 +24,8 @@ def test_a_process_without_torchrun_is_a_job_of_one_on_all_cores():
     code = (
         "import os\nbefore = os.sched_getaffinity(0)\nfrom trainer.ranks import process_group\n"
         "with process_group() as ranks:\n"
-        "    print(ranks.rank, ranks.world_size, ranks.agree_on('x'), ranks.slice_of(7), os.sched_getaffinity(0) == before)"
+        "    print(ranks.rank, ranks.world_size, ranks.agree_on('x'), ranks.slice_of(7))\n"
+        "    print(os.sched_getaffinity(0) == before)"
     )
     environment = {
         name: value for name, value in os.environ.items() if name not in {"MASTER_ADDR", "RANK", "WORLD_SIZE"}
@@ -39,7 +40,8 @@ def test_a_rank_stays_on_its_own_cores():
     code = (
         "import os, torch, threading\nfrom trainer.ranks import pin_to_cores\n"
         "pin_to_cores(1, 2)\nfound = []\n"
-        "thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))\nthread.start(); thread.join()\n"
+        "thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))\n"
+        "thread.start()\nthread.join()\n"
         "print(sorted(found[0]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

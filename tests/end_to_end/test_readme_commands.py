@@ -28,10 +28,10 @@ def environment():
 
 
 def run(command, folder, environment):
-    result = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    output = subprocess.PIPE
+    options = {"cwd": folder, "env": environment, "text": True, "timeout": TIMEOUT_S, "check": False}
+    result = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.STDOUT, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-5000:]}"
     return result.stdout
 
 

@@ -17,7 +17,7 @@ from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.paths import path_manager
 
 # About 33,000 Criteo rows: the arrays of one column stay in the L2 cache, and codes fit 16 bits.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 16 << 20
 PADDING_BYTES = 8  # in front of a block's first byte, so that 8 bytes can be read up to the end of any field
 _STREAM_CHUNK_BYTES = 1 << 18
 _COMPRESSIONS = (".gz", ".zst")

@@ -101,6 +101,16 @@ class Loader:
         num_consumed = self._start.sample // self._global_batch_size
         return max(0, (self._num_epochs - self._start.epoch) * self.num_batches_per_epoch - num_consumed)
 
+    def check_first_batch(self) -> None:
+        """Read the first batch and drop it, so that faults of its shards are found before a model is built.
+
+        Raises:
+            DatasetError: a shard is missing, was changed, or holds ids out of range.
+        """
+        batches = self._batches()
+        next(batches, None)
+        batches.close()
+
     def __iter__(self) -> Generator[Batch, None, None]:
         """Iterate; closing or dropping the iterator ends its thread."""
         self.wait_s = 0.0

@@ -51,6 +51,7 @@ def train(config: Config, ranks: Ranks) -> Summary:
     """Train as the config says and write the run folder. Collective; returns the summary on every rank."""
     dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
     loader = _training_loader(config, dataset, ranks)
+    loader.check_first_batch()
     run_dir = ranks.agree_on(choose_run_dir(config.output, config.name) if ranks.is_first else None)
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)

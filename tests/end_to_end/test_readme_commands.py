@@ -29,8 +29,8 @@ def environment():
 
 def run(command, folder, environment):
     output = subprocess.PIPE
-    options = {"cwd": folder, "env": environment, "text": True, "timeout": TIMEOUT_S, "check": False}
-    result = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.STDOUT, **options)
+    options = {"cwd": folder, "env": environment, "text": True, "timeout": TIMEOUT_S}
+    result = subprocess.run(command, shell=True, stdout=output, stderr=subprocess.STDOUT, check=False, **options)
     assert result.returncode == 0, f"{command}\n{result.stdout[-5000:]}"
     return result.stdout
 

@@ -257,6 +257,11 @@ def test_mistakes_are_told_before_training(two_ranks, tmp_path):
         found = two_ranks.run(run_train, make_config(data, tmp_path / "run", **sections))
         assert message in found[0]
         assert found[0] == found[1]
+    with open(Path(data) / "train" / "0.arrow", "r+b") as shard:
+        shard.seek(-200, 2)
+        shard.write(b"xx")
+    found = two_ranks.run(run_train, make_config(data, tmp_path / "run"))
+    assert "train/0.arrow was changed after it was written" in found[0]
     assert not (tmp_path / "run").exists(), "nothing is written before the checks"
 
 

@@ -70,44 +70,29 @@ def build_model(config: ModelConfig, dataset: Dataset, dense_device: torch.devic
             f"model.dense_in_features = {config.dense_in_features}, but data set {dataset.folder} has {num_dense} "
             "dense columns; leave it out, or use other data"
         )
-    tables = EmbeddingBagCollection(table_configs(config, dataset.num_embeddings), device=torch.device("meta"))
+    shared = _shared_arguments(config, dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODEL_BUILDERS[config.architecture](config, tables, dataset.schema.categorical_names, num_dense)
+        model = MODEL_BUILDERS[config.architecture](config, *shared)
     for name, child in model.named_children():
         if name != "embedding_bag_collection":
             child.to(dense_device)
     return model
 
 
-def _build_dlrm(config: ModelConfig, tables: EmbeddingBagCollection, features: list[str], num_dense: int) -> nn.Module:
-    return DLRM(
-        tables,
-        features,
-        num_dense,
-        config.dense_arch_layer_sizes,
-        config.over_arch_layer_sizes,
-        config.embedding_dim,
-    )
-
-
-def _build_dcn(config: ModelConfig, tables: EmbeddingBagCollection, features: list[str], num_dense: int) -> nn.Module:
-    return DLRMDCNv2(
-        tables,
-        features,
-        num_dense,
-        config.dense_arch_layer_sizes,
-        config.over_arch_layer_sizes,
-        config.embedding_dim,
-        config.dcn_num_layers,
-        config.dcn_low_rank_dim,
-    )
-
-
-MODEL_BUILDERS: dict[str, Callable[[ModelConfig, EmbeddingBagCollection, list[str], int], nn.Module]] = {
-    "dlrm": _build_dlrm,
-    "dlrm_dcnv2": _build_dcn,
+# By architecture: from the config and what all architectures take (see `_shared_arguments`).
+MODEL_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "dlrm": lambda config, *shared: DLRM(*shared),
+    "dlrm_dcnv2": lambda config, *shared: DLRMDCNv2(
+        *shared, num_layers=config.dcn_num_layers, low_rank_dim=config.dcn_low_rank_dim
+    ),
 }
+
+
+def _shared_arguments(config: ModelConfig, dataset: Dataset) -> tuple[object, ...]:
+    tables = EmbeddingBagCollection(table_configs(config, dataset.num_embeddings), device=torch.device("meta"))
+    layers = (config.dense_arch_layer_sizes, config.over_arch_layer_sizes, config.embedding_dim)
+    return tables, dataset.schema.categorical_names, len(dataset.schema.dense), *layers
 
 
 def _check_features(key: str, entries: Mapping[str, object], known: Mapping[str, int]) -> None:

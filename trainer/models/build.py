@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,26 +74,32 @@ def build_model(config: ModelConfig, dataset: Dataset, dense_device: torch.devic
     shared = _shared_arguments(config, dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODEL_BUILDERS[config.architecture](config, *shared)
+        model = MODEL_BUILDERS[config.architecture](config, shared)
     for name, child in model.named_children():
         if name != "embedding_bag_collection":
             child.to(dense_device)
     return model
 
 
-# By architecture: from the config and what all architectures take (see `_shared_arguments`).
-MODEL_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "dlrm": lambda config, *shared: DLRM(*shared),
-    "dlrm_dcnv2": lambda config, *shared: DLRMDCNv2(
-        *shared, num_layers=config.dcn_num_layers, low_rank_dim=config.dcn_low_rank_dim
+# By architecture: from the config and the arguments that all architectures share.
+MODEL_BUILDERS: dict[str, Callable[[ModelConfig, dict[str, Any]], nn.Module]] = {
+    "dlrm": lambda config, shared: DLRM(**shared),
+    "dlrm_dcnv2": lambda config, shared: DLRMDCNv2(
+        **shared, num_layers=config.dcn_num_layers, low_rank_dim=config.dcn_low_rank_dim
     ),
 }
 
 
-def _shared_arguments(config: ModelConfig, dataset: Dataset) -> tuple[object, ...]:
-    tables = EmbeddingBagCollection(table_configs(config, dataset.num_embeddings), device=torch.device("meta"))
-    layers = (config.dense_arch_layer_sizes, config.over_arch_layer_sizes, config.embedding_dim)
-    return tables, dataset.schema.categorical_names, len(dataset.schema.dense), *layers
+def _shared_arguments(config: ModelConfig, dataset: Dataset) -> dict[str, Any]:
+    tables = table_configs(config, dataset.num_embeddings)
+    return {
+        "embedding_bag_collection": EmbeddingBagCollection(tables, device=torch.device("meta")),
+        "feature_names": dataset.schema.categorical_names,
+        "dense_in_features": len(dataset.schema.dense),
+        "dense_arch_layer_sizes": config.dense_arch_layer_sizes,
+        "over_arch_layer_sizes": config.over_arch_layer_sizes,
+        "embedding_dim": config.embedding_dim,
+    }
 
 
 def _check_features(key: str, entries: Mapping[str, object], known: Mapping[str, int]) -> None:

@@ -4,11 +4,8 @@ import gzip
 import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,47 +16,13 @@ from iopath.common.file_io import PathHandler
 
 from data_pipeline import byte_blocks, criteo, key_runs, vocabulary_stage
 from data_pipeline.bad_rows import PreprocessError
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipeline.manifest import MANIFEST_NAME, read_manifest
 from data_pipeline.paths import path_manager
 from data_pipeline.preprocess import preprocess
-from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.shards import open_shard
-from data_pipeline.stage import STAGE_NAME
+from tests.support.criteo_text import all_bytes, criteo_lines, criteo_options, splitmix64
 
 SPLITS = ("train", "validation", "test")
-
-
-def criteo_lines(num_rows: int, seed: int = 0) -> list[bytes]:
-    generator = random.Random(seed)
-
-    def integer(i: int) -> str:
-        draw = generator.random()
-        if draw < 0.2:
-            return ""
-        if draw < 0.3:
-            return str(-generator.randint(1, 3))
-        return str(int(generator.lognormvariate(2, 2 + i / 4)) % 10 ** generator.randint(1, 11))
-
-    def hexadecimal(c: int) -> str:
-        if generator.random() < 0.1:
-            return ""
-        key = int(2 ** (generator.random() * (2 + c % 10)))
-        return f"{key * 2654435761 % 2**32:0{generator.choice([8, 8, 8, 1])}x}"
-
-    return [
-        "\t".join(
-            [str(generator.randint(0, 1)), *(integer(i) for i in range(13)), *(hexadecimal(c) for c in range(26))]
-        ).encode()
-        for _ in range(num_rows)
-    ]
-
-
-def splitmix64(number: int) -> int:
-    mask = 2**64 - 1
-    number = (number + 0x9E3779B97F4A7C15) & mask
-    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & mask
-    return number ^ (number >> 31)
 
 
 def oracle(lines: list[bytes], split_of: list[str], threshold: int = 1, max_ids: int = 10**9, buckets: int = 0):
@@ -109,16 +72,6 @@ def assert_equal_to_oracle(folder: Path, expected) -> None:
         for c in range(26):
             ids = np.concatenate([shard.bags[c].ids for shard in shards])
             assert ids.tolist() == [ids[c] for _, _, ids in rows], f"column {c} of {split}"
-
-
-def criteo_options(inputs: list[Path] | Path, output: Path, **changes) -> PreprocessOptions:
-    paths = inputs if isinstance(inputs, list) else [inputs]
-    options = {"num_workers": 1, "show_progress": False} | changes
-    return PreprocessOptions(source="criteo", inputs=tuple(map(str, paths)), output=str(output), **options)
-
-
-def all_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -228,122 +181,6 @@ def test_workers_and_compression_change_no_byte(tmp_path):
         manifests = [json.loads(files.pop(MANIFEST_NAME)) | {"source": None} for files in (dict(outputs[0]), output)]
         assert manifests[0] == manifests[1]
         assert output == {name: data for name, data in outputs[0].items() if name != MANIFEST_NAME}
-
-
-KILLED_SCRIPT = """
-import sys, time
-from data_pipeline import byte_blocks, parse_stage, vocabulary_stage, shard_stage, preprocess as p
-from data_pipeline.preprocess_options import PreprocessOptions
-byte_blocks.read_blocks.__defaults__ = (30_000,)
-def slowly(function):
-    def run(task):
-        result = function(task)
-        time.sleep(0.02)
-        return result
-    return run
-options = PreprocessOptions.model_validate_json(sys.argv[1])
-if options.num_workers == 1:
-    parse_stage.parse_block = slowly(parse_stage.parse_block)
-    p.build_column = slowly(p.build_column)
-    p.write_split_shard = slowly(p.write_split_shard)
-p.preprocess(options)
-"""
-
-
-@pytest.mark.parametrize("killed_at", ["chunk_0000005", "column_0007", "shard_0_0000000.json", "several"])
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path, monkeypatch, killed_at):
-    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (30_000,))
-    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(2_000)) + b"\n")
-    options = criteo_options(tmp_path / "train.txt", tmp_path / "out")
-    stage = tmp_path / "out" / STAGE_NAME
-    for name in ["chunk_0000003", "column_0002", "column_0019"] if killed_at == "several" else [killed_at]:
-        kill_when_there(options, stage / name)
-        assert not (tmp_path / "out" / MANIFEST_NAME).exists()
-    parts = {name: (stage / name).stat().st_mtime_ns for name in os.listdir(stage) if name.startswith("chunk")}
-    assert parts
-    opened = []
-    monkeypatch.setattr("data_pipeline.parse_stage._parse", count_calls(opened))
-    preprocess(options)
-    preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
-    assert not stage.exists()
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
-    num_chunks = max(task.block.index for task in opened) + 1
-    assert len(opened) == 2 * num_chunks - len([name for name in parts if not name.endswith(".tmp")])
-
-
-def test_a_killed_run_of_two_workers_continues_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (30_000,))
-    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(2_000)) + b"\n")
-    options = criteo_options(tmp_path / "train.txt", tmp_path / "out", num_workers=2)
-    kill_when_there(options, tmp_path / "out" / STAGE_NAME / "chunk_0000000")
-    preprocess(options)
-    preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
-
-
-def count_calls(opened: list):
-    from data_pipeline.parse_stage import _parse
-
-    def counted(task):
-        opened.append(task)
-        return _parse(task)
-
-    return counted
-
-
-def kill_when_there(options: PreprocessOptions, path: Path) -> None:
-    script = [sys.executable, "-c", KILLED_SCRIPT, options.model_dump_json()]
-    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
-    process = subprocess.Popen(script, env=environment)
-    deadline = time.monotonic() + 60
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    script = (
-        "import os, sys, time\n"
-        "from data_pipeline.work_pool import WorkPool\n"
-        "if __name__ == '__main__':\n"
-        "    with WorkPool(2) as pool:\n"
-        "        for pid in pool.map_ordered(pow, []): pass\n"
-        "        future = pool._executor.submit(os.getpid)\n"
-        "        print(future.result(), flush=True)\n"
-        "        pool._executor.submit(time.sleep, 60)\n"
-        "        time.sleep(60)\n"
-    )
-    (tmp_path / "parent.py").write_text(script)
-    environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment, stdout=subprocess.PIPE)
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes()
-
-
-def test_other_options_are_refused_with_the_differences(tmp_path):
-    (tmp_path / "train.txt").write_bytes(b"\n".join([*criteo_lines(20), b"bad"]) + b"\n")
-    with pytest.raises(PreprocessError):
-        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
-    with pytest.raises(PreprocessError, match=r"unfinished work of another command .*num_buckets: was None, now 100"):
-        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", num_buckets=100, max_bad_rows=1))
-    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", max_bad_rows=1))
-    assert (manifest.num_rows, manifest.num_bad_rows) == (20, 1)
-
-
-def test_a_finished_data_set_is_returned_or_kept(tmp_path):
-    (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(20)) + b"\n")
-    first: Manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
-    before = all_bytes(tmp_path / "out")
-    assert preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out")) == first
-    with pytest.raises(PreprocessError, match="holds a data set made with other options or inputs"):
-        preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=2))
-    assert all_bytes(tmp_path / "out") == before
 
 
 def test_bad_rows_are_named_or_set_aside(tmp_path, small_pieces):

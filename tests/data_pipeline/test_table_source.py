@@ -15,6 +15,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.shards import open_shard
+from tests.support.criteo_text import splitmix64
 
 SCHEMA = """
 label = "click"
@@ -101,14 +102,6 @@ def vocabulary(values: list, threshold: int = 1) -> dict:
     counts = Counter(values)
     order = sorted((-count, v) for v, count in counts.items() if count >= threshold)
     return {v: 2 + rank for rank, (_, v) in enumerate(order)}
-
-
-def splitmix64(number: int) -> int:
-    mask = 2**64 - 1
-    number = (number + 0x9E3779B97F4A7C15) & mask
-    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & mask
-    return number ^ (number >> 31)
 
 
 def oracle(rows: list[dict]) -> list[tuple]:

@@ -1,59 +1,219 @@
-"""A sharding plan as versioned JSON: what was decided, readable by people and machines."""
+"""The plan file: where every shard goes, what each rank holds and does, and what was predicted; JSON with a version.
+
+It is at once what `papilio plan --output` writes, what the reports show, and what `sharding.plan` gives to training.
+No torch is imported here; sharding/plan_conversion.py makes TorchRec's ShardingPlan of it.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
-from torchrec.distributed.types import ShardingPlan
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-PLAN_FORMAT_VERSION = 1
+from sharding.config import KernelName, ShardingTypeName
 
-
-def plan_to_dict(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
-    """Describe a plan with plain values: per module and table its type, kernel, and each shard's place and size."""
-    return {
-        "format_version": PLAN_FORMAT_VERSION,
-        "world_size": world_size,
-        "modules": {
-            module: {table: _sharding_to_dict(sharding) for table, sharding in module_plan.items()}
-            for module, module_plan in plan.plan.items()
-        },
-    }
+FORMAT_VERSION = 2
 
 
-def plan_to_json(plan: ShardingPlan, world_size: int) -> str:
-    """Return `plan_to_dict` as indented JSON."""
-    return json.dumps(plan_to_dict(plan, world_size), indent=1) + "\n"
+class PlanFileError(ValueError):
+    """A plan file that cannot be used; the message names the file and the mend."""
 
 
-def describe_placement(plan: ShardingPlan, world_size: int) -> str:
-    """Say in a line per rank how many shards and MiB of fp32 weights it holds."""
-    num_shards, num_weights = [0] * world_size, [0] * world_size
-    for module_plan in plan.plan.values():
-        for sharding in module_plan.values():
-            for shard in sharding.sharding_spec.shards:
-                num_shards[shard.placement.rank()] += 1
-                num_weights[shard.placement.rank()] += shard.shard_sizes[0] * shard.shard_sizes[1]
-    return "\n".join(
-        f"  rank {rank}: {num_shards[rank]} table shard(s), {4 * num_weights[rank] / 2**20:,.1f} MiB"
-        for rank in range(world_size)
-    )
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _sharding_to_dict(sharding: Any) -> dict[str, Any]:
-    return {
-        "sharding_type": sharding.sharding_type,
-        "compute_kernel": sharding.compute_kernel,
-        "ranks": sharding.ranks,
-        "shards": [
-            {
-                "row": shard.shard_offsets[0],
-                "column": shard.shard_offsets[1],
-                "num_rows": shard.shard_sizes[0],
-                "num_columns": shard.shard_sizes[1],
-                "rank": shard.placement.rank(),
-            }
-            for shard in sharding.sharding_spec.shards
-        ],
-    }
+class Phases(_Section):
+    """Seconds of a step's embedding work, in the order of the step.
+
+    Attributes:
+        input_dist_s: ids on their way to the shards.
+        lookup_s: rows read and pooled.
+        output_dist_s: pooled embeddings on their way to the samples.
+        gradient_dist_s: their gradients on their way back (data_parallel: the all-reduce of the table's gradient).
+        update_s: rows updated by the fused optimizer.
+    """
+
+    input_dist_s: float = 0.0
+    lookup_s: float = 0.0
+    output_dist_s: float = 0.0
+    gradient_dist_s: float = 0.0
+    update_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """All of them, one after the other."""
+        return self.input_dist_s + self.lookup_s + self.output_dist_s + self.gradient_dist_s + self.update_s
+
+
+class ShardPlace(_Section):
+    """A rectangle of a table and the rank that holds it; for data_parallel there is none, each rank holds the whole."""
+
+    row: int = Field(ge=0)
+    column: int = Field(ge=0)
+    num_rows: int = Field(ge=0)
+    num_columns: int = Field(ge=1)
+    rank: int = Field(ge=0)
+
+
+class PlannedTable(_Section):
+    """One table's place. Bytes are over all its shards; `phases` are those of its most loaded rank."""
+
+    name: str
+    module: str
+    feature: str
+    num_embeddings: int
+    embedding_dim: int
+    pooling: str
+    pooling_factor: float
+    precision: str
+    sharding_type: ShardingTypeName
+    compute_kernel: KernelName
+    cache_load_factor: float | None = None
+    ranks: tuple[int, ...]
+    shards: tuple[ShardPlace, ...]
+    weights_bytes: int
+    optimizer_bytes: int
+    phases: Phases
+
+
+class MemoryUse(_Section):
+    """Bytes of one rank at the peak of a step. Those of the device first, the host's (UVM) last."""
+
+    weights_bytes: int = 0
+    optimizer_bytes: int = 0
+    cache_bytes: int = 0
+    gradients_bytes: int = 0
+    activations_bytes: int = 0
+    input_bytes: int = 0
+    dense_bytes: int = 0
+    framework_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """All but the host's."""
+        return sum(getattr(self, name) for name in type(self).model_fields) - self.host_bytes
+
+
+class PlannedRank(_Section):
+    """What one rank holds and does in a step."""
+
+    rank: int
+    node: int
+    num_shards: int
+    memory: MemoryUse
+    phases: Phases
+
+
+class StepPrediction(_Section):
+    """Seconds of a step of the whole job; `total_s` is less than the sum of the parts where work overlaps.
+
+    Attributes:
+        phases: of the embeddings, each the longest over the ranks.
+        dense_s: MLPs and interaction, forward and backward.
+        all_reduce_s: of the dense gradients.
+        dense_optimizer_s: update of the dense part.
+        overhead_s: batch, loss, bookkeeping of every sharding group and table.
+        replica_sync_s: averaging the groups' tables (2D), per step.
+        hidden_s: communication behind other work.
+        total_s: a step.
+    """
+
+    phases: Phases
+    dense_s: float
+    all_reduce_s: float
+    dense_optimizer_s: float
+    overhead_s: float
+    replica_sync_s: float = 0.0
+    hidden_s: float = 0.0
+    total_s: float
+
+
+class PlannedOn(_Section):
+    """The machines that a plan was made for."""
+
+    hardware: str
+    description: str
+    device: Literal["cpu", "cuda"]
+    num_nodes: int = Field(ge=1)
+    ranks_per_node: int = Field(ge=1)
+    num_groups: int = Field(1, ge=1)
+    device_memory_bytes: int
+    usable_memory_bytes: int
+    host_memory_bytes: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole job."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that one copy of the tables is spread over."""
+        return self.num_ranks // self.num_groups
+
+
+class PlanFile(_Section):
+    """A whole plan. `ranks` are those of the first group of ranks; all groups are alike."""
+
+    format_version: int = FORMAT_VERSION
+    papilio_version: str
+    recipe: str
+    machine: PlannedOn
+    global_batch_size: int
+    sparse_optimizer: str
+    precision: str
+    tables: tuple[PlannedTable, ...]
+    ranks: tuple[PlannedRank, ...]
+    step: StepPrediction
+    notes: tuple[str, ...] = ()
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples that the job is predicted to train each second."""
+        return self.global_batch_size / self.step.total_s
+
+    def to_json(self) -> str:
+        """Return the file's text; a plan's text is the same whenever the plan is."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+def read_plan_file(path: str) -> PlanFile:
+    """Read a plan file.
+
+    Raises:
+        PlanFileError: there is none, it is damaged, or another version wrote it.
+    """
+    if not Path(path).is_file():
+        raise PlanFileError(f"plan file {path} does not exist; `papilio plan --recipe R --output {path}` makes one")
+    try:
+        return plan_from_json(Path(path).read_text("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise PlanFileError(f"plan file {path} is damaged ({error}); make it again with `papilio plan`") from None
+
+
+def plan_from_json(text: str, source: str) -> PlanFile:
+    """Read a plan from the text of a file; `source` names it in errors.
+
+    Raises:
+        PlanFileError: it is damaged, or another version wrote it.
+    """
+    try:
+        tree = json.loads(text)
+        version = tree.get("format_version") if isinstance(tree, dict) else None
+        if version != FORMAT_VERSION:
+            written_by = tree.get("papilio_version", "unknown") if isinstance(tree, dict) else "unknown"
+            raise PlanFileError(
+                f"plan file {source} has format version {version} (written by Papilio {written_by}); this Papilio "
+                f"reads {FORMAT_VERSION}: make the plan again with `papilio plan`"
+            )
+        return PlanFile.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise PlanFileError(f"plan file {source} is damaged ({key}: {first['msg']}); make it again") from None
+    except json.JSONDecodeError as error:
+        raise PlanFileError(f"plan file {source} is damaged ({error}); make it again with `papilio plan`") from None

@@ -1,0 +1,282 @@
+"""The cost model: seconds that a shard costs its rank, and the seconds of a whole step.
+
+A step is a row of segments between collectives that hold all ranks up, so each segment lasts as long as on its slowest
+rank. Every time is a fixed part plus a size over a rate of `sharding.hardware.Rates`; nothing else is known of a
+machine. The words used below: W ranks of a group (one copy of the tables), on H hosts of G ranks; B samples of a rank;
+p ids of a sample; D columns and R rows of the shard.
+
+Sources: what TorchRec does in each distribution (torchrec/distributed/sharding/*.py), its own estimator
+(torchrec/distributed/planner/estimator/estimator.py) for which bytes travel, and Hu et al., arXiv 2201.07821, for the
+sum of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from sharding.hardware import Rates
+from sharding.plan_file import Phases, StepPrediction
+from sharding.planning.job import BYTES_PER_VALUE, DENSE_STATE_BYTES, SPARSE_STATE_BYTES, Cluster, Job
+from sharding.planning.options import Option
+
+PHASES = tuple(Phases.model_fields)
+ID_BYTES = 8
+LENGTH_BYTES = 4
+# Of a backward pass, in forward passes: gradients of inputs and of weights.
+BACKWARD_WORK = 2
+# Share of the dense part's time that the bottom MLP has, behind which embeddings travel.
+BOTTOM_SHARE = 0.25
+
+
+def shard_seconds(option: Option, job: Job, cluster: Cluster) -> np.ndarray:
+    """Return the seconds of each of PHASES that one shard of the option costs the rank that holds it."""
+    return _model_of(job, cluster).shard_seconds(option)
+
+
+def predict_step(
+    rank_phases_WP: np.ndarray,
+    options: Sequence[Option],
+    job: Job,
+    cluster: Cluster,
+    *,
+    sync_every_steps: int | None = 1,
+) -> StepPrediction:
+    """Return the seconds of a step.
+
+    Args:
+        rank_phases_WP: for each rank of a group the sums of `shard_seconds` over its shards.
+        options: what was chosen for each table.
+        job: the step.
+        cluster: the machines.
+        sync_every_steps: steps between averagings of the groups' tables (2D); None: never.
+    """
+    return _model_of(job, cluster).predict_step(rank_phases_WP, options, sync_every_steps)
+
+
+class CostModel:
+    """The costs of one job on one cluster; what does not depend on the option is reckoned once."""
+
+    def __init__(self, job: Job, cluster: Cluster) -> None:
+        self.job = job
+        self.cluster = cluster
+        self._rates: Rates = cluster.rates
+        self._num_ranks = cluster.group_size
+        self._per_host = cluster.group_ranks_per_node
+        self._local_batch = job.global_batch_size / cluster.num_ranks
+        self._group_batch = self._local_batch * cluster.group_size
+        self._forward_bytes = BYTES_PER_VALUE[job.communication.forward]
+        self._backward_bytes = BYTES_PER_VALUE[job.communication.backward]
+        self._state_bytes = SPARSE_STATE_BYTES[job.sparse_optimizer]
+        self._all_to_all_s_per_byte = self._spread_s_per_byte(self._num_ranks)
+
+    def shard_seconds(self, option: Option) -> np.ndarray:
+        """Return the seconds of each of PHASES that one shard of the option costs the rank that holds it."""
+        match option.sharding_type:
+            case "data_parallel":
+                phases = self._replica(option)
+            case "row_wise":
+                phases = self._row_block(option, self._num_ranks)
+            case "table_row_wise" | "grid_shard":
+                phases = self._row_block(option, self._per_host)
+            case _:
+                phases = self._whole_rows(option)
+        return np.array(phases)
+
+    def option_seconds(self, option: Option) -> float:
+        """Return what the table costs every rank, whoever holds it: its own samples' ids are put in order of shards.
+
+        The ids of a table in k column blocks are sent k times.
+        """
+        ids = self._local_batch * option.table.pooling_factor * option.num_column_shards
+        return self._rates.table_s + ids * self._rates.id_s
+
+    def _whole_rows(self, option: Option) -> tuple[float, ...]:
+        """table_wise, column_wise, table_column_wise: the owner looks up the W B p ids of all samples.
+
+        W B pooled vectors leave it by all-to-all, and as many gradients come back.
+        """
+        bags = self._group_batch
+        ids = bags * option.table.pooling_factor
+        values = bags * option.shard_columns
+        wire = self._all_to_all_s_per_byte
+        return (
+            wire * (ids * ID_BYTES + bags * LENGTH_BYTES),
+            self._lookup_s(option, ids, bags),
+            wire * values * self._forward_bytes,
+            wire * values * self._backward_bytes,
+            self._update_s(option, ids),
+        )
+
+    def _row_block(self, option: Option, num_shards: int) -> tuple[float, ...]:
+        """row_wise (over W ranks), table_row_wise and grid_shard (over the G ranks of a host).
+
+        Each shard sees W B p / shards of the ids and pools all W B bags as far as it has their rows. The partial sums
+        meet by reduce-scatter among the shards; from a host the sums go on to the other hosts by all-to-all. Gradients
+        come back by all-gather, after the same all-to-all.
+        """
+        bags = self._group_batch
+        ids = bags * option.table.pooling_factor / num_shards
+        values = bags * option.shard_columns
+        gathered = self._spread_s_per_byte(num_shards)
+        across = 0.0
+        if num_shards < self._num_ranks:
+            between_hosts = values / num_shards * (1 - num_shards / self._num_ranks)
+            across = between_hosts / self._rates.inter_host_bytes_per_s
+        wire = self._all_to_all_s_per_byte
+        return (
+            wire * (ids * ID_BYTES + bags * LENGTH_BYTES),
+            self._lookup_s(option, ids, bags),
+            (gathered * values + across) * self._forward_bytes,
+            (gathered * values + across) * self._backward_bytes,
+            self._update_s(option, ids),
+        )
+
+    def _replica(self, option: Option) -> tuple[float, ...]:
+        """data_parallel: own samples only, a dense gradient of the whole table, and a pass over the whole table."""
+        bags = self._local_batch
+        table_bytes = 4 * option.table.num_embeddings * option.table.embedding_dim
+        state_bytes = DENSE_STATE_BYTES[self.job.dense_optimizer]
+        # Gradient cleared, written, read; weights and state read and written.
+        passes = 5 + 2 * state_bytes / 4
+        ids = bags * option.table.pooling_factor
+        return (
+            0.0,
+            self._lookup_s(option, ids, bags),
+            0.0,
+            self._all_reduce_s(table_bytes),
+            self._update_s(option, ids) + passes * table_bytes / self._rates.memory_bytes_per_s,
+        )
+
+    def _lookup_s(self, option: Option, ids: float, bags: float) -> float:
+        """Rows read and pooled: ids (t_row + bytes / rate), and a pooled vector written for each bag.
+
+        fused_uvm reads each row over the host link. fused_uvm_caching reads those that the cache lacks and writes as
+        many back; ids are taken for uniform, so a share of 1 - cache_load_factor: the worst case.
+        """
+        rates = self._rates
+        row_bytes = BYTES_PER_VALUE[option.table.precision] * option.shard_columns
+        pooled_bytes = bags * option.shard_columns * 4
+        seconds = ids * rates.lookup_row_s + pooled_bytes / rates.lookup_bytes_per_s
+        if option.kernel == "fused_uvm":
+            return seconds + ids * row_bytes / rates.host_memory_bytes_per_s
+        seconds += ids * row_bytes / rates.lookup_bytes_per_s
+        if option.kernel == "fused_uvm_caching":
+            misses = ids * (1 - (option.cache_load_factor or 0.0))
+            seconds += 2 * misses * row_bytes / rates.host_memory_bytes_per_s
+        return seconds
+
+    def _update_s(self, option: Option, ids: float) -> float:
+        """Rows updated: ids (t_row + bytes / rate); a row is read and written with its optimizer state."""
+        rates = self._rates
+        per_weight, per_row = self._state_bytes
+        columns = option.shard_columns
+        gradient_bytes = ids * columns * 4
+        row_bytes = ids * ((BYTES_PER_VALUE[option.table.precision] + per_weight) * columns + per_row)
+        is_remote = option.kernel == "fused_uvm"
+        rate = rates.host_memory_bytes_per_s if is_remote else rates.update_bytes_per_s
+        return ids * rates.update_row_s + gradient_bytes / rates.update_bytes_per_s + 2 * row_bytes / rate
+
+    def _spread_s_per_byte(self, num_ranks: int) -> float:
+        """Seconds for each byte that a rank spreads evenly over `num_ranks`, itself included.
+
+        Ranks of the own host and of others are sent to at once, each over its own link.
+        """
+        on_host = min(num_ranks, self._per_host)
+        inside = (on_host - 1) / num_ranks / self._rates.all_to_all_bytes_per_s
+        across = (num_ranks - on_host) / num_ranks / self._rates.inter_host_bytes_per_s if num_ranks > on_host else 0.0
+        return max(inside, across)
+
+    def _all_reduce_s(self, num_bytes: float) -> float:
+        """All ranks of the job: 2 (G - 1) / G of the bytes inside a host, then 2 (H - 1) / H / G between hosts."""
+        per_host, num_hosts = self.cluster.ranks_per_node, self.cluster.num_nodes
+        if self.cluster.num_ranks == 1:
+            return 0.0
+        seconds = self._rates.all_to_all_latency_s
+        seconds += 2 * (per_host - 1) / per_host * num_bytes / self._rates.all_reduce_bytes_per_s
+        if num_hosts > 1:
+            share = 2 * (num_hosts - 1) / num_hosts / per_host
+            seconds += self._rates.inter_host_latency_s + share * num_bytes / self._rates.inter_host_bytes_per_s
+        return seconds
+
+    @cached_property
+    def _dense_s(self) -> float:
+        """Matrix products, forward and backward; activations written, read, and their gradients the same."""
+        dense, rates = self.job.dense, self._rates
+        flops = 2 * sum(inputs * outputs for inputs, outputs in dense.layers)
+        flops += 2 * dense.num_interacting**2 * dense.interaction_dim
+        rate = rates.matmul_fp32_flops_per_s if self.job.precision == "fp32" else rates.matmul_bf16_flops_per_s
+        seconds = (1 + BACKWARD_WORK) * flops * self._local_batch / rate
+        seconds += 4 * dense.activation_values * 4 * self._local_batch / rates.memory_bytes_per_s
+        return seconds + len(dense.layers) * rates.layer_s
+
+    @cached_property
+    def _dense_optimizer_s(self) -> float:
+        state_bytes = DENSE_STATE_BYTES[self.job.dense_optimizer]
+        return self.job.dense.num_parameters * (3 * 4 + 2 * state_bytes) / self._rates.memory_bytes_per_s
+
+    def _overhead_s(self, options: Sequence[Option]) -> float:
+        """Fixed times: of the step, of each table, and of each sharding group with its collectives."""
+        groups = {(option.sharding_type, option.kernel, option.table.precision) for option in options}
+        collectives = 0.0
+        if self._num_ranks > 1:
+            is_wide = self._num_ranks > self._per_host
+            latency = self._rates.inter_host_latency_s if is_wide else self._rates.all_to_all_latency_s
+            collectives = latency * (len(PHASES) - 1) * len({sharding_type for sharding_type, *_ in groups})
+        tables = sum(map(self.option_seconds, options))
+        return self._rates.step_s + len(groups) * self._rates.group_s + tables + collectives
+
+    def _replica_sync_s(self, options: Sequence[Option], sync_every_steps: int | None) -> float:
+        """Averaging the tables of all groups: each rank all-reduces its shards with its peers of the other groups."""
+        num_groups = self.cluster.num_groups
+        if num_groups == 1 or not sync_every_steps:
+            return 0.0
+        per_rank = sum(option.table.weights_bytes for option in options) / self._num_ranks
+        is_wide = self.cluster.num_nodes > 1
+        rate = self._rates.inter_host_bytes_per_s if is_wide else self._rates.all_reduce_bytes_per_s
+        return 2 * (num_groups - 1) / num_groups * per_rank / rate / sync_every_steps
+
+    def predict_step(
+        self,
+        rank_phases_WP: np.ndarray,
+        options: Sequence[Option],
+        sync_every_steps: int | None,
+    ) -> StepPrediction:
+        """Return the seconds of a step: each segment the longest over the ranks, less what hides behind other work.
+
+        As TrainPipelineSparseDist runs it: the next batch's ids travel behind the dense part, pooled embeddings behind
+        the bottom MLP, the dense gradients' all-reduce behind the embeddings' backward pass; of each, `Rates.overlap`.
+        """
+        longest = dict(zip(PHASES, rank_phases_WP.max(axis=0).tolist(), strict=True))
+        phases = Phases(**longest)
+        all_reduce_s = self._all_reduce_s(4 * self.job.dense.num_parameters)
+        hidden_s = self._rates.overlap * (
+            min(phases.input_dist_s, self._dense_s)
+            + min(phases.output_dist_s, BOTTOM_SHARE * self._dense_s / (1 + BACKWARD_WORK))
+            + min(all_reduce_s, phases.gradient_dist_s + phases.update_s)
+        )
+        overhead_s = self._overhead_s(options)
+        replica_sync_s = self._replica_sync_s(options, sync_every_steps)
+        work_s = phases.total_s + self._dense_s + all_reduce_s + self._dense_optimizer_s + overhead_s
+        return StepPrediction(
+            phases=phases,
+            dense_s=self._dense_s,
+            all_reduce_s=all_reduce_s,
+            dense_optimizer_s=self._dense_optimizer_s,
+            overhead_s=overhead_s,
+            replica_sync_s=replica_sync_s,
+            hidden_s=hidden_s,
+            total_s=work_s + replica_sync_s - hidden_s,
+        )
+
+
+_latest: list[CostModel] = []
+
+
+def _model_of(job: Job, cluster: Cluster) -> CostModel:
+    """The latest model is kept: searches ask for thousands of options of one job."""
+    if not _latest or _latest[0].job is not job or _latest[0].cluster is not cluster:
+        _latest[:] = [CostModel(job, cluster)]
+    return _latest[0]

@@ -30,7 +30,7 @@ class TableConstraint(_Section):
     ranks: tuple[int, ...] | None = Field(None, min_length=1, description="Ranks that may hold shards of the tables.")
     min_partition: int | None = Field(None, ge=4, description="Fewest columns of a column shard.")
     cache_load_factor: float | None = Field(
-        None, gt=0, le=1, description="Share of a table's rows that fused_uvm_caching keeps on the device."
+        None, gt=0, lt=1, description="Share of a table's rows that fused_uvm_caching keeps on the device."
     )
     keep_together: bool = Field(False, description="Place all these tables, each whole, on one rank.")
 
@@ -79,7 +79,7 @@ class ShardingConfig(_Section):
         16, ge=4, description="Fewest columns of a column shard (column_wise, table_column_wise, grid_shard)."
     )
     cache_load_factor: float = Field(
-        0.2, gt=0, le=1, description="Share of a table's rows that fused_uvm_caching keeps on the device."
+        0.2, gt=0, lt=1, description="Share of a table's rows that fused_uvm_caching keeps on the device."
     )
     constraints: tuple[TableConstraint, ...] = Field((), description="Exceptions for single tables or patterns.")
     memory_per_rank_gib: float | None = Field(

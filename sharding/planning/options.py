@@ -96,8 +96,9 @@ def enumerate_options(
     """List every option for a table, in a fixed order.
 
     Column blocks are equal, at least `min_partition` columns wide and a multiple of 4 (FBGEMM), and no more than the
-    ranks or hosts that can hold them. Types that span hosts are left out where they would be the same as a simpler
-    one: with one host table_row_wise is row_wise and table_column_wise is column_wise, unless nothing else is allowed.
+    ranks or hosts that can hold them. Types that come to the same as a simpler one are left out if the simpler one is
+    allowed: with one host table_row_wise is row_wise and table_column_wise is column_wise, on one rank all are
+    table_wise, and a single column block is a whole table.
     """
     num_ranks, per_host = cluster.group_size, cluster.group_ranks_per_node
     num_hosts = num_ranks // per_host
@@ -108,11 +109,10 @@ def enumerate_options(
         row_shards = {"row_wise": num_ranks, "table_row_wise": per_host, "grid_shard": per_host}.get(sharding_type, 1)
         most_blocks = {"column_wise": num_ranks, "table_column_wise": per_host, "grid_shard": num_hosts}
         for num_blocks in _block_counts(table.embedding_dim, min_partition, most_blocks.get(sharding_type, 1)):
-            if sharding_type in COLUMN_TYPES and num_blocks == 1 and len(types) > 1:
-                continue
             for kernel, factor in _kernels(sharding_type, kernels, cluster.hardware.device, cache_load_factor):
                 options.append(Option(table, sharding_type, kernel, row_shards, num_blocks, factor))
-    return options
+    cut = [option for option in options if option.sharding_type not in COLUMN_TYPES or option.num_column_shards > 1]
+    return cut or options
 
 
 def _is_redundant(sharding_type: str, types: tuple[str, ...], num_hosts: int, num_ranks: int) -> bool:

@@ -1,0 +1,169 @@
+"""What the recipe asks for, settled for each table: options to choose from, ranks allowed, tables kept together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from sharding.config import ShardingConfig, TableConstraint
+from sharding.planning.errors import PlanError
+from sharding.planning.job import Cluster, Job, Table
+from sharding.planning.options import UVM_KERNELS, Option, Span, enumerate_options
+
+# A table's fields that a constraint may set, with the key of the global setting they replace.
+_FIELDS = ("types", "kernels", "ranks", "min_partition", "cache_load_factor")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tables that are placed as one: usually one, several where a constraint keeps them together.
+
+    Attributes:
+        tables: in the model's order.
+        choices: each an option for every table.
+        ranks: those that may hold shards; None: all.
+    """
+
+    tables: tuple[Table, ...]
+    choices: tuple[tuple[Option, ...], ...]
+    ranks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Rules:
+    types: tuple[str, ...]
+    kernels: tuple[str, ...]
+    ranks: tuple[int, ...] | None
+    min_partition: int
+    cache_load_factor: float
+    constraint: int | None = None  # the last one that matched
+    group: int | None = None  # the constraint that keeps it together with others
+
+
+def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
+    """Apply the constraints and list each table's options.
+
+    Raises:
+        PlanError: a constraint matches no table, contradicts another, or leaves a table without any option.
+    """
+    _check_constraints(config.constraints, job.tables, cluster)
+    rules = {table.name: _rules_of(table, config) for table in job.tables}
+    items, grouped = [], set()
+    for table in job.tables:
+        group = rules[table.name].group
+        if group is None:
+            items.append(_single_item(table, rules[table.name], cluster))
+        elif group not in grouped:
+            grouped.add(group)
+            members = [member for member in job.tables if rules[member.name].group == group]
+            items.append(_group_item(members, rules, group, cluster))
+    return items
+
+
+def _check_constraints(constraints: Sequence[TableConstraint], tables: Sequence[Table], cluster: Cluster) -> None:
+    names = [table.name for table in tables]
+    for number, constraint in enumerate(constraints):
+        for pattern in constraint.tables:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                mend = f"the nearest is {nearest[0]}" if nearest else f"tables: {shown}"
+                raise PlanError(f"sharding.constraints[{number}]: no table matches {pattern!r}; {mend}")
+        wrong = [rank for rank in constraint.ranks or () if rank not in range(cluster.group_size)]
+        if wrong:
+            raise PlanError(
+                f"sharding.constraints[{number}].ranks: there is no rank {wrong[0]}; tables are spread over ranks 0 to "
+                f"{cluster.group_size - 1}"
+            )
+
+
+def _rules_of(table: Table, config: ShardingConfig) -> _Rules:
+    rules = _Rules(config.types, config.kernels, None, config.min_partition, config.cache_load_factor)
+    for number, constraint in enumerate(config.constraints):
+        if any(fnmatchcase(table.name, pattern) for pattern in constraint.tables):
+            said = {name: getattr(constraint, name) for name in _FIELDS if getattr(constraint, name) is not None}
+            rules = replace(rules, constraint=number, **said)
+            if constraint.keep_together:
+                if rules.group is not None:
+                    raise PlanError(
+                        f"sharding.constraints[{number}].keep_together: table {table.name} is kept together with "
+                        f"others by sharding.constraints[{rules.group}] already; merge the two constraints"
+                    )
+                rules = replace(rules, group=number)
+    return rules
+
+
+def _single_item(table: Table, rules: _Rules, cluster: Cluster) -> Item:
+    options = _options_of(table, rules, cluster)
+    if rules.ranks is not None:
+        options = [option for option in options if _may_be_on(option, rules.ranks, cluster)]
+    if not options:
+        raise PlanError(_why_none(table, rules, cluster))
+    return Item((table,), tuple((option,) for option in options), rules.ranks)
+
+
+def _group_item(members: list[Table], rules: dict[str, _Rules], group: int, cluster: Cluster) -> Item:
+    whole = {
+        table.name: {o.kernel: o for o in _options_of(table, rules[table.name], cluster) if _is_whole(o)}
+        for table in members
+    }
+    without = [name for name, options in whole.items() if not options]
+    if without:
+        raise PlanError(
+            f"sharding.constraints[{group}].keep_together: table {without[0]} may not be table_wise "
+            f"(types: {', '.join(rules[without[0]].types)}), so it cannot be kept whole on one rank; allow table_wise"
+        )
+    kernels = [kernel for kernel in next(iter(whole.values())) if all(kernel in options for options in whole.values())]
+    if not kernels:
+        raise PlanError(f"sharding.constraints[{group}].keep_together: its tables have no kernel in common")
+    allowed = [set(rules[table.name].ranks or range(cluster.group_size)) for table in members]
+    ranks = tuple(sorted(set.intersection(*allowed)))
+    if not ranks:
+        raise PlanError(f"sharding.constraints[{group}].keep_together: its tables have no allowed rank in common")
+    choices = tuple(tuple(whole[table.name][kernel] for table in members) for kernel in kernels)
+    return Item(tuple(members), choices, ranks)
+
+
+def _is_whole(option: Option) -> bool:
+    return option.span is Span.RANK and option.num_column_shards == 1
+
+
+def _options_of(table: Table, rules: _Rules, cluster: Cluster) -> list[Option]:
+    return enumerate_options(
+        table,
+        cluster,
+        types=rules.types,
+        kernels=rules.kernels,
+        min_partition=min(rules.min_partition, table.embedding_dim),
+        cache_load_factor=rules.cache_load_factor,
+    )
+
+
+def _may_be_on(option: Option, ranks: tuple[int, ...], cluster: Cluster) -> bool:
+    """Whether the option can keep to `ranks`."""
+    if option.span is Span.EACH_RANK:
+        return set(ranks) == set(range(cluster.group_size))
+    if option.span is Span.RANK:
+        return option.num_column_shards <= len(set(ranks))
+    per_host = cluster.group_ranks_per_node
+    counts = [sum(rank // per_host == host for rank in set(ranks)) for host in range(cluster.group_size // per_host)]
+    if option.span is Span.RANKS_OF_HOST:
+        return max(counts) >= option.num_column_shards
+    return sum(count == per_host for count in counts) >= option.num_column_shards
+
+
+def _why_none(table: Table, rules: _Rules, cluster: Cluster) -> str:
+    where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
+    asked = f"types {', '.join(rules.types)}, kernels {', '.join(rules.kernels)}"
+    if cluster.hardware.device == "cpu" and all(kernel in UVM_KERNELS for kernel in rules.kernels):
+        return f"{where}: table {table.name}: {', '.join(rules.kernels)} need a GPU; on a CPU the kernel is fused"
+    if rules.ranks is not None and _options_of(table, rules, cluster):
+        per_host = cluster.group_ranks_per_node
+        return (
+            f"{where}: table {table.name} cannot keep to ranks {', '.join(map(str, rules.ranks))} with {asked}: "
+            f"data_parallel and row_wise use every rank, table_row_wise and grid_shard every rank of a host "
+            f"({per_host}); allow table_wise or column_wise, or leave ranks out"
+        )
+    return f"{where}: table {table.name} has no option with {asked} on {cluster.group_size} rank(s); allow fused"

@@ -36,6 +36,11 @@ def shard_seconds(option: Option, job: Job, cluster: Cluster) -> np.ndarray:
     return _model_of(job, cluster).shard_seconds(option)
 
 
+def option_seconds(option: Option, job: Job, cluster: Cluster) -> float:
+    """Return the seconds that the option costs every rank, whether it holds a shard or not."""
+    return _model_of(job, cluster).option_seconds(option)
+
+
 def predict_step(
     rank_phases_WP: np.ndarray,
     options: Sequence[Option],

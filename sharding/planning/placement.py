@@ -20,7 +20,8 @@ class Choice:
     """One way to place an item, reduced to figures.
 
     `num_blocks` shards (for Span.HOST: column blocks, each a shard on every rank of a host) that each cost their rank
-    `seconds` and hold `device_bytes` of the device's and `host_bytes` of its host's memory.
+    `seconds` and hold `device_bytes` of the device's and `host_bytes` of its host's memory. `everywhere_seconds` is
+    what the item costs every rank besides.
     """
 
     span: Span
@@ -29,11 +30,11 @@ class Choice:
     device_bytes: float
     host_bytes: float
     num_shards: int
+    everywhere_seconds: float = 0.0
 
-    @property
-    def total_seconds(self) -> float:
-        """Over all ranks."""
-        return self.seconds * self.num_shards
+    def mean_seconds(self, num_ranks: int) -> float:
+        """Over the ranks."""
+        return self.seconds * self.num_shards / num_ranks + self.everywhere_seconds
 
 
 class Loads:
@@ -41,6 +42,7 @@ class Loads:
 
     def __init__(self, num_ranks: int, ranks_per_host: int, device_limit_bytes: float, host_limit_bytes: float) -> None:
         self.seconds: Floats = np.zeros(num_ranks)
+        self.everywhere_seconds = 0.0
         self.device_free: Floats = np.full(num_ranks, device_limit_bytes)
         self.host_free: Floats = np.full(num_ranks // ranks_per_host, host_limit_bytes)
         self._ranks_per_host = ranks_per_host
@@ -66,6 +68,7 @@ class Loads:
     def add(self, choice: Choice, ranks: NDArray[np.int64], sign: int = 1) -> None:
         """Put the choice's shards on `ranks`, or with sign -1 take them off."""
         self.seconds[ranks] += sign * choice.seconds
+        self.everywhere_seconds += sign * choice.everywhere_seconds
         self.device_free[ranks] -= sign * choice.device_bytes
         if choice.host_bytes:
             np.subtract.at(self.host_free, self._host_of[ranks], sign * choice.host_bytes)

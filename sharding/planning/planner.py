@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sharding.config import ShardingConfig
 from sharding.plan_file import Phases, PlanFile, PlannedOn, PlannedRank, PlannedTable, ShardPlace, StepPrediction
 from sharding.planning.constraints import Item, settle
-from sharding.planning.cost import PHASES, predict_step, shard_seconds
+from sharding.planning.cost import PHASES, option_seconds, predict_step, shard_seconds
 from sharding.planning.job import Cluster, Job
 from sharding.planning.memory import HOST, KINDS, device_bytes, memory_use, rank_bytes, shard_bytes
 from sharding.planning.options import Option, Span
@@ -77,10 +77,38 @@ def prepare(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: in
 
 
 def solve(planning: Planning) -> Solution | Failure:
-    """Search for the best placement."""
+    """Search for the best placement: among all options, and again with one sharding type preferred at a time.
+
+    Each type in use brings collectives and kernels of its own to every step. A search that goes table by table does
+    not see that; the prediction of the whole step, by which the best is taken, does.
+    """
     if planning.budget.for_tables < 0:
         return Failure(tuple(range(len(planning.items))))
-    return search(planning.problem)
+    found = search(planning.problem)
+    solutions = [found] if isinstance(found, Solution) else []
+    for sharding_type in dict.fromkeys(choice[0].sharding_type for item in planning.items for choice in item.choices):
+        kept = [_picks_of_type(item, sharding_type) for item in planning.items]
+        if all(len(picks) == len(item.choices) for picks, item in zip(kept, planning.items, strict=True)):
+            continue
+        problem = replace(
+            planning.problem,
+            choices=[
+                [choices[p] for p in picks] for choices, picks in zip(planning.problem.choices, kept, strict=True)
+            ],
+        )
+        solution = search(problem)
+        if isinstance(solution, Solution):
+            picks = tuple(picks[pick] for picks, pick in zip(kept, solution.picks, strict=True))
+            solutions.append(replace(solution, picks=picks))
+    if not solutions:
+        return found
+    return min(solutions, key=lambda solution: predict(planning, solution).total_s)
+
+
+def _picks_of_type(item: Item, sharding_type: str) -> list[int]:
+    """The item's choices of this sharding type, or all where it has none."""
+    picks = [pick for pick, choice in enumerate(item.choices) if choice[0].sharding_type == sharding_type]
+    return picks or list(range(len(item.choices)))
 
 
 def chosen_options(planning: Planning, solution: Solution) -> dict[str, tuple[Option, NDArray[np.int64]]]:
@@ -157,10 +185,11 @@ def _choice_of(
 ) -> Choice:
     """Reckon options that are placed as one."""
     memory = np.zeros(len(KINDS))
-    seconds = 0.0
+    seconds, everywhere = 0.0, 0.0
     for option in options:
         costs[option] = shard_seconds(option, job, cluster)
         seconds += float(costs[option].sum())
+        everywhere += option_seconds(option, job, cluster)
         memory += shard_bytes(option, job, cluster)
     first = options[0]
     blocks = first.num_column_shards
@@ -168,7 +197,7 @@ def _choice_of(
         Span.EACH_RANK: cluster.group_size,
         Span.HOST: blocks * cluster.group_ranks_per_node,
     }.get(first.span, blocks)
-    return Choice(first.span, blocks, seconds, device_bytes(memory), float(memory[HOST]), num_shards)
+    return Choice(first.span, blocks, seconds, device_bytes(memory), float(memory[HOST]), num_shards, everywhere)
 
 
 def _budget(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: int | None) -> Budget:

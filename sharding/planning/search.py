@@ -83,7 +83,7 @@ def replace_one(problem: Problem, solution: Solution, item: int, pick: int) -> S
 
 def _sizes(problem: Problem) -> list[float]:
     """Seconds of each item's largest necessary shard: that of the choice with the least work."""
-    return [min(choices, key=lambda choice: choice.total_seconds).seconds for choices in problem.choices]
+    return [min(choices, key=lambda c: c.mean_seconds(problem.num_ranks)).seconds for choices in problem.choices]
 
 
 def _orders(problem: Problem) -> list[list[int]]:
@@ -107,12 +107,13 @@ class _Attempt:
         self._picks: list[int] = [-1] * count
         self._ranks: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * count
         # What the loads come to if all work is the least possible and spreads evenly: no plan gets below it.
-        least = sum(min(choice.total_seconds for choice in choices) for choices in problem.choices)
-        self._level = least / problem.num_ranks
+        self._level = sum(
+            min(choice.mean_seconds(problem.num_ranks) for choice in choices) for choices in problem.choices
+        )
 
     def value(self) -> tuple[float, float]:
         """What is minimized: the highest load, then the sum of all."""
-        return float(self._loads.seconds.max()), float(self._loads.seconds.sum())
+        return float(self._loads.seconds.max()) + self._loads.everywhere_seconds, float(self._loads.seconds.sum())
 
     def solution(self) -> Solution:
         return Solution(tuple(self._picks), tuple(self._ranks), self._loads)
@@ -134,7 +135,7 @@ class _Attempt:
                 continue
             # A shard that stays below the level costs only its work; above it, it makes the whole step longer.
             peak = max(float(self._loads.seconds[ranks].max()) + choice.seconds, self._level)
-            harm = peak + choice.total_seconds / self._problem.num_ranks
+            harm = peak + choice.mean_seconds(self._problem.num_ranks)
             if best is None or harm < best[0] * (1 - 1e-12):
                 best = (harm, pick, ranks)
         if best is None:
@@ -154,8 +155,8 @@ class _Attempt:
     def _move(self, item: int) -> bool:
         """Place an item anew if that lowers the highest load, or keeps it and lowers the sum."""
         before, pick, ranks = self.value(), self._picks[item], self._ranks[item]
+        self._level = float(self._loads.seconds.max()) * (1 - 1e-9)
         self._take(item)
-        self._level = before[0] * (1 - 1e-9)
         self.place(item)
         after = self.value()
         if after[0] < before[0] * (1 - 1e-9):

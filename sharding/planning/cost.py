@@ -14,21 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from math import expm1
 
 import numpy as np
 
-from sharding.hardware import Rates
+from sharding.hardware import NEAREST_TOUCHED_BYTES, KernelRates, Rates
 from sharding.plan_file import Phases, StepPrediction
 from sharding.planning.job import BYTES_PER_VALUE, DENSE_STATE_BYTES, SPARSE_STATE_BYTES, Cluster, Job
 from sharding.planning.options import Option
 
 PHASES = tuple(Phases.model_fields)
-ID_BYTES = 8
+# Papilio's ids and lengths are int32.
+ID_BYTES = 4
 LENGTH_BYTES = 4
 # Of a backward pass, in forward passes: gradients of inputs and of weights.
 BACKWARD_WORK = 2
 # Share of the dense part's time that the bottom MLP has, behind which embeddings travel.
 BOTTOM_SHARE = 0.25
+# Of a sharding type in a step: lengths, ids, pooled embeddings, gradients.
+COLLECTIVES = 4
+ROW_TYPES = {"row_wise", "table_row_wise", "grid_shard"}
 
 
 def shard_seconds(option: Option, job: Job, cluster: Cluster) -> np.ndarray:
@@ -75,7 +80,8 @@ class CostModel:
         self._forward_bytes = BYTES_PER_VALUE[job.communication.forward]
         self._backward_bytes = BYTES_PER_VALUE[job.communication.backward]
         self._state_bytes = SPARSE_STATE_BYTES[job.sparse_optimizer]
-        self._all_to_all_s_per_byte = self._spread_s_per_byte(self._num_ranks)
+        self._update_rates = self._rates.update(job.sparse_optimizer)
+        self._all_to_all_s_per_byte = self._spread_s_per_byte(self._num_ranks, self._rates.all_to_all_bytes_per_s)
 
     def shard_seconds(self, option: Option) -> np.ndarray:
         """Return the seconds of each of PHASES that one shard of the option costs the rank that holds it."""
@@ -93,10 +99,15 @@ class CostModel:
     def option_seconds(self, option: Option) -> float:
         """Return what the table costs every rank, whoever holds it: its own samples' ids are put in order of shards.
 
-        The ids of a table in k column blocks are sent k times.
+        The ids of a table in k column blocks are sent k times; row-wise types first find each id's shard.
         """
-        ids = self._local_batch * option.table.pooling_factor * option.num_column_shards
-        return self._rates.table_s + ids * self._rates.id_s
+        rates, table = self._rates, option.table
+        if option.sharding_type == "data_parallel":
+            return rates.table_s
+        copies = option.num_column_shards
+        id_s = rates.id_s + (rates.bucketize_id_s if option.num_row_shards > 1 else 0.0)
+        sample_s = copies * (rates.bag_s + table.pooling_factor * id_s)
+        return copies * rates.table_s + self._local_batch * sample_s
 
     def _whole_rows(self, option: Option) -> tuple[float, ...]:
         """table_wise, column_wise, table_column_wise: the owner looks up the W B p ids of all samples.
@@ -112,7 +123,7 @@ class CostModel:
             self._lookup_s(option, ids, bags),
             wire * values * self._forward_bytes,
             wire * values * self._backward_bytes,
-            self._update_s(option, ids),
+            self._update_s(option, ids, bags),
         )
 
     def _row_block(self, option: Option, num_shards: int) -> tuple[float, ...]:
@@ -125,18 +136,22 @@ class CostModel:
         bags = self._group_batch
         ids = bags * option.table.pooling_factor / num_shards
         values = bags * option.shard_columns
-        gathered = self._spread_s_per_byte(num_shards)
+        rates = self._rates
+        scattered = self._spread_s_per_byte(
+            num_shards, rates.reduce_scatter_bytes_per_s or rates.all_to_all_bytes_per_s
+        )
+        gathered = self._spread_s_per_byte(num_shards, rates.all_gather_bytes_per_s or rates.all_to_all_bytes_per_s)
         across = 0.0
         if num_shards < self._num_ranks:
-            between_hosts = values / num_shards * (1 - num_shards / self._num_ranks)
-            across = between_hosts / self._rates.inter_host_bytes_per_s
+            between_hosts = (1 - num_shards / self._num_ranks) / num_shards
+            across = between_hosts / rates.inter_host_bytes_per_s
         wire = self._all_to_all_s_per_byte
         return (
             wire * (ids * ID_BYTES + bags * LENGTH_BYTES),
             self._lookup_s(option, ids, bags),
-            (gathered * values + across) * self._forward_bytes,
-            (gathered * values + across) * self._backward_bytes,
-            self._update_s(option, ids),
+            values * (scattered + across) * self._forward_bytes,
+            values * (gathered + across) * self._backward_bytes,
+            self._update_s(option, ids, bags),
         )
 
     def _replica(self, option: Option) -> tuple[float, ...]:
@@ -152,45 +167,42 @@ class CostModel:
             self._lookup_s(option, ids, bags),
             0.0,
             self._all_reduce_s(table_bytes),
-            self._update_s(option, ids) + passes * table_bytes / self._rates.memory_bytes_per_s,
+            self._update_s(option, ids, bags) + passes * table_bytes / self._rates.memory_bytes_per_s,
         )
 
     def _lookup_s(self, option: Option, ids: float, bags: float) -> float:
-        """Rows read and pooled: ids (t_row + bytes / rate), and a pooled vector written for each bag.
+        """Rows read and pooled.
 
         fused_uvm reads each row over the host link. fused_uvm_caching reads those that the cache lacks and writes as
         many back; ids are taken for uniform, so a share of 1 - cache_load_factor: the worst case.
         """
-        rates = self._rates
         row_bytes = BYTES_PER_VALUE[option.table.precision] * option.shard_columns
-        pooled_bytes = bags * option.shard_columns * 4
-        seconds = ids * rates.lookup_row_s + pooled_bytes / rates.lookup_bytes_per_s
+        seconds = _kernel_s(self._rates.lookup, option, ids, bags, row_bytes, row_bytes + NEAREST_TOUCHED_BYTES)
         if option.kernel == "fused_uvm":
-            return seconds + ids * row_bytes / rates.host_memory_bytes_per_s
-        seconds += ids * row_bytes / rates.lookup_bytes_per_s
+            return seconds + ids * row_bytes / self._rates.host_memory_bytes_per_s
         if option.kernel == "fused_uvm_caching":
             misses = ids * (1 - (option.cache_load_factor or 0.0))
-            seconds += 2 * misses * row_bytes / rates.host_memory_bytes_per_s
+            seconds += 2 * misses * row_bytes / self._rates.host_memory_bytes_per_s
         return seconds
 
-    def _update_s(self, option: Option, ids: float) -> float:
-        """Rows updated: ids (t_row + bytes / rate); a row is read and written with its optimizer state."""
-        rates = self._rates
+    def _update_s(self, option: Option, ids: float, bags: float) -> float:
+        """Gradients gathered for each id; each row that was asked for read and written once with its state."""
         per_weight, per_row = self._state_bytes
-        columns = option.shard_columns
-        gradient_bytes = ids * columns * 4
-        row_bytes = ids * ((BYTES_PER_VALUE[option.table.precision] + per_weight) * columns + per_row)
-        is_remote = option.kernel == "fused_uvm"
-        rate = rates.host_memory_bytes_per_s if is_remote else rates.update_bytes_per_s
-        return ids * rates.update_row_s + gradient_bytes / rates.update_bytes_per_s + 2 * row_bytes / rate
+        row_bytes = BYTES_PER_VALUE[option.table.precision] * option.shard_columns
+        touched = row_bytes + NEAREST_TOUCHED_BYTES + per_weight * option.shard_columns
+        touched += NEAREST_TOUCHED_BYTES if per_weight or per_row else 0
+        seconds = _kernel_s(self._update_rates, option, ids, bags, row_bytes, touched)
+        if option.kernel == "fused_uvm":
+            seconds += 2 * ids * touched / self._rates.host_memory_bytes_per_s
+        return seconds
 
-    def _spread_s_per_byte(self, num_ranks: int) -> float:
+    def _spread_s_per_byte(self, num_ranks: int, bytes_per_s: float) -> float:
         """Seconds for each byte that a rank spreads evenly over `num_ranks`, itself included.
 
         Ranks of the own host and of others are sent to at once, each over its own link.
         """
         on_host = min(num_ranks, self._per_host)
-        inside = (on_host - 1) / num_ranks / self._rates.all_to_all_bytes_per_s
+        inside = (on_host - 1) / num_ranks / bytes_per_s
         across = (num_ranks - on_host) / num_ranks / self._rates.inter_host_bytes_per_s if num_ranks > on_host else 0.0
         return max(inside, across)
 
@@ -199,7 +211,7 @@ class CostModel:
         per_host, num_hosts = self.cluster.ranks_per_node, self.cluster.num_nodes
         if self.cluster.num_ranks == 1:
             return 0.0
-        seconds = self._rates.all_to_all_latency_s
+        seconds = self._rates.all_reduce_latency_s or self._rates.all_to_all_latency_s
         seconds += 2 * (per_host - 1) / per_host * num_bytes / self._rates.all_reduce_bytes_per_s
         if num_hosts > 1:
             share = 2 * (num_hosts - 1) / num_hosts / per_host
@@ -208,30 +220,44 @@ class CostModel:
 
     @cached_property
     def _dense_s(self) -> float:
-        """Matrix products, forward and backward; activations written, read, and their gradients the same."""
-        dense, rates = self.job.dense, self._rates
-        flops = 2 * sum(inputs * outputs for inputs, outputs in dense.layers)
-        flops += 2 * dense.num_interacting**2 * dense.interaction_dim
+        """Matrix products and interaction, forward and backward.
+
+        An interaction of N vectors of d copies N d values, multiplies them (N^2 d) and picks of N^2 products; its
+        backward pass does the same once more. Of activations, each value and its gradient is written and read.
+        """
+        dense, rates, batch = self.job.dense, self._rates, self._local_batch
         rate = rates.matmul_fp32_flops_per_s if self.job.precision == "fp32" else rates.matmul_bf16_flops_per_s
-        seconds = (1 + BACKWARD_WORK) * flops * self._local_batch / rate
-        seconds += 4 * dense.activation_values * 4 * self._local_batch / rates.memory_bytes_per_s
-        return seconds + len(dense.layers) * rates.layer_s
+        flops = 2 * sum(inputs * outputs for inputs, outputs in dense.layers)
+        seconds = (1 + BACKWARD_WORK) * flops * batch / rate + len(dense.layers) * rates.layer_s
+        activation_bytes = 4 * BYTES_PER_VALUE[self.job.precision] * dense.activation_values
+        seconds += batch * activation_bytes / (rates.activation_bytes_per_s or rates.memory_bytes_per_s)
+        if not dense.num_interacting:
+            return seconds
+        num_vectors, dim = dense.num_interacting, dense.interaction_dim
+        interaction_flops = 2 * 2 * num_vectors**2 * dim
+        interaction_bytes = 2 * 4 * (num_vectors * dim + num_vectors**2)
+        seconds += batch * interaction_flops / (rates.interaction_flops_per_s or rates.matmul_fp32_flops_per_s)
+        return seconds + batch * interaction_bytes / (rates.interaction_bytes_per_s or rates.memory_bytes_per_s)
 
     @cached_property
     def _dense_optimizer_s(self) -> float:
+        """Weights read and written, gradients cleared, written and read, state read and written."""
         state_bytes = DENSE_STATE_BYTES[self.job.dense_optimizer]
-        return self.job.dense.num_parameters * (3 * 4 + 2 * state_bytes) / self._rates.memory_bytes_per_s
+        rate = self._rates.optimizer_bytes_per_s or self._rates.memory_bytes_per_s
+        return self.job.dense.num_parameters * (5 * 4 + 2 * state_bytes) / rate
 
     def _overhead_s(self, options: Sequence[Option]) -> float:
         """Fixed times: of the step, of each table, and of each sharding group with its collectives."""
+        rates = self._rates
         groups = {(option.sharding_type, option.kernel, option.table.precision) for option in options}
-        collectives = 0.0
+        types = {sharding_type for sharding_type, *_ in groups}
+        seconds = rates.step_s + self._local_batch * rates.sample_s + len(groups) * rates.group_s
+        seconds += rates.row_group_s * len(types & ROW_TYPES) + sum(map(self.option_seconds, options))
         if self._num_ranks > 1:
             is_wide = self._num_ranks > self._per_host
-            latency = self._rates.inter_host_latency_s if is_wide else self._rates.all_to_all_latency_s
-            collectives = latency * (len(PHASES) - 1) * len({sharding_type for sharding_type, *_ in groups})
-        tables = sum(map(self.option_seconds, options))
-        return self._rates.step_s + len(groups) * self._rates.group_s + tables + collectives
+            latency = rates.inter_host_latency_s if is_wide else rates.all_to_all_latency_s
+            seconds += COLLECTIVES * latency * len(types - {"data_parallel"})
+        return seconds
 
     def _replica_sync_s(self, options: Sequence[Option], sync_every_steps: int | None) -> float:
         """Averaging the tables of all groups: each rank all-reduces its shards with its peers of the other groups."""
@@ -275,6 +301,20 @@ class CostModel:
             hidden_s=hidden_s,
             total_s=work_s + replica_sync_s - hidden_s,
         )
+
+
+def _kernel_s(
+    kernel: KernelRates, option: Option, ids: float, bags: float, row_bytes: float, touched_bytes: float
+) -> float:
+    """Seconds of a kernel over `ids` of a shard, whose rows fall into `bags`.
+
+    Of R rows, ids drawn evenly touch R (1 - exp(-ids / R)) at least once.
+    """
+    num_rows = option.shard_rows
+    num_touched = -num_rows * expm1(-ids / num_rows)
+    touch_s = num_touched * touched_bytes * kernel.touch_s_per_byte(num_rows * touched_bytes)
+    pooled_bytes = 4 * bags * option.shard_columns
+    return ids * kernel.row_s + bags * kernel.bag_s + (ids * row_bytes + pooled_bytes) / kernel.bytes_per_s + touch_s
 
 
 _latest: list[CostModel] = []

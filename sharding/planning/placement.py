@@ -116,4 +116,5 @@ class Loads:
         host = int(worst.argmin())
         if np.isinf(worst[host]):
             return None
-        return host * self._ranks_per_host + order[host]
+        ranks: NDArray[np.int64] = host * self._ranks_per_host + order[host]
+        return ranks

@@ -7,8 +7,11 @@ file of the same form. No torch is imported here.
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -30,21 +33,61 @@ class HardwareError(ValueError):
     """A hardware profile that does not exist or cannot be used; the message names the file, the key and the mend."""
 
 
+# Table sizes at which the rate of rows touched for the first time in a step is stated; between them it is interpolated.
+TOUCH_SIZES = {"1mib": 1 << 20, "32mib": 32 << 20, "1gib": 1 << 30}
+NEAREST_TOUCHED_BYTES = 64  # a row that is not in the cache costs its own lines and about one more
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """What looking rows up, or updating them, costs. A rate of 0 stands for no cost at all.
+
+    Attributes:
+        row_s: each id.
+        bytes_per_s: each byte of the rows that ids ask for, and of pooled vectors.
+        bag_s: each bag.
+        touch_1mib_bytes_per_s: besides that, each byte of the rows asked for, once however often, and of their
+            optimizer state, when the table has 1 MiB: the caches are cold by the next step.
+        touch_32mib_bytes_per_s: the same for a table of 32 MiB.
+        touch_1gib_bytes_per_s: the same for a table of 1 GiB or more.
+    """
+
+    row_s: float
+    bytes_per_s: float
+    bag_s: float = 0.0
+    touch_1mib_bytes_per_s: float = 0.0
+    touch_32mib_bytes_per_s: float = 0.0
+    touch_1gib_bytes_per_s: float = 0.0
+
+    def touch_s_per_byte(self, table_bytes: float) -> float:
+        """Seconds for each byte touched for the first time, interpolated over the logarithm of the table's size."""
+        knots = [
+            (size, 1 / rate if (rate := getattr(self, f"touch_{name}_bytes_per_s")) else 0.0)
+            for name, size in TOUCH_SIZES.items()
+        ]
+        if table_bytes <= knots[0][0]:
+            return knots[0][1] * table_bytes / knots[0][0]
+        for (low, low_s), (high, high_s) in itertools.pairwise(knots):
+            if table_bytes <= high:
+                return low_s + (high_s - low_s) * math.log(table_bytes / low) / math.log(high / low)
+        return knots[-1][1]
+
+
 @dataclass(frozen=True)
 class Rates:
     """What one rank can do while all ranks of its host are busy, in bytes, seconds and floating-point operations.
 
     The time of an operation is a fixed part plus its size over a rate; `sharding/planning/cost.py` has the formulas.
+    Figures with a default may be left out of a profile.
 
     Attributes:
         matmul_fp32_flops_per_s: matrix products in fp32, as achieved at the sizes of MLPs.
         matmul_bf16_flops_per_s: the same in bf16.
         memory_bytes_per_s: streaming reads and writes of the rank's own memory (a GPU's, or the host's for CPU ranks).
         host_memory_bytes_per_s: the host's memory read by this rank over its link (UVM); 0 where there is no UVM.
-        lookup_row_s: fixed time of a row looked up.
-        lookup_bytes_per_s: rate at which random rows are read, pooled and written.
-        update_row_s: fixed time of a row updated by the fused optimizer.
-        update_bytes_per_s: rate at which gradients are read and rows updated.
+        lookup: rows read and pooled; figures `lookup_...`.
+        updates: rows updated, by sparse optimizer; "" for all that are not named; figures `update_...` and
+            `update_<optimizer>_...`.
         all_to_all_latency_s: fixed time of an all-to-all, reduce-scatter or all-gather inside a host.
         all_to_all_bytes_per_s: bytes that one rank sends to ranks of its own host.
         inter_host_latency_s: fixed time of a collective that spans hosts.
@@ -56,16 +99,25 @@ class Rates:
         table_s: fixed time of each table on a rank in a step.
         id_s: time of each id of a rank's samples in the input distribution.
         overlap: share of communication that other work hides (0: strictly one after the other).
+        reduce_scatter_bytes_per_s: as all_to_all_bytes_per_s, of a reduce-scatter (0: the same).
+        all_gather_bytes_per_s: as all_to_all_bytes_per_s, of an all-gather (0: the same).
+        interaction_flops_per_s: the many small products of a dot interaction (0: as other matrix products).
+        interaction_bytes_per_s: the vectors and products of an interaction, copied and picked (0: as memory).
+        activation_bytes_per_s: outputs of layers written, read and their gradients (0: as memory).
+        optimizer_bytes_per_s: dense weights, gradients and state read and written (0: as memory).
+        bag_s: time of each bag of a rank's samples in the input distribution.
+        bucketize_id_s: time of each id that is sorted by row shard, besides id_s.
+        row_group_s: fixed time of a row-wise group, besides group_s.
+        all_reduce_latency_s: fixed time of an all-reduce inside a host.
+        sample_s: time of each sample of a rank: batch, loss, bookkeeping.
     """
 
     matmul_fp32_flops_per_s: float
     matmul_bf16_flops_per_s: float
     memory_bytes_per_s: float
     host_memory_bytes_per_s: float
-    lookup_row_s: float
-    lookup_bytes_per_s: float
-    update_row_s: float
-    update_bytes_per_s: float
+    lookup: KernelRates
+    updates: Mapping[str, KernelRates]
     all_to_all_latency_s: float
     all_to_all_bytes_per_s: float
     inter_host_latency_s: float
@@ -77,9 +129,40 @@ class Rates:
     table_s: float
     id_s: float
     overlap: float
+    reduce_scatter_bytes_per_s: float = 0.0
+    all_gather_bytes_per_s: float = 0.0
+    interaction_flops_per_s: float = 0.0
+    interaction_bytes_per_s: float = 0.0
+    activation_bytes_per_s: float = 0.0
+    optimizer_bytes_per_s: float = 0.0
+    bag_s: float = 0.0
+    bucketize_id_s: float = 0.0
+    row_group_s: float = 0.0
+    all_reduce_latency_s: float = 0.0
+    sample_s: float = 0.0
+
+    def update(self, sparse_optimizer: str) -> KernelRates:
+        """Return what updating rows costs with an optimizer."""
+        return self.updates.get(sparse_optimizer, self.updates[""])
 
 
-RATE_NAMES = tuple(field.name for field in fields(Rates))
+# Optimizers whose update may have figures of its own; the others take those of `update_...`.
+MEASURED_OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
+KERNELS = ("lookup", "update", *(f"update_{name}" for name in MEASURED_OPTIMIZERS))
+
+
+def _figure_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the figures that a profile must have, and of those that it may have."""
+    required = [field.name for field in fields(Rates) if field.default is MISSING]
+    optional = [field.name for field in fields(Rates) if field.default is not MISSING]
+    for kernel in KERNELS:
+        for field in fields(KernelRates):
+            is_required = field.default is MISSING and kernel in ("lookup", "update")
+            (required if is_required else optional).append(f"{kernel}_{field.name}")
+    return tuple(name for name in required if name not in ("lookup", "updates")), tuple(optional)
+
+
+RATE_NAMES, OPTIONAL_RATE_NAMES = _figure_names()
 
 
 class _Section(BaseModel):
@@ -101,10 +184,21 @@ class Figure(_Section):
 
 
 class RatesEntry(_Section):
-    """Rates with so many busy ranks on a host."""
+    """Rates with so many busy ranks on a host.
+
+    Attributes:
+        figures: the rates by name; of a machine that was measured what it reaches, else the peak of its data sheet.
+        achieved: shares of peak figures that programs reach.
+    """
 
     ranks_per_host: int = Field(ge=1)
     figures: dict[str, Figure]
+    achieved: dict[str, Figure] = Field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """What is reached, by name, in bytes, seconds, operations or per second."""
+        shares = {name: share.si for name, share in self.achieved.items()}
+        return {name: figure.si * shares.get(name, 1.0) for name, figure in self.figures.items()}
 
 
 class Hardware(_Section):
@@ -132,12 +226,24 @@ class Hardware(_Section):
     def rates_of(self, ranks_per_host: int) -> Rates:
         """Return the rates of the entry with the nearest number of busy ranks a host."""
         entry = min(self.rates, key=lambda entry: (abs(entry.ranks_per_host - ranks_per_host), entry.ranks_per_host))
-        return Rates(**{name: entry.figures[name].si for name in RATE_NAMES})
+        return rates_from(entry.values())
 
     def device_memory_bytes(self, ranks_per_host: int) -> int:
         """Return the memory of one rank's device; ranks of a CPU host share the host's evenly."""
         capacity = self.device_memory.si
         return int(capacity / ranks_per_host if self.device == "cpu" else capacity)
+
+
+def rates_from(values: Mapping[str, float]) -> Rates:
+    """Put figures, by name and in bytes, seconds, operations or per second, into their places."""
+    plain = {field.name: values[field.name] for field in fields(Rates) if field.name in values}
+    kernels = {
+        kernel: KernelRates(**{field.name: values[f"{kernel}_{field.name}"] for field in present})
+        for kernel in KERNELS
+        if (present := [field for field in fields(KernelRates) if f"{kernel}_{field.name}" in values])
+    }
+    updates = {name: kernels[f"update_{name}"] for name in MEASURED_OPTIMIZERS if f"update_{name}" in kernels}
+    return Rates(lookup=kernels["lookup"], updates={"": kernels["update"], **updates}, **plain)
 
 
 def profile_names() -> list[str]:
@@ -182,14 +288,17 @@ def load_hardware(name_or_path: str) -> Hardware:
 
 def _check_figures(hardware: Hardware, path: Path) -> None:
     for entry in hardware.rates:
-        missing, unknown = set(RATE_NAMES) - set(entry.figures), set(entry.figures) - set(RATE_NAMES)
+        missing = set(RATE_NAMES) - set(entry.figures)
+        unknown = set(entry.figures) - set(RATE_NAMES) - set(OPTIONAL_RATE_NAMES)
         if missing or unknown:
             wrong = [*(f"{name} is missing" for name in sorted(missing)), *(f"{name} is unknown" for name in unknown)]
             raise HardwareError(f"hardware {path}: rates of {entry.ranks_per_host} ranks a host: {'; '.join(wrong)}")
+        for name in set(entry.achieved) - set(entry.figures):
+            raise HardwareError(f"hardware {path}: achieved.{name} is a share of no figure")
     figures = {"device_memory": hardware.device_memory, "host_memory": hardware.host_memory}
     figures["framework_memory"] = hardware.framework_memory
     for entry in hardware.rates:
-        figures |= entry.figures
+        figures |= entry.figures | {f"achieved.{name}": share for name, share in entry.achieved.items()}
     for name, figure in figures.items():
         if figure.unit not in UNITS:
             raise HardwareError(f"hardware {path}: {name} has unit {figure.unit!r}; units: {', '.join(UNITS)}")

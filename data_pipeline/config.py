@@ -11,6 +11,11 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(description="Folder of the data set: made by `papilio preprocess` or `papilio generate`.")
+    shape: str | None = Field(
+        None,
+        description="What to plan for where the data set is not there yet: a shape of `papilio generate`, or a TOML "
+        "file that lists columns. Training needs the data set itself.",
+    )
     shuffle: bool = Field(
         default=True, description="Read the training split in another order each epoch; else in row order."
     )

@@ -13,6 +13,12 @@ _KAGGLE_CARDINALITIES = (
 )
 # MLPerf DLRM-DCNv2's bag sizes, the longest (100 and 27) cut to 20 to keep a sample small.
 _MULTI_HOT_POOLING_FACTORS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 20, 20, 10, 3, 1, 1)
+# Ids of the Criteo Terabyte logs, capped at 40M, as MLPerf's DLRM-DCNv2 has them.
+_TERABYTE_CARDINALITIES = (
+    *(40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10),
+    *(2_209, 11_938, 155, 4, 976, 14, 40_000_000, 40_000_000, 40_000_000, 590_152, 12_973, 108, 36),
+)
+_TERABYTE_POOLING_FACTORS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 _CHUNK_VALUES = 1 << 24
 
 
@@ -72,6 +78,8 @@ SHAPES = {
         Shape("criteo", 13, _capped(1_000_000), _ONE_HOT),
         Shape("criteo_small", 13, _capped(100_000), _ONE_HOT),
         Shape("criteo_multi_hot", 13, _capped(1_000_000), _MULTI_HOT_POOLING_FACTORS),
+        Shape("criteo_terabyte", 13, _TERABYTE_CARDINALITIES, _ONE_HOT),
+        Shape("criteo_terabyte_multi_hot", 13, _TERABYTE_CARDINALITIES, _TERABYTE_POOLING_FACTORS),
         # Naumov et al., Deep Learning Recommendation Model (2019), section 5.2.
         Shape("big_basin", 512, (1_000_000,) * 8, (1,) * 8),
         Shape("big_basin_pooling_10", 512, (1_000_000,) * 8, (10,) * 8),

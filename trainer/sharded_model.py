@@ -13,13 +13,15 @@ from torchrec.distributed.types import ShardingPlan
 
 from data_pipeline.dataset import Dataset
 from sharding.initial_weights import initialize_tables
-from sharding.planner import make_plan
+from sharding.plan_conversion import to_sharding_plan
+from sharding.plan_file import PlanFile
 from sharding.rowwise_adagrad import speed_up_rowwise_adagrad
 from sharding.sharders import BagSharder
 from trainer.config import Config
 from trainer.models.build import build_model
 from trainer.models.train_model import TrainModel
 from trainer.optimizers import check_sparse_optimizer, fuse_sparse_optimizer
+from trainer.planning import plan_run
 from trainer.ranks import Ranks
 
 
@@ -28,7 +30,7 @@ class ShardedModel:
     """`module` computes a step on this rank's shards (see `TrainModel`); `plan` says where all shards are."""
 
     module: DistributedModelParallel
-    plan: ShardingPlan
+    plan: PlanFile
 
     @property
     def num_parameters(self) -> int:
@@ -48,15 +50,8 @@ def build_sharded_model(config: Config, dataset: Dataset, ranks: Ranks) -> Shard
     fuse_sparse_optimizer(model.embedding_bag_collection, config.optimizer.sparse)
     autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
     step_model = TrainModel(model, ranks.world_size, autocast_dtype, ranks.device.type)
-    plan = make_plan(
-        step_model,
-        config.sharding,
-        device=ranks.device,
-        local_world_size=ranks.local_world_size,
-        local_batch_size=ranks.slice_of(config.train.global_batch_size),
-        group=ranks.group,
-    )
-    module = shard(step_model, plan, ranks.device)
+    plan = plan_run(config, dataset, step_model, ranks)
+    module = shard(step_model, to_sharding_plan(plan, ranks.device), ranks.device)
     initialize_tables(module, config.seed)
     return ShardedModel(module, plan)
 

@@ -10,8 +10,10 @@ from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
 from data_pipeline.version import papilio_version
-from sharding.plan_file import describe_placement, plan_to_json
-from sharding.planner import PlanError
+from sharding.hardware import HardwareError
+from sharding.plan_file import PlanFileError
+from sharding.planning.errors import PlanError
+from sharding.reports.placement import describe_placement
 from trainer.checkpoint import checkpoint_dir, save_weights
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
@@ -27,7 +29,15 @@ from trainer.sharded_model import ShardedModel, build_sharded_model
 from trainer.storage import write_json
 from trainer.summary import Summary, format_summary
 
-EXPECTED_ERRORS = (ConfigError, DatasetError, InstallError, PlanError, TrainingError)
+EXPECTED_ERRORS = (
+    ConfigError,
+    DatasetError,
+    HardwareError,
+    InstallError,
+    PlanError,
+    PlanFileError,
+    TrainingError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +67,7 @@ def train(config: Config, ranks: Ranks) -> Summary:
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
     folder = RunFolder(run_dir, config, dataset) if ranks.is_first else None
     if folder is not None:
-        folder.write_plan(plan_to_json(model.plan, ranks.world_size))
+        folder.write_plan(model.plan.to_json())
         print(_opening(config, loader, model, ranks, run_dir), flush=True)
     try:
         with no_garbage_collection():
@@ -88,7 +98,7 @@ def _opening(config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, 
         f"{config.name}: {config.model.architecture}, {model.num_parameters:,} weights on {ranks.world_size} rank(s) "
         f"({ranks.device.type}, {config.train.precision}); {num_steps:,} steps of "
         f"{config.train.global_batch_size:,} samples from {config.data.path}\n"
-        f"{describe_placement(model.plan, ranks.world_size)}\n"
+        f"{describe_placement(model.plan)}\n"
         f"run folder: {run_dir}"
     )
 

@@ -60,6 +60,16 @@ class DotInteraction(nn.Module):
         self._embedding_dim = embedding_dim
         self._pairs: dict[tuple[str, ...], Pairs] = {}
 
+    @property
+    def num_vectors(self) -> int:
+        """F + 1."""
+        return len(self._feature_names) + 1
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the vectors."""
+        return self._embedding_dim
+
     def forward(self, dense_BD: torch.Tensor, pooled: KeyedTensor) -> torch.Tensor:
         """Return [B, D + (F + 1) F / 2] in the dtype of `dense_BD`; pairs (i, j < i) row by row."""
         pooled_BFD = pooled.values().view(-1, len(self._feature_names), self._embedding_dim)

@@ -81,6 +81,21 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_nproc(parser)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="diff OLD NEW", help="compare two plan files instead of planning")
+    parser.add_argument("--recipe", help="path of a recipe .toml, or the bare name of one that comes with Papilio")
+    parser.add_argument(
+        "--hardware", metavar="NAME|FILE", help="profile of the hosts, or a file of `papilio calibrate`"
+    )
+    parser.add_argument("--num-nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a host (default: the profile's)")
+    parser.add_argument("--explain", metavar="TABLE", help="every option for one table: cost, memory, why it lost")
+    parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --sharding.plan and `plan diff`")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page for a browser")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the report")
+    parser.add_argument("--all", action="store_true", help="list every table and rank, however many")
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -127,6 +142,14 @@ VERBS = (
         "papilio generate --shape criteo_small --rows 1000000 --output datasets/quickstart",
         _generate_arguments,
         "launch.data_jobs:run_generate",
+    ),
+    Verb(
+        "plan",
+        "say where every table would go on given machines, what it needs and how fast it is",
+        "papilio plan --recipe criteo_terabyte_dcnv2 --hardware big_basin_v100 --num-nodes 16",
+        _plan_arguments,
+        "launch.plan_jobs:run_plan",
+        takes_overrides=True,
     ),
     Verb(
         "train",

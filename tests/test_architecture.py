@@ -16,7 +16,7 @@ FILES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).r
 OWN_IMPORTS = {
     "benchmarks": set(PACKAGES),
     "data_pipeline": set(),
-    "launch": {"data_pipeline", "trainer"},
+    "launch": {"data_pipeline", "sharding", "trainer"},
     "sharding": set(),
     "trainer": {"data_pipeline", "sharding"},
 }
@@ -31,7 +31,7 @@ PROBE = "launch.fbgemm_probe"
 # Bytes are apart from policy: these alone know iopath, by which any storage is reached.
 KNOW_IOPATH = {"data_pipeline.paths", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
-JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate"}
+JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate", "sharding.reports.diff"}
 
 
 def module_name(path: Path) -> str:
@@ -89,8 +89,8 @@ def test_launch_reaches_no_torch(module: str) -> None:
             waiting += [found for found in IMPORTS.get(name, []) if found != PROBE]
     heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
     assert heavy == set()
-    direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "trainer")}
-    allowed = ("config", "config_file", "install", "manifest")
+    direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "sharding", "trainer")}
+    allowed = ("config", "config_file", "hardware", "install", "manifest", "plan_file")
     assert all(n.rpartition(".")[2] in allowed or n.endswith("_options") or n in JOBS_OF_LAUNCH for n in direct)
 
 

@@ -23,8 +23,8 @@ def format_explanation(reports: Sequence[OptionReport], plan: PlanFile, num_colu
     table = reports[0].option.table
     placed = next(found for found in plan.tables if found.name == table.name)
     lines = [
-        f"{table.name}: {table.num_embeddings:,} rows x {table.embedding_dim}, {table.pooling_factor:g} id(s) a sample, "
-        f"{_size(table.weights_bytes)} of weights; {plan.machine.num_ranks} rank(s) of {plan.machine.hardware}",
+        f"{table.name}: {table.num_embeddings:,} rows x {table.embedding_dim}, {table.pooling_factor:g} id(s) a "
+        f"sample, {_size(table.weights_bytes)} of weights; {plan.machine.num_ranks} rank(s) of {plan.machine.hardware}",
         f"chosen: {reports[0].option.describe()} on {_ranks(placed.ranks)}",
         "",
         f"{'option':<44}{'on a rank':>11}{'ms there':>10}{'step ms':>10}",

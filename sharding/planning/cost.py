@@ -79,7 +79,6 @@ class CostModel:
         self._group_batch = self._local_batch * cluster.group_size
         self._forward_bytes = BYTES_PER_VALUE[job.communication.forward]
         self._backward_bytes = BYTES_PER_VALUE[job.communication.backward]
-        self._state_bytes = SPARSE_STATE_BYTES[job.sparse_optimizer]
         self._update_rates = self._rates.update(job.sparse_optimizer)
         self._all_to_all_s_per_byte = self._spread_s_per_byte(self._num_ranks, self._rates.all_to_all_bytes_per_s)
 
@@ -177,7 +176,8 @@ class CostModel:
         many back; ids are taken for uniform, so a share of 1 - cache_load_factor: the worst case.
         """
         row_bytes = BYTES_PER_VALUE[option.table.precision] * option.shard_columns
-        seconds = _kernel_s(self._rates.lookup, option, ids, bags, row_bytes, row_bytes + NEAREST_TOUCHED_BYTES)
+        touched = touched_row_bytes(BYTES_PER_VALUE[option.table.precision], option.shard_columns, "")
+        seconds = self._kernel_s(self._rates.lookup, option, ids, bags, touched)
         if option.kernel == "fused_uvm":
             return seconds + ids * row_bytes / self._rates.host_memory_bytes_per_s
         if option.kernel == "fused_uvm_caching":
@@ -187,14 +187,23 @@ class CostModel:
 
     def _update_s(self, option: Option, ids: float, bags: float) -> float:
         """Gradients gathered for each id; each row that was asked for read and written once with its state."""
-        per_weight, per_row = self._state_bytes
-        row_bytes = BYTES_PER_VALUE[option.table.precision] * option.shard_columns
-        touched = row_bytes + NEAREST_TOUCHED_BYTES + per_weight * option.shard_columns
-        touched += NEAREST_TOUCHED_BYTES if per_weight or per_row else 0
-        seconds = _kernel_s(self._update_rates, option, ids, bags, row_bytes, touched)
+        value_bytes = BYTES_PER_VALUE[option.table.precision]
+        touched = touched_row_bytes(value_bytes, option.shard_columns, self.job.sparse_optimizer)
+        seconds = self._kernel_s(self._update_rates, option, ids, bags, touched)
         if option.kernel == "fused_uvm":
             seconds += 2 * ids * touched / self._rates.host_memory_bytes_per_s
         return seconds
+
+    def _kernel_s(self, kernel: KernelRates, option: Option, ids: float, bags: float, touched_bytes: float) -> float:
+        return kernel_s(
+            kernel,
+            num_rows=option.shard_rows,
+            num_columns=option.shard_columns,
+            num_ids=ids,
+            num_bags=bags,
+            row_bytes=BYTES_PER_VALUE[option.table.precision] * option.shard_columns,
+            touched_bytes=touched_bytes,
+        )
 
     def _spread_s_per_byte(self, num_ranks: int, bytes_per_s: float) -> float:
         """Seconds for each byte that a rank spreads evenly over `num_ranks`, itself included.
@@ -303,18 +312,31 @@ class CostModel:
         )
 
 
-def _kernel_s(
-    kernel: KernelRates, option: Option, ids: float, bags: float, row_bytes: float, touched_bytes: float
-) -> float:
-    """Seconds of a kernel over `ids` of a shard, whose rows fall into `bags`.
+def touched_row_bytes(value_bytes: int, num_columns: int, optimizer: str) -> float:
+    """Return the bytes of memory behind one row and the optimizer's state of it; "" for a lookup, which needs none."""
+    per_weight, per_row = SPARSE_STATE_BYTES.get(optimizer, (0, 0))
+    state_bytes = per_weight * num_columns + (NEAREST_TOUCHED_BYTES if per_weight or per_row else 0)
+    return value_bytes * num_columns + NEAREST_TOUCHED_BYTES + state_bytes
 
-    Of R rows, ids drawn evenly touch R (1 - exp(-ids / R)) at least once.
+
+def kernel_s(
+    kernel: KernelRates,
+    *,
+    num_rows: int,
+    num_columns: int,
+    num_ids: float,
+    num_bags: float,
+    row_bytes: int,
+    touched_bytes: float,
+) -> float:
+    """Return the seconds of a kernel over the ids of one shard, whose rows fall into bags.
+
+    Of R rows, n ids drawn evenly touch R (1 - exp(-n / R)) at least once.
     """
-    num_rows = option.shard_rows
-    num_touched = -num_rows * expm1(-ids / num_rows)
+    num_touched = -num_rows * expm1(-num_ids / num_rows)
     touch_s = num_touched * touched_bytes * kernel.touch_s_per_byte(num_rows * touched_bytes)
-    pooled_bytes = 4 * bags * option.shard_columns
-    return ids * kernel.row_s + bags * kernel.bag_s + (ids * row_bytes + pooled_bytes) / kernel.bytes_per_s + touch_s
+    moved_bytes = num_ids * row_bytes + 4 * num_bags * num_columns
+    return num_ids * kernel.row_s + num_bags * kernel.bag_s + moved_bytes / kernel.bytes_per_s + touch_s
 
 
 _latest: list[CostModel] = []

@@ -18,6 +18,14 @@ from sharding.planning.placement import Choice, Loads
 # Items looked at on the most loaded rank before the search gives up, and rounds of improvement over the whole search.
 MAX_ITEMS_PER_ROUND = 64
 MAX_ROUNDS = 2_000
+# Of the attempts that placed everything, so many are improved further, by placing pairs of items anew together.
+NUM_POLISHED = 3
+MAX_PAIRS = 1_000
+# Where fewer orders than this work out, memory is tight, and all are tried again with memory first.
+MIN_FILLED = 3
+# Orders drawn at random beside the natural ones, so many that about this number of items is placed in them.
+ITEMS_IN_RANDOM_ORDERS = 1_000
+MAX_RANDOM_ORDERS = 40
 
 
 @dataclass(frozen=True)
@@ -50,22 +58,27 @@ class Failure:
 
 def search(problem: Problem) -> Solution | Failure:
     """Return the best placement found, or which items did not fit."""
-    best: _Attempt | None = None
+    orders = _orders(problem)
     failed: list[int] | None = None
-    for order in _orders(problem):
-        attempt = _Attempt(problem)
-        unplaced = attempt.fill(order)
-        if unplaced:
-            if failed is None or len(unplaced) < len(failed):
-                failed = unplaced
-            continue
-        attempt.improve()
-        if best is None or attempt.value() < best.value():
-            best = attempt
-    if best is None:
-        assert failed is not None
-        return Failure(tuple(failed))
-    return best.solution()
+    filled: list[_Attempt] = []
+    for saves_memory in (False, True):
+        for order in orders:
+            attempt = _Attempt(problem, saves_memory=saves_memory)
+            unplaced = attempt.fill(order)
+            if unplaced:
+                failed = unplaced if failed is None or len(unplaced) < len(failed) else failed
+                continue
+            attempt.improve()
+            filled.append(attempt)
+        if len(filled) >= MIN_FILLED:
+            break
+    if filled:
+        best = sorted(filled, key=_Attempt.value)[:NUM_POLISHED]
+        for attempt in best:
+            attempt.improve(in_pairs=True)
+        return min(best, key=_Attempt.value).solution()
+    assert failed is not None
+    return Failure(tuple(failed))
 
 
 def replace_one(problem: Problem, solution: Solution, item: int, pick: int) -> Solution | None:
@@ -87,18 +100,24 @@ def _sizes(problem: Problem) -> list[float]:
 
 
 def _orders(problem: Problem) -> list[list[int]]:
-    """Orders in which to place the items: by time, by memory, by the larger share of either."""
+    """Orders in which to place the items: by time, by memory, by the larger share of either, and shaken ones."""
     seconds = np.array(_sizes(problem))
     memory = np.array([min(c.device_bytes * c.num_shards for c in choices) for choices in problem.choices])
     keys = [seconds, memory, np.maximum(seconds / max(seconds.max(), 1e-30), memory / max(memory.max(), 1e-30))]
+    generator = np.random.default_rng(0)
+    for _ in range(min(MAX_RANDOM_ORDERS, ITEMS_IN_RANDOM_ORDERS // len(seconds))):
+        keys.append(keys[2] * generator.uniform(0.3, 1.0, len(seconds)))
     return [np.argsort(-key, kind="stable").tolist() for key in keys]
 
 
 class _Attempt:
     """A placement in the making."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, saves_memory: bool = False) -> None:
+        self._saves_memory = saves_memory
         self.forced: dict[int, int] = {}
+        self._num_pairs = 0
+        self._is_full = False
         self._problem = problem
         self._loads = Loads(
             problem.num_ranks, problem.ranks_per_host, problem.device_limit_bytes, problem.host_limit_bytes
@@ -120,7 +139,9 @@ class _Attempt:
 
     def fill(self, order: Sequence[int]) -> list[int]:
         """Place all items in this order and return those that did not fit."""
-        return [item for item in order if not self.place(item)]
+        unplaced = [item for item in order if not self.place(item)]
+        self._is_full = not unplaced
+        return unplaced
 
     def place(self, item: int, picks: Sequence[int] | None = None) -> bool:
         """Place an item where it does least harm; `picks` are the choices to consider (default: all)."""
@@ -133,9 +154,7 @@ class _Attempt:
             ranks = self._loads.find(choice, self._problem.allowed[item])
             if ranks is None:
                 continue
-            # A shard that stays below the level costs only its work; above it, it makes the whole step longer.
-            peak = max(float(self._loads.seconds[ranks].max()) + choice.seconds, self._level)
-            harm = peak + choice.mean_seconds(self._problem.num_ranks)
+            harm = self._harm(choice, ranks)
             if best is None or harm < best[0] * (1 - 1e-12):
                 best = (harm, pick, ranks)
         if best is None:
@@ -143,26 +162,46 @@ class _Attempt:
         self._put(item, best[1], best[2])
         return True
 
-    def improve(self) -> None:
+    def _harm(self, choice: Choice, ranks: NDArray[np.int64]) -> float:
+        if self._saves_memory and not self._is_full:
+            used = self._problem.device_limit_bytes - float(self._loads.device_free[ranks].min())
+            return used + choice.device_bytes + choice.device_bytes * choice.num_shards / self._problem.num_ranks
+        # A shard that stays below the level costs only its work; above it, it makes the whole step longer.
+        peak = max(float(self._loads.seconds[ranks].max()) + choice.seconds, self._level)
+        return peak + choice.mean_seconds(self._problem.num_ranks)
+
+    def improve(self, *, in_pairs: bool = False) -> None:
         """Move, re-cut or swap items of the most loaded rank for as long as that lowers the highest load."""
         for _ in range(MAX_ROUNDS):
             rank = int(self._loads.seconds.argmax())
             here = [item for item in range(len(self._picks)) if rank in self._ranks[item]]
             here.sort(key=lambda item: -self._choice(item).seconds)
-            if not any(self._move(item) or self._swap(item, rank) for item in here[:MAX_ITEMS_PER_ROUND]):
+            here = here[:MAX_ITEMS_PER_ROUND]
+            if any(self._move(item) or self._swap(item, rank) for item in here):
+                continue
+            if not in_pairs or not any(
+                self._move(item, other) for item in here for other in range(len(self._picks)) if other != item
+            ):
                 return
 
-    def _move(self, item: int) -> bool:
-        """Place an item anew if that lowers the highest load, or keeps it and lowers the sum."""
-        before, pick, ranks = self.value(), self._picks[item], self._ranks[item]
+    def _move(self, *items: int) -> bool:
+        """Place one or two items anew, in this order, if that lowers the highest load."""
+        if len(items) > 1:
+            self._num_pairs += 1
+            if self._num_pairs > MAX_PAIRS:
+                return False
+        before = self.value()
+        places = [(item, self._picks[item], self._ranks[item]) for item in items]
         self._level = float(self._loads.seconds.max()) * (1 - 1e-9)
-        self._take(item)
-        self.place(item)
-        after = self.value()
-        if after[0] < before[0] * (1 - 1e-9):
+        for item in items:
+            self._take(item)
+        placed = [item for item in items if self.place(item)]
+        if len(placed) == len(items) and self.value()[0] < before[0] * (1 - 1e-9):
             return True
-        self._take(item)
-        self._put(item, pick, ranks)
+        for item in placed:
+            self._take(item)
+        for place in places:
+            self._put(*place)
         return False
 
     def _swap(self, item: int, rank: int) -> bool:

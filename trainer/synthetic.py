@@ -7,18 +7,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import ReadPosition
+from data_pipeline.version import papilio_version
+from sharding.config import ShardingConfig
 from sharding.initial_weights import initialize_tables
 from sharding.plan_conversion import to_sharding_plan
-from sharding.plan_file import PlanFile
-from sharding.planning.job import DenseWork, Job, Table
+from sharding.plan_file import PlanFile, StepPrediction
+from sharding.planning.cost import PHASES, predict_step, shard_seconds
+from sharding.planning.job import Cluster, DenseWork, Job, Table
+from sharding.planning.options import Option
+from sharding.planning.planner import chosen_options, prepare, solve, write_plan
+from sharding.planning.search import Failure
 from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
 from trainer.models.build import table_name
 from trainer.models.dlrm import DLRM
@@ -96,13 +104,40 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class PlannedShape:
+    """A shape under a plan; `chosen` has each table's option and the ranks of its shards."""
+
+    shape: Shape
+    plan: PlanFile
+    chosen: tuple[tuple[Option, NDArray[np.int64]], ...]
+
+    def predict(self, cluster: Cluster) -> StepPrediction:
+        """Predict the step with the rates of `cluster`, whatever the plan was made with."""
+        job = self.shape.job()
+        phases_WP = np.zeros((cluster.group_size, len(PHASES)))
+        for option, holders in self.chosen:
+            phases_WP[holders] += shard_seconds(option, job, cluster)
+        return predict_step(phases_WP, [option for option, _ in self.chosen], job, cluster)
+
+
+def plan_shape(shape: Shape, config: ShardingConfig, cluster: Cluster) -> PlannedShape | None:
+    """Plan a shape as the config asks; None where it does not fit."""
+    planning = prepare(shape.job(), cluster, config)
+    solution = solve(planning)
+    if isinstance(solution, Failure):
+        return None
+    plan = write_plan(planning, solution, recipe="synthetic", papilio_version=papilio_version())
+    return PlannedShape(shape, plan, tuple(chosen_options(planning, solution).values()))
+
+
 class SyntheticTraining:
     """A model of some shape under some plan, ready to be stepped. Building and stepping are collective."""
 
     def __init__(self, shape: Shape, plan: PlanFile, ranks: Ranks, seed: int = 0) -> None:
         self._ranks = ranks
         model = TrainModel(
-            _build_dense(shape, ranks.device, seed),
+            build_dlrm(shape, ranks.device, seed),
             ranks.world_size,
             torch.bfloat16 if shape.precision == "bf16" else None,
             ranks.device.type,
@@ -136,7 +171,8 @@ class SyntheticTraining:
         self._pipeline.detach()
 
 
-def _build_dense(shape: Shape, device: torch.device, seed: int) -> DLRM:
+def build_dlrm(shape: Shape, device: torch.device, seed: int) -> DLRM:
+    """Build the model of a shape: tables on meta, the dense part on the device."""
     tables = [
         EmbeddingBagConfig(name=table_name(name), feature_names=[name], num_embeddings=rows, embedding_dim=shape.dim)
         for name, rows in zip(shape.features, shape.rows, strict=True)

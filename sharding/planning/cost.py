@@ -229,31 +229,11 @@ class CostModel:
 
     @cached_property
     def _dense_s(self) -> float:
-        """Matrix products and interaction, forward and backward.
-
-        An interaction of N vectors of d copies N d values, multiplies them (N^2 d) and picks of N^2 products; its
-        backward pass does the same once more. Of activations, each value and its gradient is written and read.
-        """
-        dense, rates, batch = self.job.dense, self._rates, self._local_batch
-        rate = rates.matmul_fp32_flops_per_s if self.job.precision == "fp32" else rates.matmul_bf16_flops_per_s
-        flops = 2 * sum(inputs * outputs for inputs, outputs in dense.layers)
-        seconds = (1 + BACKWARD_WORK) * flops * batch / rate + len(dense.layers) * rates.layer_s
-        activation_bytes = 4 * BYTES_PER_VALUE[self.job.precision] * dense.activation_values
-        seconds += batch * activation_bytes / (rates.activation_bytes_per_s or rates.memory_bytes_per_s)
-        if not dense.num_interacting:
-            return seconds
-        num_vectors, dim = dense.num_interacting, dense.interaction_dim
-        interaction_flops = 2 * 2 * num_vectors**2 * dim
-        interaction_bytes = 2 * 4 * (num_vectors * dim + num_vectors**2)
-        seconds += batch * interaction_flops / (rates.interaction_flops_per_s or rates.matmul_fp32_flops_per_s)
-        return seconds + batch * interaction_bytes / (rates.interaction_bytes_per_s or rates.memory_bytes_per_s)
+        return dense_s(self.job, self._rates, self._local_batch)
 
     @cached_property
     def _dense_optimizer_s(self) -> float:
-        """Weights read and written, gradients cleared, written and read, state read and written."""
-        state_bytes = DENSE_STATE_BYTES[self.job.dense_optimizer]
-        rate = self._rates.optimizer_bytes_per_s or self._rates.memory_bytes_per_s
-        return self.job.dense.num_parameters * (5 * 4 + 2 * state_bytes) / rate
+        return dense_optimizer_s(self.job, self._rates)
 
     def _overhead_s(self, options: Sequence[Option]) -> float:
         """Fixed times: of the step, of each table, and of each sharding group with its collectives."""
@@ -310,6 +290,34 @@ class CostModel:
             hidden_s=hidden_s,
             total_s=work_s + replica_sync_s - hidden_s,
         )
+
+
+def dense_s(job: Job, rates: Rates, local_batch: float) -> float:
+    """Return the seconds of the dense part, matrix products and interaction, forward and backward.
+
+    The products of N vectors of d, N^2 d, are taken forward and once more backward; copying the vectors and picking
+    among N^2 products likewise. Of activations, each value and its gradient is written and read.
+    """
+    dense = job.dense
+    rate = rates.matmul_fp32_flops_per_s if job.precision == "fp32" else rates.matmul_bf16_flops_per_s
+    flops = 2 * sum(inputs * outputs for inputs, outputs in dense.layers)
+    seconds = (1 + BACKWARD_WORK) * flops * local_batch / rate + len(dense.layers) * rates.layer_s
+    activation_bytes = 4 * BYTES_PER_VALUE[job.precision] * dense.activation_values
+    seconds += local_batch * activation_bytes / (rates.activation_bytes_per_s or rates.memory_bytes_per_s)
+    if not dense.num_interacting:
+        return seconds
+    num_vectors, dim = dense.num_interacting, dense.interaction_dim
+    interaction_flops = 2 * 2 * num_vectors**2 * dim
+    interaction_bytes = 2 * 4 * (num_vectors * dim + num_vectors**2)
+    seconds += local_batch * interaction_flops / (rates.interaction_flops_per_s or rates.matmul_fp32_flops_per_s)
+    return seconds + local_batch * interaction_bytes / (rates.interaction_bytes_per_s or rates.memory_bytes_per_s)
+
+
+def dense_optimizer_s(job: Job, rates: Rates) -> float:
+    """Return the seconds in which weights and state are read and written, gradients cleared, written and read."""
+    state_bytes = DENSE_STATE_BYTES[job.dense_optimizer]
+    rate = rates.optimizer_bytes_per_s or rates.memory_bytes_per_s
+    return job.dense.num_parameters * (5 * 4 + 2 * state_bytes) / rate
 
 
 def touched_row_bytes(value_bytes: int, num_columns: int, optimizer: str) -> float:

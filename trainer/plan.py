@@ -112,7 +112,7 @@ def _show(options: argparse.Namespace, planning: Planning, solution: Solution, p
         print(plan.to_json(), end="")
     elif options.explain:
         reports = explain_table(planning, solution, options.explain)
-        print(format_explanation(reports, plan, num_columns))
+        print(format_explanation(reports, plan, num_columns, show_all=options.all))
     else:
         print(format_plan(plan, num_columns, show_all=options.all))
     for path, text in ((options.output, plan.to_json), (options.html, lambda: plan_page(plan))):

@@ -121,7 +121,8 @@ def _reason(
     if change < 0:
         return f"{prefix}{-change:.1%} faster by this reckoning" + ("; the search missed it" if is_allowed else "")
     part, seconds = _largest_increase(step, best)
-    return f"{prefix}{change:.1%} slower, most of it {part} (+{seconds * 1e3:,.2f} ms)"
+    slower = f"{change:.1%} slower" if change < 1 else f"{1 + change:.1f} times the step"
+    return f"{prefix}{slower}, most of it {part} (+{seconds * 1e3:,.2f} ms)"
 
 
 def _largest_increase(step: StepPrediction, best: StepPrediction) -> tuple[str, float]:

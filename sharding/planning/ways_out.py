@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from sharding.config import ShardingConfig, ShardingTypeName
+from sharding.config import ShardingConfig, ShardingTypeName, TableConstraint
 from sharding.planning.errors import PlanError
 from sharding.planning.job import SPARSE_STATE_BYTES, Cluster, Job
 from sharding.planning.planner import Planning, chosen_options, predict, prepare, solve
@@ -18,6 +19,8 @@ MAX_NODES = 4_096
 MIN_BATCH_PER_RANK = 16
 # Names in a sentence before it says "and so many more".
 MAX_NAMES = 4
+# How often tables that still find no place are let free too.
+MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,16 @@ def find_ways_out(planning: Planning, memory_bytes: int | None) -> list[WayOut]:
     """Return single changes with which the job fits, or where there is none pairs of them; the fastest first."""
     case = _Case(planning.job, planning.cluster, planning.config)
     changes: tuple[Callable[[_Case, int | None], _Case | None], ...] = (
-        _more_types,
         _uvm_caching,
         _half_precision_tables,
         _smaller_state,
+        _more_types,
         _smaller_batch,
         _more_nodes,
     )
     ways = [way for change in changes for way in _try(case, (change,), memory_bytes)]
     if not ways:
-        # More nodes and a smaller batch search for a number of their own, so they come last in a pair.
+        # The last three search for what it takes, given the change before them.
         ways = [way for pair in itertools.combinations(changes, 2) for way in _try(case, pair, memory_bytes)]
     return sorted(ways, key=lambda way: -way.samples_per_s)
 
@@ -66,7 +69,10 @@ def _try(
     case: _Case, changes: tuple[Callable[[_Case, int | None], _Case | None], ...], memory_bytes: int | None
 ) -> Iterator[WayOut]:
     for change in changes:
-        changed = change(case, memory_bytes)
+        try:
+            changed = change(case, memory_bytes)
+        except PlanError:  # the change contradicts a constraint: not a way out
+            return
         if changed is None:
             return
         case = changed
@@ -74,43 +80,56 @@ def _try(
     if found is None:
         return
     planning, solution = found
-    words = list(case.words)
-    if _more_types in changes:
-        words[changes.index(_more_types)] = _name_other_types(planning, solution, planning.config, words[0])
     step_s = predict(planning, solution).total_s
-    yield WayOut(" and ".join(words), " ".join(case.settings), step_s, case.job.global_batch_size / step_s)
+    yield WayOut(" and ".join(case.words), " ".join(case.settings), step_s, case.job.global_batch_size / step_s)
 
 
 def _solve(case: _Case, memory_bytes: int | None) -> tuple[Planning, Solution] | None:
     try:
         planning = prepare(case.job, case.cluster, case.config, memory_bytes)
-    except PlanError:  # the change contradicts a constraint: not a way out
+    except PlanError:
         return None
     found = solve(planning)
     return (planning, found) if isinstance(found, Solution) else None
 
 
 def _more_types(case: _Case, memory_bytes: int | None) -> _Case | None:
-    """Let tables be cut in ways that the recipe does not allow; constraints on single tables stay."""
+    """Let the tables that found no place, and no others, be cut in ways that the recipe does not allow."""
     types = tuple(dict.fromkeys([*case.config.types, *ALL_TYPES]))
-    if set(types) == set(case.config.types):
-        return None
-    config = case.config.model_copy(update={"types": types})
-    return case.changed("with more sharding types", f"--sharding.types='{_toml_list(types)}'", config=config)
+    config, named = case.config, tuple[str, ...]()
+    for _ in range(MAX_ROUNDS):
+        planning = prepare(case.job, case.cluster, config, memory_bytes)
+        found = solve(planning)
+        if isinstance(found, Solution):
+            return _cut_as_found(case, planning, found, named) if named else case
+        new = [table.name for item in found.items for table in planning.items[item].tables if table.name not in named]
+        if not new or planning.budget.for_tables < 0:
+            return None
+        named = (*named, *new)
+        freed = TableConstraint(tables=named, types=types)
+        config = case.config.model_copy(update={"constraints": (*case.config.constraints, freed)})
+    return None
 
 
-def _name_other_types(planning: Planning, solution: Solution, config: ShardingConfig, otherwise: str) -> str:
-    """Say which tables the larger choice of types is for."""
+def _cut_as_found(case: _Case, planning: Planning, solution: Solution, named: tuple[str, ...]) -> _Case:
+    """Ask for the types that the search chose for the tables that were let free."""
     by_type: dict[str, list[str]] = {}
     for name, (option, _) in chosen_options(planning, solution).items():
-        by_type.setdefault(option.sharding_type, []).append(name)
-    parts = []
+        if name in named and option.sharding_type not in case.config.types:
+            by_type.setdefault(option.sharding_type, []).append(name)
+    words = []
     for sharding_type, names in by_type.items():
-        if sharding_type != config.types[0]:
-            shown = ", ".join(names[:MAX_NAMES])
-            more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            parts.append(f"{sharding_type} on {shown}{more}")
-    return f"with {'; '.join(parts)}" if parts else otherwise
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        words.append(f"{sharding_type} on {', '.join(names[:MAX_NAMES])}{more}")
+    added = tuple(TableConstraint(tables=tuple(names), types=(key,)) for key, names in by_type.items())  # type: ignore[arg-type]
+    config = case.config.model_copy(update={"constraints": (*case.config.constraints, *added)})
+    tables = ", ".join(_toml_table(constraint) for constraint in config.constraints)
+    return case.changed(f"with {'; '.join(words)}", f"--sharding.constraints='[{tables}]'", config=config)
+
+
+def _toml_table(constraint: TableConstraint) -> str:
+    pairs = constraint.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in pairs.items()) + "}"
 
 
 def _uvm_caching(case: _Case, memory_bytes: int | None) -> _Case | None:

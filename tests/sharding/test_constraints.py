@@ -1,0 +1,121 @@
+"""What a recipe asks of the plan: kept, or refused by a message that names the constraint and the mend."""
+
+import pytest
+
+from sharding.planning.constraints import settle
+from sharding.planning.errors import PlanError
+from sharding.planning.make import make_plan
+from tests.support.jobs import config_of, make_cluster, make_job
+
+
+def plan(job, cluster, **settings):
+    made = make_plan(job, cluster, config_of(**settings), recipe="r", papilio_version="0")
+    return {table.name: table for table in made.tables}
+
+
+def refusal(job, cluster, **settings):
+    with pytest.raises(PlanError) as error:
+        settle(config_of(**settings), job, cluster)
+    return str(error.value)
+
+
+def test_a_pattern_sets_the_type_of_the_tables_it_matches():
+    tables = plan(
+        make_job(), make_cluster(), types=["table_wise"], constraints=[{"tables": ["t_[12]"], "types": ["row_wise"]}]
+    )
+    assert {name: table.sharding_type for name, table in tables.items()} == {
+        "t_0": "table_wise",
+        "t_1": "row_wise",
+        "t_2": "row_wise",
+    }
+    assert tables["t_1"].ranks == (0, 1, 2, 3)
+
+
+def test_of_two_constraints_the_later_wins_field_by_field():
+    tables = plan(
+        make_job(),
+        make_cluster(),
+        constraints=[
+            {"tables": ["t_*"], "types": ["table_wise"], "ranks": [1]},
+            {"tables": ["t_2"], "ranks": [3]},
+        ],
+    )
+    assert [(table.sharding_type, table.ranks) for table in tables.values()] == [
+        ("table_wise", (1,)),
+        ("table_wise", (1,)),
+        ("table_wise", (3,)),
+    ]
+
+
+def test_tables_kept_together_share_a_rank():
+    tables = plan(
+        make_job((1_000,) * 8),
+        make_cluster(),
+        constraints=[{"tables": ["t_0", "t_3", "t_6"], "keep_together": True, "ranks": [2, 3]}],
+    )
+    together = {tables[name].ranks for name in ("t_0", "t_3", "t_6")}
+    assert len(together) == 1
+    assert together <= {(2,), (3,)}
+    assert all(tables[name].sharding_type == "table_wise" for name in ("t_0", "t_3", "t_6"))
+
+
+def test_min_partition_bounds_the_column_blocks():
+    tables = plan(
+        make_job(dim=64),
+        make_cluster(),
+        constraints=[{"tables": ["t_0"], "types": ["column_wise"], "min_partition": 32}],
+    )
+    assert [(shard.column, shard.num_columns) for shard in tables["t_0"].shards] == [(0, 32), (32, 32)]
+
+
+def test_a_kernel_and_its_cache_go_into_the_plan():
+    constraint = {"tables": ["t_2"], "kernels": ["fused_uvm_caching"], "cache_load_factor": 0.1}
+    tables = plan(make_job(), make_cluster(), constraints=[constraint])
+    assert (tables["t_2"].compute_kernel, tables["t_2"].cache_load_factor) == ("fused_uvm_caching", 0.1)
+    assert tables["t_1"].cache_load_factor is None
+
+
+def test_a_pattern_without_a_table_names_the_nearest():
+    message = refusal(make_job(), make_cluster(), constraints=[{"tables": ["t_01"], "ranks": [0]}])
+    assert message == "sharding.constraints[0]: no table matches 't_01'; the nearest is t_1"
+
+
+def test_a_rank_that_does_not_exist_is_named():
+    message = refusal(make_job(), make_cluster(), constraints=[{"tables": ["t_1"], "ranks": [0, 4]}])
+    assert message == "sharding.constraints[0].ranks: there is no rank 4; tables are spread over ranks 0 to 3"
+
+
+def test_row_wise_cannot_keep_to_some_ranks():
+    constraint = {"tables": ["t_1"], "types": ["row_wise"], "ranks": [0]}
+    message = refusal(make_job(), make_cluster(), constraints=[constraint])
+    assert "sharding.constraints[0]: table t_1 cannot keep to ranks 0 with types row_wise" in message
+    assert "allow table_wise or column_wise, or leave ranks out" in message
+
+
+def test_uvm_needs_a_gpu():
+    cluster = make_cluster(hardware="cpu_host", ranks_per_node=2)
+    message = refusal(make_job(), cluster, kernels=["fused_uvm"])
+    assert "table t_0: fused_uvm need a GPU; on a CPU the kernel is fused" in message
+
+
+def test_tables_kept_together_must_be_allowed_whole():
+    message = refusal(
+        make_job(), make_cluster(), types=["row_wise"], constraints=[{"tables": ["t_*"], "keep_together": True}]
+    )
+    assert "sharding.constraints[0].keep_together: table t_0 may not be table_wise (types: row_wise)" in message
+
+
+def test_tables_kept_together_need_a_rank_in_common():
+    constraints = [
+        {"tables": ["t_0"], "ranks": [0]},
+        {"tables": ["t_1"], "ranks": [1]},
+        {"tables": ["t_0", "t_1"], "keep_together": True},
+    ]
+    message = refusal(make_job(), make_cluster(), constraints=constraints)
+    assert message == "sharding.constraints[2].keep_together: its tables have no allowed rank in common"
+
+
+def test_a_table_cannot_be_kept_in_two_groups():
+    constraints = [{"tables": ["t_0", "t_1"], "keep_together": True}, {"tables": ["t_1", "t_2"], "keep_together": True}]
+    message = refusal(make_job(), make_cluster(), constraints=constraints)
+    assert "table t_1 is kept together with others by sharding.constraints[0] already; merge" in message

@@ -48,4 +48,4 @@ def _command(namespace: argparse.Namespace) -> list[str]:
         if value is not None:
             command += [f"--{flag.replace('_', '-')}", str(value)]
     command += [f"--{flag}" for flag in ("json", "all") if getattr(namespace, flag)]
-    return command + namespace.overrides
+    return [*command, *namespace.overrides]

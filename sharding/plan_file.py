@@ -95,7 +95,7 @@ class MemoryUse(_Section):
     @property
     def device_bytes(self) -> int:
         """All but the host's."""
-        return sum(self.model_dump().values()) - self.host_bytes
+        return int(sum(self.model_dump().values())) - self.host_bytes
 
 
 class PlannedRank(_Section):

@@ -17,6 +17,7 @@ from data_pipeline.order import ReadPosition
 from trainer.config import Config
 from trainer.evaluation import evaluate
 from trainer.health import NanWatch, diagnose
+from trainer.measurement import StepMeter
 from trainer.metrics import MetricValues
 from trainer.models.train_model import StepOutput
 from trainer.optimizers import Optimizers
@@ -37,6 +38,7 @@ class Progress:
     wait_s: float = 0.0
     validations: list[tuple[int, MetricValues]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    meter: StepMeter = field(default_factory=StepMeter)
 
     @property
     def samples_per_s(self) -> float:
@@ -126,13 +128,16 @@ class _Reporter:
         return progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
 
     def report(self, progress: Progress) -> None:
-        """Close the window: check, write, print. Collective."""
+        """Close the window: check, measure, write, print. Collective."""
         self._nan_watch.check(self._ranks.group)
         dist.all_reduce(self._loss_sum, group=self._ranks.group)
         loss_sum, weight = self._loss_sum.tolist()
         self._loss_sum.zero_()
         self._latest_loss = loss_sum / weight
         wait_share = progress.wait_s / progress.train_s
+        progress.meter.close_window(
+            progress.step, progress.train_s, device=self._ranks.device, has_only_trained=not progress.validations
+        )
         if self._folder is not None:
             self._folder.append(
                 "train",

@@ -82,10 +82,10 @@ def plan_run(config: Config, dataset: Dataset, model: nn.Module, ranks: Ranks) -
     hardware = load_hardware(config.sharding.hardware or default_profile(ranks.device))
     num_nodes = ranks.world_size // ranks.local_world_size
     cluster = make_cluster(config.sharding, hardware, num_nodes, ranks.local_world_size)
-    text = ranks.agree_on(_plan_text(config, job, cluster, ranks) if ranks.is_first else None)
-    if isinstance(text, PlanError | ValueError):
-        raise text
-    plan = plan_from_json(text, "the plan of rank 0")
+    found: str | ValueError = ranks.agree_on(_plan_or_error(config, job, cluster, ranks) if ranks.is_first else None)
+    if isinstance(found, ValueError):
+        raise found
+    plan = plan_from_json(found, "the plan of rank 0")
     check_plan(plan, job, cluster, config.sharding.plan or "the plan")
     return plan
 
@@ -105,8 +105,8 @@ def device_memory_bytes(device: torch.device, ranks_per_node: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
 
 
-def _plan_text(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> str | ValueError:
-    """Read or make the plan on rank 0; an error is returned, so that all ranks can raise it."""
+def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> str | ValueError:
+    """Read or make the plan, as text; an error is returned, so that all ranks can raise it."""
     try:
         if config.sharding.plan is not None:
             return read_plan_file(config.sharding.plan).to_json()

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.manifest import Manifest
+from trainer.measurement import Comparison
 from trainer.metrics import MetricValues
 
 WIDTH = 78
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Summary:
     best_validation_auc: float
     best_validation_step: int
     findings: tuple[str, ...]
+    comparison: Comparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        values = {key: value for key, value in self.__dict__.items() if key != "final"}
-        return {**values, "final": {split: found.to_dict() for split, found in self.final.items()}}
+        values = {key: value for key, value in self.__dict__.items() if key not in ("final", "comparison")}
+        comparison = self.comparison.to_dict() if self.comparison is not None else None
+        final = {split: found.to_dict() for split, found in self.final.items()}
+        return {**values, "final": final, "comparison": comparison}
 
 
 def format_summary(summary: Summary, manifest: Manifest) -> str:
@@ -46,6 +51,7 @@ def format_summary(summary: Summary, manifest: Manifest) -> str:
         f" speed      {summary.samples_per_s:,.0f} samples/s; {summary.data_wait_share:.2%} of the step spent waiting "
         "for data",
         f" model      {summary.num_parameters:,} weights",
+        *_comparison_lines(summary.comparison),
         "",
         *_metric_lines(summary.final, manifest),
         "",
@@ -55,6 +61,17 @@ def format_summary(summary: Summary, manifest: Manifest) -> str:
         "─" * WIDTH,
     ]
     return "\n".join(lines)
+
+
+def _comparison_lines(found: Comparison | None) -> Sequence[str]:
+    if found is None:
+        return []
+    return [
+        f" step       {found.measured_step_s * 1e3:,.1f} ms; predicted {found.predicted_step_s * 1e3:,.1f} "
+        f"({found.step_error:+.0%}, hardware {found.hardware})",
+        f" memory     {found.measured_bytes / MIB:,.0f} MiB on rank {found.rank}, the fullest; predicted "
+        f"{found.predicted_bytes / MIB:,.0f} ({found.memory_error:+.0%})",
+    ]
 
 
 def _wrap(finding: str) -> str:

@@ -21,6 +21,7 @@ from trainer.evaluation import evaluate
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
 from trainer.loop import Progress, run_training
+from trainer.measurement import compare
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks, process_group
 from trainer.run_folder import RunFolder, choose_run_dir
@@ -115,6 +116,7 @@ def _finish(
     """Save the weights, measure the test split, and sum up. Collective."""
     facts = {"step": progress.step, "position": progress.position.to_dict(), "papilio_version": papilio_version()}
     save_weights(model.module, checkpoint_dir(run_dir), ranks, facts)
+    comparison = compare(model.plan, progress.meter, ranks)
     final = {"validation": progress.validations[-1][1]}
     if dataset.manifest.splits.get("test") and dataset.manifest.splits["test"].num_rows:
         final["test"] = evaluate(model.module, dataset, "test", config, ranks, show_progress=False)
@@ -133,6 +135,7 @@ def _finish(
         best_validation_auc=best.auc,
         best_validation_step=best_step,
         findings=tuple(diagnose(final["validation"], "validation")),
+        comparison=comparison,
     )
     if folder is not None:
         if "test" in final:

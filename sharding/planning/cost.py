@@ -101,12 +101,13 @@ class CostModel:
         The ids of a table in k column blocks are sent k times; row-wise types first find each id's shard.
         """
         rates, table = self._rates, option.table
+        pooled_s = self._local_batch * table.embedding_dim * rates.pooled_value_s
         if option.sharding_type == "data_parallel":
-            return rates.table_s
+            return rates.table_s + pooled_s
         copies = option.num_column_shards
         id_s = rates.id_s + (rates.bucketize_id_s if option.num_row_shards > 1 else 0.0)
         sample_s = copies * (rates.bag_s + table.pooling_factor * id_s)
-        return copies * rates.table_s + self._local_batch * sample_s
+        return copies * rates.table_s + self._local_batch * sample_s + pooled_s
 
     def _whole_rows(self, option: Option) -> tuple[float, ...]:
         """table_wise, column_wise, table_column_wise: the owner looks up the W B p ids of all samples.
@@ -160,13 +161,14 @@ class CostModel:
         state_bytes = DENSE_STATE_BYTES[self.job.dense_optimizer]
         # Gradient cleared, written, read; weights and state read and written.
         passes = 5 + 2 * state_bytes / 4
+        pass_rate = self._rates.optimizer_bytes_per_s or self._rates.memory_bytes_per_s
         ids = bags * option.table.pooling_factor
         return (
             0.0,
             self._lookup_s(option, ids, bags),
             0.0,
-            self._all_reduce_s(table_bytes),
-            self._update_s(option, ids, bags) + passes * table_bytes / self._rates.memory_bytes_per_s,
+            self._all_reduce_s(table_bytes, with_latency=False),
+            self._update_s(option, ids, bags) + passes * table_bytes / pass_rate,
         )
 
     def _lookup_s(self, option: Option, ids: float, bags: float) -> float:
@@ -215,16 +217,19 @@ class CostModel:
         across = (num_ranks - on_host) / num_ranks / self._rates.inter_host_bytes_per_s if num_ranks > on_host else 0.0
         return max(inside, across)
 
-    def _all_reduce_s(self, num_bytes: float) -> float:
+    def _all_reduce_s(self, num_bytes: float, *, with_latency: bool = True) -> float:
         """All ranks of the job: 2 (G - 1) / G of the bytes inside a host, then 2 (H - 1) / H / G between hosts."""
         per_host, num_hosts = self.cluster.ranks_per_node, self.cluster.num_nodes
         if self.cluster.num_ranks == 1:
             return 0.0
-        seconds = self._rates.all_reduce_latency_s or self._rates.all_to_all_latency_s
-        seconds += 2 * (per_host - 1) / per_host * num_bytes / self._rates.all_reduce_bytes_per_s
+        rates, seconds = self._rates, 0.0
+        if with_latency:
+            seconds += rates.all_reduce_latency_s or rates.all_to_all_latency_s
+            seconds += rates.inter_host_latency_s if num_hosts > 1 else 0.0
+        seconds += 2 * (per_host - 1) / per_host * num_bytes / rates.all_reduce_bytes_per_s
         if num_hosts > 1:
             share = 2 * (num_hosts - 1) / num_hosts / per_host
-            seconds += self._rates.inter_host_latency_s + share * num_bytes / self._rates.inter_host_bytes_per_s
+            seconds += share * num_bytes / rates.inter_host_bytes_per_s
         return seconds
 
     @cached_property
@@ -246,6 +251,8 @@ class CostModel:
             is_wide = self._num_ranks > self._per_host
             latency = rates.inter_host_latency_s if is_wide else rates.all_to_all_latency_s
             seconds += COLLECTIVES * latency * len(types - {"data_parallel"})
+            # The gradients of all replicated tables travel together.
+            seconds += self._all_reduce_s(0.0) if "data_parallel" in types else 0.0
         return seconds
 
     def _replica_sync_s(self, options: Sequence[Option], sync_every_steps: int | None) -> float:

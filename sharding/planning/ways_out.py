@@ -121,7 +121,7 @@ def _cut_as_found(case: _Case, planning: Planning, solution: Solution, named: tu
     for sharding_type, names in by_type.items():
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         words.append(f"{sharding_type} on {', '.join(names[:MAX_NAMES])}{more}")
-    added = tuple(TableConstraint(tables=tuple(names), types=(key,)) for key, names in by_type.items())  # type: ignore[arg-type]
+    added = tuple(TableConstraint(tables=tuple(names), types=(key,)) for key, names in by_type.items())
     config = case.config.model_copy(update={"constraints": (*case.config.constraints, *added)})
     tables = ", ".join(_toml_table(constraint) for constraint in config.constraints)
     return case.changed(f"with {'; '.join(words)}", f"--sharding.constraints='[{tables}]'", config=config)

@@ -106,6 +106,7 @@ class Rates:
         activation_bytes_per_s: outputs of layers written, read and their gradients (0: as memory).
         optimizer_bytes_per_s: dense weights, gradients and state read and written (0: as memory).
         bag_s: time of each bag of a rank's samples in the input distribution.
+        pooled_value_s: time of each pooled value between tables and dense part, and of its gradient.
         bucketize_id_s: time of each id that is sorted by row shard, besides id_s.
         row_group_s: fixed time of a row-wise group, besides group_s.
         all_reduce_latency_s: fixed time of an all-reduce inside a host.
@@ -136,6 +137,7 @@ class Rates:
     activation_bytes_per_s: float = 0.0
     optimizer_bytes_per_s: float = 0.0
     bag_s: float = 0.0
+    pooled_value_s: float = 0.0
     bucketize_id_s: float = 0.0
     row_group_s: float = 0.0
     all_reduce_latency_s: float = 0.0

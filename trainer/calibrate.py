@@ -12,16 +12,16 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import cast
 
 import torch.distributed as dist
 
 from sharding.calibration.collectives import measure_collectives
 from sharding.calibration.kernels import KernelTiming, cases, fit_kernels, time_kernels
-from sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads
+from sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads, time_step
 from sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
 from sharding.hardware import Hardware, HardwareError
 from sharding.planning.job import Cluster
@@ -144,11 +144,16 @@ def _time_steps(
     seconds = time_in_turn(trainings, ranks, num_windows=2 if is_quick else 7, window_s=0.05 if is_quick else 0.25)
     for training in trainings:
         training.close()
-    timings = [
-        StepTiming(seconds[index], found.predict(cluster), _overhead_terms(found, cluster))
-        for index, found in enumerate(planned)
-    ]
+    timings = []
+    for found, measured_s in zip(planned, seconds, strict=True):
+        predict = partial(_predict_s, found, ranks)
+        timings.append(time_step(measured_s, hardware.rates[0].values(), predict))
     return planned, timings
+
+
+def _predict_s(planned: PlannedShape, ranks: Ranks, figures: Mapping[str, float]) -> float:
+    hardware = hardware_from_values(ranks.device.type, ranks.local_world_size, figures, 0.0)
+    return planned.predict(_cluster(hardware, ranks)).total_s
 
 
 def time_in_turn(
@@ -163,19 +168,6 @@ def time_in_turn(
         [training.run(count) for training, count in zip(trainings, num_steps, strict=True)] for _ in range(num_windows)
     ]
     return [statistics.median(times) for times in zip(*ranks.agree_on(windows), strict=True)]
-
-
-def _overhead_terms(planned: PlannedShape, cluster: Cluster) -> dict[str, float]:
-    """How much each overhead adds to the prediction for each second that it has; predictions are linear in them."""
-    before_s = planned.predict(cluster).total_s
-    entry = cluster.hardware.rates[0]
-    terms = {}
-    for name in OVERHEADS:
-        figures = {**entry.figures, name: entry.figures[name].model_copy(update={"value": 1.0, "unit": "s"})}
-        rates = (entry.model_copy(update={"figures": figures}),)
-        changed = replace(cluster, hardware=cluster.hardware.model_copy(update={"rates": rates}))
-        terms[name] = planned.predict(changed).total_s - before_s
-    return terms
 
 
 def describe(hardware: Hardware, ranks_per_host: int) -> str:

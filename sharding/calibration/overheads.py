@@ -9,20 +9,26 @@ import numpy as np
 
 from sharding.calibration.fit import fit_relative
 from sharding.hardware import KERNELS, KernelRates
-from sharding.plan_file import StepPrediction
 
-OVERHEADS = ("step_s", "sample_s", "group_s", "row_group_s", "table_s", "id_s", "bag_s", "bucketize_id_s")
-# Parts of a step that may take longer, or less long, in its midst than alone: by name, what of a prediction they are,
-# and the figures that are stretched.
-PARTS: Mapping[str, Callable[[StepPrediction], float]] = {
-    "kernels": lambda step: step.phases.lookup_s + step.phases.update_s,
-    "exchange": lambda step: step.phases.input_dist_s + step.phases.output_dist_s + step.phases.gradient_dist_s,
-    "dense": lambda step: step.dense_s,
-    "dense_update": lambda step: step.all_reduce_s + step.dense_optimizer_s,
-}
-FIGURES = {
-    "kernels": tuple(f"{kernel}_{field.name}" for kernel in KERNELS for field in fields(KernelRates)),
-    "exchange": ("all_to_all_bytes_per_s", "reduce_scatter_bytes_per_s", "all_gather_bytes_per_s"),
+OVERHEADS = (
+    "step_s",
+    "sample_s",
+    "group_s",
+    "row_group_s",
+    "table_s",
+    "id_s",
+    "bag_s",
+    "pooled_value_s",
+    "bucketize_id_s",
+)
+_KERNEL_FIELDS = tuple(field.name for field in fields(KernelRates))
+# Parts of a step that may take longer, or less long, in its midst than alone, and the figures that are stretched then.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "lookup": tuple(f"lookup_{name}" for name in _KERNEL_FIELDS),
+    "update": tuple(f"{kernel}_{name}" for kernel in KERNELS if kernel != "lookup" for name in _KERNEL_FIELDS),
+    "latency": ("all_to_all_latency_s", "inter_host_latency_s"),
+    "all_to_all": ("all_to_all_bytes_per_s",),
+    "row_sums": ("reduce_scatter_bytes_per_s", "all_gather_bytes_per_s"),
     "dense": (
         "matmul_fp32_flops_per_s",
         "matmul_bf16_flops_per_s",
@@ -31,10 +37,14 @@ FIGURES = {
         "interaction_flops_per_s",
         "interaction_bytes_per_s",
     ),
-    "dense_update": ("all_reduce_bytes_per_s", "all_reduce_latency_s", "optimizer_bytes_per_s"),
+    "all_reduce": ("all_reduce_bytes_per_s", "all_reduce_latency_s"),
+    "dense_update": ("optimizer_bytes_per_s",),
 }
 # A part twice as long as alone counts as much as a step that is wrong by this.
 STRETCH_WEIGHT = 0.2
+LEAST_STRETCH = 0.2
+# What costs nothing, as near as matters.
+FREE_RATE = 1e18
 
 
 @dataclass(frozen=True)
@@ -43,35 +53,51 @@ class StepTiming:
 
     Attributes:
         seconds: measured.
-        alone: predicted with every overhead at 0.
+        parts: seconds that each of PARTS has of the prediction with every overhead at 0.
         overheads: how much each overhead adds to the prediction for each second that it has.
     """
 
     seconds: float
-    alone: StepPrediction
+    parts: Mapping[str, float]
     overheads: Mapping[str, float]
+
+
+def time_step(
+    seconds: float, figures: Mapping[str, float], predict: Callable[[Mapping[str, float]], float]
+) -> StepTiming:
+    """Take a measured step apart: a part is what the prediction loses when the part's figures cost nothing.
+
+    Args:
+        seconds: measured.
+        figures: with every overhead at 0.
+        predict: seconds of the step with some figures.
+    """
+    alone_s = predict(figures)
+    parts = {part: alone_s - predict({**figures, **_free(figures, names)}) for part, names in PARTS.items()}
+    overheads = {name: predict({**figures, name: 1.0}) - alone_s for name in OVERHEADS}
+    return StepTiming(seconds, parts, overheads)
 
 
 def fit_overheads(timings: Sequence[StepTiming], figures: Mapping[str, float]) -> dict[str, float]:
     """Return the figures with overheads, and with the parts stretched to what they take in the midst of a step."""
     terms = np.array(
         [
-            [*(part(timing.alone) for part in PARTS.values()), *(timing.overheads[name] for name in OVERHEADS)]
+            [*(timing.parts[part] for part in PARTS), *(timing.overheads[name] for name in OVERHEADS)]
             for timing in timings
         ]
     )
-    # Latencies of collectives, which are in none of the parts.
-    rest = np.array([timing.alone.total_s for timing in timings]) - terms[:, : len(PARTS)].sum(axis=1)
+    prior = np.array([1.0] * len(PARTS) + [np.nan] * len(OVERHEADS))
     measured = np.array([timing.seconds for timing in timings])
-    terms = np.hstack([terms, rest[:, None]])
-    prior = np.array([1.0] * len(PARTS) + [np.nan] * len(OVERHEADS) + [1.0])
     values = fit_relative(terms, measured, prior, STRETCH_WEIGHT).tolist()
     fitted = dict(figures)
-    for name, stretch in zip(PARTS, values, strict=False):
-        _stretch(fitted, FIGURES[name], max(stretch, 0.05))
-    _stretch(fitted, ("all_to_all_latency_s", "inter_host_latency_s"), values[-1])
-    fitted.update(zip(OVERHEADS, values[len(PARTS) :], strict=False))
+    for part, stretch in zip(PARTS, values, strict=False):
+        _stretch(fitted, PARTS[part], max(stretch, LEAST_STRETCH))
+    fitted.update(zip(OVERHEADS, values[len(PARTS) :], strict=True))
     return fitted
+
+
+def _free(figures: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    return {name: FREE_RATE if name.endswith("_per_s") else 0.0 for name in names if name in figures}
 
 
 def _stretch(figures: dict[str, float], names: Sequence[str], factor: float) -> None:

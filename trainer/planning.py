@@ -82,7 +82,8 @@ def plan_run(config: Config, dataset: Dataset, model: nn.Module, ranks: Ranks) -
     hardware = load_hardware(config.sharding.hardware or default_profile(ranks.device))
     num_nodes = ranks.world_size // ranks.local_world_size
     cluster = make_cluster(config.sharding, hardware, num_nodes, ranks.local_world_size)
-    found: str | ValueError = ranks.agree_on(_plan_or_error(config, job, cluster, ranks) if ranks.is_first else None)
+    own = _plan_or_error(config, job, cluster, ranks) if ranks.is_first else None
+    found: str | ValueError = ranks.agree_on(own)
     if isinstance(found, ValueError):
         raise found
     plan = plan_from_json(found, "the plan of rank 0")
@@ -105,7 +106,7 @@ def device_memory_bytes(device: torch.device, ranks_per_node: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
 
 
-def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> str | ValueError:
+def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> str | ValueError | None:
     """Read or make the plan, as text; an error is returned, so that all ranks can raise it."""
     try:
         if config.sharding.plan is not None:

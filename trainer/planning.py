@@ -82,11 +82,10 @@ def plan_run(config: Config, dataset: Dataset, model: nn.Module, ranks: Ranks) -
     hardware = load_hardware(config.sharding.hardware or default_profile(ranks.device))
     num_nodes = ranks.world_size // ranks.local_world_size
     cluster = make_cluster(config.sharding, hardware, num_nodes, ranks.local_world_size)
-    own = _plan_or_error(config, job, cluster, ranks) if ranks.is_first else None
-    found: str | ValueError = ranks.agree_on(own)
-    if isinstance(found, ValueError):
-        raise found
-    plan = plan_from_json(found, "the plan of rank 0")
+    text, error = ranks.agree_on(_plan_or_error(config, job, cluster, ranks) if ranks.is_first else None)
+    if error is not None:
+        raise error
+    plan = plan_from_json(text, "the plan of rank 0")
     check_plan(plan, job, cluster, config.sharding.plan or "the plan")
     return plan
 
@@ -106,11 +105,11 @@ def device_memory_bytes(device: torch.device, ranks_per_node: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
 
 
-def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> str | ValueError | None:
+def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> tuple[str, ValueError | None]:
     """Read or make the plan, as text; an error is returned, so that all ranks can raise it."""
     try:
         if config.sharding.plan is not None:
-            return read_plan_file(config.sharding.plan).to_json()
+            return read_plan_file(config.sharding.plan).to_json(), None
         plan = make_plan(
             job,
             cluster,
@@ -119,9 +118,9 @@ def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> 
             papilio_version=papilio_version(),
             memory_bytes=device_memory_bytes(ranks.device, ranks.local_world_size),
         )
-        return plan.to_json()
+        return plan.to_json(), None
     except ValueError as error:
-        return error
+        return "", error
 
 
 def _tables_of(model: nn.Module, dataset: Dataset) -> list[Table]:

@@ -97,6 +97,43 @@ def evaluate(
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
+def calibrate(
+    output: str,
+    quick: bool = False,
+    fresh: bool = True,
+    nproc: int = 2,
+    name: str = "calibrate",
+    python: str | None = None,
+    image: str = "papilio",
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8192,
+    omp_threads: int = 1,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Measure one host with nproc busy ranks and write its hardware profile, or add to it.
+
+    Args:
+        output: TOML file of the profile
+        quick: few and small measurements, to try
+        fresh: begin the file anew; otherwise the figures of nproc ranks are added to what it has
+        nproc: ranks on the host
+        name: name of the job
+        python: interpreter that runs the ranks (default: the one that runs this command)
+        image: container image, for schedulers that use one
+        cpu: cores to ask of the scheduler
+        gpu: GPUs to ask of the scheduler
+        memory_mb: memory to ask of the scheduler, in MB
+        omp_threads: threads of each rank inside a CPU operator
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+    """
+    command = ["trainer.calibrate", "--output", output]
+    command += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
+    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
+    role = _torchrun_role("calibrate", command, nproc=nproc, nnodes=1, python=python, rdzv_port=0)
+    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+
+
 def _app(
     name: str, role: specs.Role, *, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
 ) -> specs.AppDef:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
+from pathlib import Path
 
 from launch import components
 from launch.local_run import run_locally
@@ -31,6 +33,30 @@ def run_evaluate(namespace: argparse.Namespace) -> int:
         run=namespace.run, data=namespace.data, split=namespace.split, nproc=_num_ranks(namespace.nproc)
     )
     return run_locally(app)
+
+
+def run_calibrate(namespace: argparse.Namespace) -> int:
+    """Measure this machine with 1, 2, 4... ranks busy, one job after the other, and write its hardware profile."""
+    output = Path(namespace.output).absolute()
+    if output.suffix != ".toml":
+        raise UsageError(f"--output {namespace.output}: the name of a hardware profile ends in .toml")
+    counts = namespace.ranks or _calibrated_ranks(is_quick=namespace.quick)
+    if min(counts) < 1:
+        raise UsageError(f"--ranks {min(counts)}: at least one rank is needed")
+    for index, count in enumerate(counts):
+        app = components.calibrate(output=str(output), quick=namespace.quick, fresh=index == 0, nproc=count)
+        status = run_locally(app)
+        if status:
+            return status
+    print(f"{namespace.output} holds what was measured; papilio plan --recipe R --hardware {namespace.output}")
+    return 0
+
+
+def _calibrated_ranks(*, is_quick: bool) -> list[int]:
+    """Powers of two up to the GPUs, or up to twice the cores, since more ranks than cores take turns."""
+    most = count_gpus() or 2 * len(os.sched_getaffinity(0))
+    counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return counts[:2] if is_quick else counts
 
 
 def count_gpus() -> int:

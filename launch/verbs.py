@@ -96,6 +96,18 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="list every table and rank, however many")
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="FILE", help="the profile to write, a .toml file")
+    parser.add_argument("--quick", action="store_true", help="few and small measurements: to try, not to plan with")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of busy ranks to measure with (default: 1, 2, 4, ... up to the GPUs, or to twice the cores)",
+    )
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -150,6 +162,13 @@ VERBS = (
         _plan_arguments,
         "launch.plan_jobs:run_plan",
         takes_overrides=True,
+    ),
+    Verb(
+        "calibrate",
+        "measure this machine and write its hardware profile, for `papilio plan --hardware`",
+        "papilio calibrate --output my_machine.toml",
+        _calibrate_arguments,
+        "launch.local_jobs:run_calibrate",
     ),
     Verb(
         "train",

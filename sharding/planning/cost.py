@@ -134,7 +134,7 @@ class CostModel:
         come back by all-gather, after the same all-to-all.
         """
         bags = self._group_batch
-        ids = bags * option.table.pooling_factor / num_shards
+        ids = bags * option.table.pooling_factor * option.hottest_share
         values = bags * option.shard_columns
         rates = self._rates
         scattered = self._spread_s_per_byte(

@@ -35,6 +35,8 @@ class Table:
         pooling: "sum" or "mean".
         pooling_factor: mean ids of a sample.
         precision: of the weights, "fp32" or "fp16".
+        skew_exponent: a of the law that the first share s of the rows gets the share s ** a of the ids. 1: ids are
+            uniform. Vocabularies put the most frequent ids first, so a is small and the first rows get nearly all.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Table:
     pooling: str = "sum"
     pooling_factor: float = 1.0
     precision: str = "fp32"
+    skew_exponent: float = 1.0
 
     @property
     def weights_bytes(self) -> int:

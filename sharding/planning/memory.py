@@ -46,12 +46,12 @@ def shard_bytes(option: Option, job: Job, cluster: Cluster) -> NDArray[np.float6
 
 
 def bags_and_ids_of_shard(option: Option, job: Job, cluster: Cluster) -> tuple[float, float]:
-    """Return how many bags a shard pools in a step, and of how many ids (ids spread evenly over row shards)."""
+    """Return how many bags a shard pools in a step, and of how many ids if it has the most frequent rows."""
     local_batch = job.global_batch_size / cluster.num_ranks
     if option.sharding_type == "data_parallel":
         return local_batch, local_batch * option.table.pooling_factor
     num_bags = local_batch * cluster.group_size
-    return num_bags, num_bags * option.table.pooling_factor / option.num_row_shards
+    return num_bags, num_bags * option.table.pooling_factor * option.hottest_share
 
 
 def rank_bytes(job: Job, cluster: Cluster) -> NDArray[np.float64]:

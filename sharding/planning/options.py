@@ -53,6 +53,11 @@ class Option:
         return SPANS[self.sharding_type]
 
     @property
+    def hottest_share(self) -> float:
+        """Share of the ids that falls on the first of the row shards, which holds the most frequent rows."""
+        return float(self.num_row_shards**-self.table.skew_exponent)
+
+    @property
     def shard_rows(self) -> int:
         """Rows of the largest shard; the last one may have fewer, or none (TorchRec cuts by ceiling division)."""
         return -(-self.table.num_embeddings // self.num_row_shards)

@@ -14,6 +14,7 @@ from sharding.planning.constraints import Item, settle
 from sharding.planning.cost import PHASES, option_seconds, predict_step, shard_seconds
 from sharding.planning.job import Cluster, Job
 from sharding.planning.memory import HOST, KINDS, device_bytes, memory_use, rank_bytes, shard_bytes
+from sharding.planning.notes import make_notes
 from sharding.planning.options import Option, Span
 from sharding.planning.placement import Choice
 from sharding.planning.search import Failure, Problem, Solution, search
@@ -156,6 +157,7 @@ def write_plan(planning: Planning, solution: Solution, *, recipe: str, papilio_v
             for rank in range(cluster.group_size)
         ),
         step=step,
+        notes=make_notes(job, cluster, [option for option, _ in chosen.values()]),
     )
 
 

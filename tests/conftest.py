@@ -24,3 +24,11 @@ def three_ranks() -> Iterator[RankPool]:
     pool = RankPool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Two hosts of two ranks, as far as anyone can see."""
+    pool = RankPool(4, local_world_size=2)
+    yield pool
+    pool.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,10 +15,14 @@ TIMEOUT_S = 240
 
 
 class RankPool:
-    """`world_size` processes that live as long as the test session; a failed call replaces them."""
+    """`world_size` processes that live as long as the test session; a failed call replaces them.
 
-    def __init__(self, world_size: int) -> None:
+    With a `local_world_size` of fewer ranks they believe to be on several hosts.
+    """
+
+    def __init__(self, world_size: int, local_world_size: int | None = None) -> None:
         self.world_size = world_size
+        self.local_world_size = local_world_size or world_size
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -52,12 +57,15 @@ class RankPool:
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, rank, self.world_size, str(store)), daemon=True)
+            arguments = (theirs, rank, self.world_size, self.local_world_size, str(store))
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             self._workers.append((process, ours))
 
 
-def _work(connection: Connection, rank: int, world_size: int, store: str) -> None:
+def _work(connection: Connection, rank: int, world_size: int, local_world_size: int, store: str) -> None:
+    # TorchRec reads from it which ranks share a host.
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
     import torch
     import torch.distributed as dist
 
@@ -65,7 +73,7 @@ def _work(connection: Connection, rank: int, world_size: int, store: str) -> Non
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    ranks = Ranks(rank, world_size, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    ranks = Ranks(rank, world_size, rank % local_world_size, local_world_size, torch.device("cpu"), dist.group.WORLD)
     while True:
         try:
             function, arguments = connection.recv()

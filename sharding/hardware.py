@@ -108,6 +108,10 @@ class Rates:
         bag_s: time of each bag of a rank's samples in the input distribution.
         pooled_value_s: time of each pooled value between tables and dense part, and of its gradient.
         bucketize_id_s: time of each id that is sorted by row shard, besides id_s.
+        second_stage_value_s: time of each value that table_row_wise and grid_shard send on from host to host (and on a
+            single host to itself), and of its gradient.
+        replica_value_s: time of each weight of a data_parallel table, besides the passes of the optimizer: its gradient
+            is cleared, and copied for the all-reduce and back.
         row_group_s: fixed time of a row-wise group, besides group_s.
         all_reduce_latency_s: fixed time of an all-reduce inside a host.
         sample_s: time of each sample of a rank: batch, loss, bookkeeping.
@@ -139,6 +143,8 @@ class Rates:
     bag_s: float = 0.0
     pooled_value_s: float = 0.0
     bucketize_id_s: float = 0.0
+    second_stage_value_s: float = 0.0
+    replica_value_s: float = 0.0
     row_group_s: float = 0.0
     all_reduce_latency_s: float = 0.0
     sample_s: float = 0.0

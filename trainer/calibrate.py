@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -23,15 +22,17 @@ from sharding.calibration.collectives import measure_collectives
 from sharding.calibration.kernels import KernelTiming, cases, fit_kernels, time_kernels
 from sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads, time_step
 from sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
-from sharding.hardware import Hardware, HardwareError
+from sharding.config import ShardingConfig
+from sharding.hardware import RATE_NAMES, Hardware, HardwareError
 from sharding.planning.job import Cluster
 from trainer.calibration_shapes import CalibrationStep, calibration_steps
 from trainer.dense_timing import measure_dense, measure_memory
 from trainer.install import InstallError, check_install
+from trainer.measurement import process_memory_bytes
 from trainer.optimizers import CPU_SPARSE_OPTIMIZERS
 from trainer.ranks import Ranks, process_group
 from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.synthetic import PlannedShape, SyntheticTraining, plan_shape
+from trainer.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 
 EXPECTED_ERRORS = (HardwareError, InstallError)
 
@@ -58,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def calibrate(ranks: Ranks, output: str, *, is_quick: bool, is_fresh: bool) -> Hardware:
     """Measure with these ranks busy, and add the figures to the file. Collective."""
-    framework_bytes = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     say = _Progress(ranks)
     with no_garbage_collection():
+        framework_bytes = _framework_bytes(ranks)
         figures = _measure_parts(ranks, say, is_quick=is_quick)
         figures = ranks.agree_on(figures)  # fits differ in rounding; plans must not
         hardware = hardware_from_values(ranks.device.type, ranks.local_world_size, figures, framework_bytes)
@@ -100,6 +101,20 @@ def _cluster(hardware: Hardware, ranks: Ranks) -> Cluster:
     return Cluster(hardware, ranks.world_size // ranks.local_world_size, ranks.local_world_size)
 
 
+def _framework_bytes(ranks: Ranks) -> float:
+    """Return what a rank needs before its model needs anything: what it holds once a model of next to nothing trains."""
+    figures = dict.fromkeys(RATE_NAMES, 1.0)
+    cluster = _cluster(hardware_from_values(ranks.device.type, ranks.local_world_size, figures, 0.0), ranks)
+    shape = Shape((100,) * 4, (1,) * 4, bottom=(16,), top=(16,), global_batch_size=64)
+    planned = cast(PlannedShape, plan_shape(shape, ShardingConfig(types=("table_wise",)), cluster))
+    training = SyntheticTraining(shape, planned.plan, ranks)
+    training.run(3)
+    training.close()
+    found = [0] * ranks.world_size
+    dist.all_gather_object(found, process_memory_bytes(ranks.device), group=ranks.group)
+    return float(max(found))
+
+
 def _measure_parts(ranks: Ranks, say: _Progress, *, is_quick: bool) -> dict[str, float]:
     """Measure memory, kernels, collectives and the dense part; every rank at the same time, means over the ranks."""
     num_repeats = 3 if is_quick else 7
@@ -110,7 +125,7 @@ def _measure_parts(ranks: Ranks, say: _Progress, *, is_quick: bool) -> dict[str,
     for optimizer in optimizers:
         say(f"lookup and update with {optimizer}")
         timings[optimizer] = []
-        for case in cases(is_quick=is_quick):
+        for case in cases(optimizer, is_quick=is_quick):
             dist.barrier(group=ranks.group)
             timings[optimizer].append(_mean(time_kernels(optimizer, case, ranks.device, num_repeats), ranks))
     figures |= fit_kernels(timings)
@@ -141,7 +156,7 @@ def _time_steps(
     cluster = _cluster(hardware, ranks)
     planned = [cast(PlannedShape, plan_shape(step.shape, step.sharding, cluster)) for step in steps]
     trainings = [SyntheticTraining(found.shape, found.plan, ranks) for found in planned]
-    seconds = time_in_turn(trainings, ranks, num_windows=2 if is_quick else 7, window_s=0.05 if is_quick else 0.25)
+    seconds = time_in_turn(trainings, ranks, num_windows=2 if is_quick else 5, window_s=0.05 if is_quick else 0.2)
     for training in trainings:
         training.close()
     timings = []

@@ -37,30 +37,33 @@ def calibration_steps(num_ranks: int, *, is_quick: bool) -> list[CalibrationStep
 
 _SHAPES = {
     "tiny": Shape((1000,) * 8, (1,) * 8, bottom=(32,), top=(32,), global_batch_size=256),
-    "few": Shape((300_000,) * 10, (1,) * 10, dim=64, bottom=(512, 256), top=(512, 256)),
+    "few": Shape((60_000,) * 8, (1,) * 8, dim=64, bottom=(512, 256), top=(512, 256)),
     "many": Shape((1000, 20_000, 100_000) * 20, (1,) * 60, dim=16, bottom=(64,), top=(128,)),
     "deep": Shape((50_000,) * 8, (2,) * 8, dim=32, bottom=(1024, 512), top=(1024, 1024), global_batch_size=1024),
-    "pooled": Shape((2000, 50_000, 400_000) * 6, (4, 10, 20) * 6, dim=32, bottom=(128,), top=(128,)),
-    "wide": Shape((1000, 10_000, 200_000) * 4, (3,) * 12, dim=128, bottom=(256,), top=(256,)),
+    "pooled": Shape((2000, 20_000, 150_000) * 6, (4, 10, 20) * 6, dim=32, bottom=(128,), top=(128,)),
+    "wide": Shape((1000, 10_000, 50_000) * 4, (3,) * 12, dim=128, bottom=(256,), top=(256,)),
     "small_batch": Shape((5000,) * 32, (2,) * 32, dim=32, bottom=(256, 64), top=(256,), global_batch_size=512),
-    "replicated": Shape((500, 3000) * 8, (2,) * 16, dim=16, bottom=(128,), top=(128,)),
     "large_batch": Shape(
         (20_000, 150_000) * 10, (1, 3) * 10, dim=32, bottom=(128,), top=(256,), global_batch_size=8192
     ),
+    "shallow": Shape((10_000,) * 8, (3,) * 8, dim=64, bottom=(32,), top=(32,), global_batch_size=4096),
+    "replicated": Shape((500, 3000) * 8, (2,) * 16, dim=16, bottom=(128,), top=(128,)),
+    "replicated_wide": Shape((2000, 8000) * 6, (1, 5) * 6, dim=64, bottom=(128,), top=(128,)),
+    "replicated_many": Shape((1000,) * 40, (1,) * 40, bottom=(32,), top=(32,), global_batch_size=512),
 }
+_REPLICATED = tuple(name for name in _SHAPES if name.startswith("replicated"))
+_TABLE_WISE = tuple(name for name in _SHAPES if name not in _REPLICATED)
 
 
 def _combinations(num_ranks: int) -> list[tuple[Shape, tuple[str, ...]]]:
-    chosen = [(_SHAPES["tiny"], "table_wise"), (_SHAPES["replicated"], "data_parallel")]
+    chosen = [(name, "table_wise") for name in _TABLE_WISE] + [(name, "data_parallel") for name in _REPLICATED]
     if num_ranks == 1:
-        others = [name for name in _SHAPES if name not in ("tiny", "replicated")]
-        chosen += [(_SHAPES[name], "table_wise") for name in (*others, "replicated")]
-        chosen += [(replace(_SHAPES["tiny"], rows=(1000,) * 40, pooling_factors=(1,) * 40), "data_parallel")]
+        chosen += [(name, "table_wise") for name in _REPLICATED]
     else:
-        chosen += [(_SHAPES[name], "table_wise") for name in ("few", "many", "deep", "pooled", "large_batch")]
-        chosen += [(_SHAPES[name], "row_wise") for name in ("tiny", "few", "pooled", "small_batch", "wide")]
-        chosen += [(_SHAPES[name], "column_wise") for name in ("few", "pooled", "wide", "small_batch")]
-    return [(shape, (sharding_type,)) for shape, sharding_type in chosen]
+        chosen += [(name, "row_wise") for name in ("tiny", "few", "pooled", "small_batch", "wide", "shallow")]
+        chosen += [(name, "column_wise") for name in ("few", "pooled", "small_batch")]
+        chosen += [(name, "table_row_wise") for name in ("small_batch", "wide", "shallow")]
+    return [(_SHAPES[name], (sharding_type,)) for name, sharding_type in chosen]
 
 
 def _of_types(*types: str) -> ShardingConfig:

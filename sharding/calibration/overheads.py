@@ -20,6 +20,8 @@ OVERHEADS = (
     "bag_s",
     "pooled_value_s",
     "bucketize_id_s",
+    "second_stage_value_s",
+    "replica_value_s",
 )
 _KERNEL_FIELDS = tuple(field.name for field in fields(KernelRates))
 # Parts of a step that may take longer, or less long, in its midst than alone, and the figures that are stretched then.

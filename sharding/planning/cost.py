@@ -145,12 +145,14 @@ class CostModel:
         if num_shards < self._num_ranks:
             between_hosts = (1 - num_shards / self._num_ranks) / num_shards
             across = between_hosts / rates.inter_host_bytes_per_s
+        has_second_stage = option.sharding_type != "row_wise"
+        sent_on_s = values / num_shards * rates.second_stage_value_s / 2 if has_second_stage else 0.0
         wire = self._all_to_all_s_per_byte
         return (
             wire * (ids * ID_BYTES + bags * LENGTH_BYTES),
             self._lookup_s(option, ids, bags),
-            values * (scattered + across) * self._forward_bytes,
-            values * (gathered + across) * self._backward_bytes,
+            values * (scattered + across) * self._forward_bytes + sent_on_s,
+            values * (gathered + across) * self._backward_bytes + sent_on_s,
             self._update_s(option, ids, bags),
         )
 
@@ -163,12 +165,13 @@ class CostModel:
         passes = 5 + 2 * state_bytes / 4
         pass_rate = self._rates.optimizer_bytes_per_s or self._rates.memory_bytes_per_s
         ids = bags * option.table.pooling_factor
+        passes_s = table_bytes * (passes / pass_rate + self._rates.replica_value_s / 4)
         return (
             0.0,
             self._lookup_s(option, ids, bags),
             0.0,
             self._all_reduce_s(table_bytes, with_latency=False),
-            self._update_s(option, ids, bags) + passes * table_bytes / pass_rate,
+            self._update_s(option, ids, bags) + passes_s,
         )
 
     def _lookup_s(self, option: Option, ids: float, bags: float) -> float:

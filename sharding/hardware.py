@@ -154,11 +154,11 @@ class Rates:
         return self.updates.get(sparse_optimizer, self.updates[""])
 
 
-def free_rates() -> Rates:
-    """Return rates with which nothing costs anything."""
+def free_rates(**figures: float) -> Rates:
+    """Return rates with which nothing costs anything but what is given."""
     values = {field.name: math.inf if field.name.endswith("_per_s") else 0.0 for field in fields(Rates)}
     free = KernelRates(0.0, math.inf)
-    return Rates(**{**values, "lookup": free, "updates": {"": free}})  # type: ignore[arg-type]
+    return Rates(**{**values, "lookup": free, "updates": {"": free}, **figures})  # type: ignore[arg-type]
 
 
 # Optimizers whose update may have figures of its own; the others take those of `update_...`.

@@ -11,6 +11,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="begin the file anew")
     options = parser.parse_args(arguments)
     configure_runtime()
+    # FBGEMM's dense kernel (data_parallel) says so at every first backward pass.
+    warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")
     try:
         check_install()
         with process_group() as ranks:
@@ -102,7 +105,7 @@ def _cluster(hardware: Hardware, ranks: Ranks) -> Cluster:
 
 
 def _framework_bytes(ranks: Ranks) -> float:
-    """Return what a rank needs before its model needs anything: what it holds once a model of next to nothing trains."""
+    """Return what a rank holds before its model needs anything: once a model of next to nothing trains."""
     figures = dict.fromkeys(RATE_NAMES, 1.0)
     cluster = _cluster(hardware_from_values(ranks.device.type, ranks.local_world_size, figures, 0.0), ranks)
     shape = Shape((100,) * 4, (1,) * 4, bottom=(16,), top=(16,), global_batch_size=64)

@@ -67,7 +67,7 @@ def measure_dense(ranks: Ranks, *, is_quick: bool) -> dict[str, float]:
         figures |= {name: fitted[name] for name in names if name not in figures}
         if precision == "fp32":
             jobs = [shape.job() for shape in of_precision]
-            terms = [[dense_optimizer_s(job, replace(free_rates(), optimizer_bytes_per_s=1.0)), 1.0] for job in jobs]
+            terms = [[dense_optimizer_s(job, free_rates(optimizer_bytes_per_s=1.0)), 1.0] for job in jobs]
             per_byte = fit_relative(np.array(terms), np.array([seconds for _, seconds in timings]))[0]
             figures["optimizer_bytes_per_s"] = 1 / per_byte if per_byte else UNLIMITED
     return figures
@@ -81,13 +81,9 @@ def measure_memory(device: torch.device, num_repeats: int) -> float:
 
 
 def _fit(names: Sequence[str], shapes: Sequence[Shape], seconds: Sequence[float]) -> dict[str, float]:
-    free = free_rates()
-    terms = np.array(
-        [
-            [dense_s(shape.job(), replace(free, **{name: 1.0}), shape.global_batch_size) for name in names]
-            for shape in shapes
-        ]
-    )
+    # Rates with which this one figure is 1 and nothing else costs anything.
+    alone = [free_rates(**{name: 1.0}) for name in names]
+    terms = np.array([[dense_s(shape.job(), rates, shape.global_batch_size) for rates in alone] for shape in shapes])
     values = fit_relative(terms, np.array(seconds)).tolist()
     figures = {}
     for name, value in zip(names, values, strict=True):
@@ -116,7 +112,7 @@ def _time_dense(shape: Shape, ranks: Ranks, num_repeats: int) -> tuple[float, fl
     def work() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=shape.precision == "bf16"):
             logits = model(dense, pooled)
-        nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()
+        nn.functional.binary_cross_entropy_with_logits(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
 
     def update() -> None:
         optimizer.step()

@@ -30,7 +30,8 @@ def fit_relative(terms_MN: Matrix, seconds_M: Matrix, prior_N: Matrix | None = N
     # Columns of one size, or the smallest figures drown in rounding.
     sizes = np.linalg.norm(rows, axis=0)
     sizes[sizes == 0] = 1.0
-    return nnls(rows / sizes, targets) / sizes
+    fitted: Matrix = nnls(rows / sizes, targets) / sizes
+    return fitted
 
 
 def nnls(matrix_MN: Matrix, targets_M: Matrix) -> Matrix:

@@ -67,7 +67,7 @@ def cases(optimizer: str, *, is_quick: bool) -> list[Case]:
     if is_quick:
         return [Case(2, rows, dim, factor, 256) for rows in (1000, 100_000) for dim, factor in ((16, 1), (64, 8))]
     sizes = [(6, 1000), (6, 10_000), (3, 250_000), (1, 1_500_000)]
-    dims = (32, 128)
+    dims: tuple[int, ...] = (32, 128)
     if optimizer == "rowwise_adagrad":
         sizes, dims = [*sizes, (6, 60_000)], (16, 64, 128)
     return [
@@ -145,17 +145,16 @@ def _make_tables(optimizer: str, case: Case, device: torch.device) -> SplitTable
     on_gpu = device.type == "cuda"
     location = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
     compute = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
-    holder = nn.Module()
-    holder.tables = SplitTableBatchedEmbeddingBagsCodegen(
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
         [(case.num_rows, case.num_columns, location, compute)] * case.num_tables,
         optimizer=OPTIMIZERS[optimizer],
         learning_rate=0.01,
         device=device,
     )
-    for weights in holder.tables.split_embedding_weights():
+    for weights in tables.split_embedding_weights():
         weights.fill_(0.01)  # or the kernel would give no memory to the pages
-    speed_up_rowwise_adagrad(holder)
-    return holder.tables
+    speed_up_rowwise_adagrad(nn.ModuleList([tables]))
+    return tables
 
 
 def _now(device: torch.device) -> float:

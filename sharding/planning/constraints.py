@@ -13,6 +13,10 @@ from sharding.planning.job import Cluster, Job, Table
 from sharding.planning.options import UVM_KERNELS, Option, Span, enumerate_options
 
 # A table's fields that a constraint may set, with the key of the global setting they replace.
+# Types whose ranks each pool a part of a bag, so that partial sums travel.
+ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")
+# Sparse optimizers that do the same with a dense gradient: a row without an id has none, and stays.
+DENSE_TWINS = ("sgd", "adagrad", "rowwise_adagrad")
 _FIELDS = ("types", "kernels", "ranks", "min_partition", "cache_load_factor")
 
 
@@ -48,8 +52,11 @@ def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
     Raises:
         PlanError: a constraint matches no table, contradicts another, or leaves a table without any option.
     """
+    _check_communication(job, cluster)
     _check_constraints(config.constraints, job.tables, cluster)
     rules = {table.name: _rules_of(table, config) for table in job.tables}
+    for name, rule in rules.items():
+        rules[name] = _without_what_cannot_be(rule, name, job, cluster)
     items, grouped = [], set()
     for table in job.tables:
         group = rules[table.name].group
@@ -60,6 +67,15 @@ def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
             members = [member for member in job.tables if rules[member.name].group == group]
             items.append(_group_item(members, rules, group, cluster))
     return items
+
+
+def _check_communication(job: Job, cluster: Cluster) -> None:
+    for direction in ("forward", "backward"):
+        if cluster.hardware.device == "cpu" and getattr(job.communication, direction) == "bf16":
+            raise PlanError(
+                f"sharding.communication.{direction} = 'bf16': gloo cannot send it, and TorchRec would take fp16 "
+                "without a word; set fp16, int8 or fp32"
+            )
 
 
 def _check_constraints(constraints: Sequence[TableConstraint], tables: Sequence[Table], cluster: Cluster) -> None:
@@ -93,6 +109,31 @@ def _rules_of(table: Table, config: ShardingConfig) -> _Rules:
                     )
                 rules = replace(rules, group=number)
     return rules
+
+
+def _without_what_cannot_be(rules: _Rules, table: str, job: Job, cluster: Cluster) -> _Rules:
+    """Leave out the types that the job's communication, replicas or optimizer rule out.
+
+    Raises:
+        PlanError: none is left.
+    """
+    why: dict[str, str] = {}
+    if "int8" in (job.communication.forward, job.communication.backward):
+        why |= dict.fromkeys(ROW_TYPES, "sharding.communication is int8, which partial sums cannot travel in")
+    if cluster.num_groups > 1:
+        why["data_parallel"] = "sharding.replicas has groups, which average only sharded tables"
+    if job.sparse_optimizer not in DENSE_TWINS:
+        why["data_parallel"] = (
+            f"optimizer.sparse.name = {job.sparse_optimizer!r} updates only the rows looked up, which a replica's "
+            "dense gradient does not tell"
+        )
+    left = tuple(name for name in rules.types if name not in why)
+    if not left:
+        where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
+        raise PlanError(
+            f"{where}: table {table} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow table_wise"
+        )
+    return replace(rules, types=left)
 
 
 def _single_item(table: Table, rules: _Rules, cluster: Cluster) -> Item:

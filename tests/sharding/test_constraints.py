@@ -1,7 +1,10 @@
 """What a recipe asks of the plan: kept, or refused by a message that names the constraint and the mend."""
 
+import dataclasses
+
 import pytest
 
+from sharding.config import CommunicationConfig
 from sharding.planning.constraints import settle
 from sharding.planning.errors import PlanError
 from sharding.planning.make import make_plan
@@ -119,3 +122,29 @@ def test_a_table_cannot_be_kept_in_two_groups():
     constraints = [{"tables": ["t_0", "t_1"], "keep_together": True}, {"tables": ["t_1", "t_2"], "keep_together": True}]
     message = refusal(make_job(), make_cluster(), constraints=constraints)
     assert "table t_1 is kept together with others by sharding.constraints[0] already; merge" in message
+
+
+def job_with(**changes):
+    return dataclasses.replace(make_job(), **changes)
+
+
+def test_int8_keeps_to_types_without_partial_sums():
+    job = job_with(communication=CommunicationConfig(forward="int8"))
+    cluster = make_cluster(num_nodes=2, ranks_per_node=2)
+    types = {option.sharding_type for item in settle(config_of(), job, cluster) for (option,) in item.choices}
+    assert types.isdisjoint({"row_wise", "table_row_wise", "grid_shard"})
+    message = refusal(job, cluster, types=["row_wise"])
+    assert message.startswith("sharding: table t_0 may only be row_wise, but sharding.communication is int8")
+
+
+def test_bf16_is_not_sent_over_gloo():
+    job = job_with(communication=CommunicationConfig(backward="bf16"))
+    message = refusal(job, make_cluster(hardware="cpu_host", ranks_per_node=2))
+    assert message.startswith("sharding.communication.backward = 'bf16': gloo cannot send it")
+
+
+def test_data_parallel_is_refused_where_it_would_train_otherwise():
+    message = refusal(job_with(sparse_optimizer="adam"), make_cluster(), types=["data_parallel"])
+    assert "optimizer.sparse.name = 'adam' updates only the rows looked up" in message
+    message = refusal(make_job(), make_cluster(num_groups=2), types=["data_parallel"])
+    assert "sharding.replicas has groups, which average only sharded tables; allow table_wise" in message

@@ -7,9 +7,9 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 TIMEOUT_S = 240
 
@@ -31,19 +31,22 @@ class RankPool:
             self._start()
         for _, connection in self._workers:
             connection.send((function, arguments))
-        answers = []
-        for rank, (_, connection) in enumerate(self._workers):
-            answer = ("error", f"rank {rank} gave no answer in {TIMEOUT_S} s")
-            if connection.poll(TIMEOUT_S):
+        ranks = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        answers: dict[int, Any] = {}
+        # Any rank may be the first to fail, and the others then wait for it in a collective.
+        while len(answers) < self.world_size:
+            waiting = [connection for connection, rank in ranks.items() if rank not in answers]
+            ready = wait(waiting, TIMEOUT_S)
+            if not ready:
+                self._fail(f"no answer in {TIMEOUT_S} s from ranks {[ranks[connection] for connection in waiting]}")
+            for connection in ready:
                 try:
-                    answer = connection.recv()
+                    kind, answers[ranks[connection]] = connection.recv()
                 except EOFError:
-                    answer = ("error", f"rank {rank} died")
-            if answer[0] == "error":
-                self.close()
-                raise AssertionError(answer[1])
-            answers.append(answer[1])
-        return answers
+                    self._fail(f"rank {ranks[connection]} died")
+                if kind == "error":
+                    self._fail(answers[ranks[connection]])
+        return [answers[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
         """End the processes."""
@@ -51,6 +54,10 @@ class RankPool:
             process.kill()
             process.join()
         self._workers = []
+
+    def _fail(self, message: str) -> NoReturn:
+        self.close()
+        raise AssertionError(message)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

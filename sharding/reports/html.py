@@ -12,7 +12,7 @@ from sharding.reports.figures import MEMORY_NAMES, PHASE_NAMES, step_parts
 
 TEMPLATE = "page.html"
 STYLE = "page.css"
-SCRIPT = "page.js"
+SCRIPTS = ("page_head.js", "page_charts.js", "page_tables.js", "page.js")
 # Digits of seconds in the page's data: a hundredth of a microsecond.
 SECOND_DIGITS = 8
 
@@ -24,7 +24,7 @@ def plan_page(plan: PlanFile) -> str:
         "TITLE": html.escape(title),
         "STYLE": _package_text(STYLE),
         "DATA": _script_safe(page_data(plan)),
-        "SCRIPT": _package_text(SCRIPT),
+        "SCRIPT": "".join(map(_package_text, SCRIPTS)),
     }
     # Split once, so that what is filled in is never searched for placeholders itself.
     pieces = _package_text(TEMPLATE).split("%%")

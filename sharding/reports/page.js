@@ -1,5 +1,20 @@
-"use strict";
-const plan = JSON.parse(document.getElementById("plan").textContent);
-const text = document.createElement("pre");
-text.textContent = JSON.stringify(plan, null, 1);
-document.getElementById("page").append(text);
+// Draws the page once its parts are there.
+function setTheme() {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
+  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
+}
+
+drawHead();
+drawStep();
+drawFilters();
+drawTables();
+drawCharts();
+byId("theme").addEventListener("click", setTheme);
+if (plan.notes.length) {
+  byId("notes").hidden = false;
+  byId("note-list").append(...plan.notes.map((note) => make("li", {text: note})));
+}
+byId("footer").textContent = `Written by Papilio ${plan.version}. Times are predicted, not measured.`;
+addEventListener("beforeprint", () => { listing.wasAll = listing.all; listing.all = true; drawTables(); });
+addEventListener("afterprint", () => { listing.all = listing.wasAll; drawTables(); });

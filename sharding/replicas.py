@@ -4,13 +4,14 @@ TorchRec's class asserts a GPU, places shards at cpu:<index>, averages with an o
 the optimizer state of the Adagrad family only. Ours does without these on a CPU, and averages every kind of state on
 both; on a GPU the rest is TorchRec's own.
 
-A group's tables get the gradient of its own samples times the number of groups (the all-to-all averages over the
-group's ranks, the loss is scaled for all: trainer/models/train_model.py): as if the group's samples were the whole batch.
-Averaged over the groups after every step, that is for SGD the step of the whole batch on one copy of the tables.
+A group's tables get the gradient of its own samples as if these were the whole batch: the all-to-all averages over the
+group's ranks only, while the loss is scaled for all ranks (trainer/models/train_model.py). Averaged over the groups after
+every step, that is for SGD the step of the whole batch on one copy of the tables.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import Any
 
@@ -123,6 +124,15 @@ class ReplicatedModelParallel(DMPCollection):  # type: ignore[misc]  # torchrec 
         replicas.allreduce_coalesced(tensors, opts=dist.AllreduceCoalescedOptions()).wait()
         for tensor in tensors:
             tensor.div_(dist.get_world_size(replicas))
+
+    def _create_process_groups(self, *arguments: Any, **keywords: Any) -> Any:
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # every group it makes is a warning to TorchRec
+        try:
+            return super()._create_process_groups(*arguments, **keywords)
+        finally:
+            root.setLevel(level)
 
     def _remap_sharding_plan(self, plan: ShardingPlan, *arguments: Any, **keywords: Any) -> None:
         super()._remap_sharding_plan(plan, *arguments, **keywords)

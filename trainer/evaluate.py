@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.dataset import Dataset, open_dataset
+from sharding.config import ReplicasConfig, ShardingConfig
 from trainer.checkpoint import CheckpointError, checkpoint_dir, load_weights
 from trainer.config import Config
 from trainer.config_file import ConfigError
@@ -44,11 +45,30 @@ def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks:
     """Load the run's weights, whatever world size saved them, and print metrics of `split`. Collective."""
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
     check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
+    config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
     model = build_sharded_model(config, dataset, ranks)
-    load_weights(model.module, checkpoint_dir(run_dir))
+    load_weights(model, checkpoint_dir(run_dir))
     values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
     if ranks.is_first:
         print(format_metrics({split: values}, dataset.manifest), flush=True)
+
+
+def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:
+    """Return what to plan with: neither the run's plan nor its wishes for single ranks, which are of other machines.
+
+    Groups with independent tables stay: each evaluates with its own tables, on its own slices of the batches.
+    """
+    groups = trained.replicas if trained.replicas.independent_tables else ReplicasConfig()
+    return ShardingConfig(
+        hardware=trained.hardware,
+        types=trained.types,
+        kernels=trained.kernels,
+        min_partition=trained.min_partition,
+        cache_load_factor=trained.cache_load_factor,
+        memory_per_rank_gib=trained.memory_per_rank_gib,
+        reserve_fraction=trained.reserve_fraction,
+        replicas=groups,
+    )
 
 
 def check_same_columns(dataset: Dataset, trained_on: dict[str, object], run_dir: str) -> None:

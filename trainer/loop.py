@@ -65,7 +65,13 @@ def run_training(
     Raises:
         TrainingError: the loss is not finite; raised on every rank.
     """
-    pipeline = TrainPipelineSparseDist(model.module, optimizers.combined, ranks.device, execute_all_batches=True)
+    pipeline = TrainPipelineSparseDist(
+        model.module,
+        optimizers.combined,
+        ranks.device,
+        execute_all_batches=True,
+        dmp_collection_sync_interval_batches=None,  # replicas are averaged below, where it can be seen
+    )
     num_steps = min(len(loader), config.train.max_steps or len(loader))
     progress = Progress()
     reporter = _Reporter(config, ranks, folder, num_steps)
@@ -77,6 +83,7 @@ def run_training(
         output: StepOutput = pipeline.progress(batches)
         reporter.record(output, progress.step)
         progress.step += 1
+        model.average_replicas(progress.step, is_last=progress.step == num_steps)
         progress.position = output.position
         progress.num_samples += output.global_batch_size
         progress.train_s += time.perf_counter() - begin_s

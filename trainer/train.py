@@ -115,7 +115,7 @@ def _finish(
 ) -> Summary:
     """Save the weights, measure the test split, and sum up. Collective."""
     facts = {"step": progress.step, "position": progress.position.to_dict(), "papilio_version": papilio_version()}
-    save_weights(model.module, checkpoint_dir(run_dir), ranks, facts)
+    save_weights(model, checkpoint_dir(run_dir), ranks, facts)
     comparison = compare(model.plan, progress.meter, ranks)
     final = {"validation": progress.validations[-1][1]}
     if dataset.manifest.splits.get("test") and dataset.manifest.splits["test"].num_rows:

@@ -124,7 +124,7 @@ def predict(planning: Planning, solution: Solution) -> StepPrediction:
     """Predict the step of a solution."""
     chosen = chosen_options(planning, solution)
     rank_phases = _rank_phases(planning, chosen.values())
-    return predict_step(rank_phases, [option for option, _ in chosen.values()], planning.job, planning.cluster)
+    return _predict(planning, rank_phases, [option for option, _ in chosen.values()])
 
 
 def write_plan(planning: Planning, solution: Solution, *, recipe: str, papilio_version: str) -> PlanFile:
@@ -137,7 +137,7 @@ def write_plan(planning: Planning, solution: Solution, *, recipe: str, papilio_v
     for option, ranks in chosen.values():
         memory_WK[ranks] += shard_bytes(option, job, cluster)
         num_shards[ranks] += 1
-    step = predict_step(phases_WP, [option for option, _ in chosen.values()], job, cluster)
+    step = _predict(planning, phases_WP, [option for option, _ in chosen.values()])
     return PlanFile(
         papilio_version=papilio_version,
         recipe=recipe,
@@ -159,6 +159,12 @@ def write_plan(planning: Planning, solution: Solution, *, recipe: str, papilio_v
         step=step,
         notes=make_notes(job, cluster, [option for option, _ in chosen.values()]),
     )
+
+
+def _predict(planning: Planning, rank_phases_WP: NDArray[np.float64], options: Sequence[Option]) -> StepPrediction:
+    replicas = planning.config.replicas
+    every = None if replicas.independent_tables else replicas.sync_every_steps
+    return predict_step(rank_phases_WP, options, planning.job, planning.cluster, sync_every_steps=every)
 
 
 def places_of(option: Option, ranks: Sequence[int]) -> tuple[ShardPlace, ...]:

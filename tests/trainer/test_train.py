@@ -64,7 +64,7 @@ def trained_weights(ranks, run_dir):
 
     config = load_run_config(str(run_dir))
     model = build_sharded_model(config, open_dataset(config.data.path), ranks)
-    load_weights(model.module, checkpoint_dir(str(run_dir)))
+    load_weights(model, checkpoint_dir(str(run_dir)))
     whole = {}
     for name, weight in model.module.state_dict().items():
         tensor = weight.local_shards()[0].tensor if hasattr(weight, "local_shards") else weight

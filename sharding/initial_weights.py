@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from sharding.data_parallel import data_parallel_weights
 
 # Rows drawn together; a shard draws the whole blocks that it touches. Changing it changes every initial weight.
 BLOCK_ROWS = 16_384
 
 
 def initialize_tables(model: nn.Module, seed: int) -> None:
-    """Fill this rank's shards of every table in place.
+    """Fill this rank's shards of every table in place, and its copies of the data_parallel ones.
 
     Weights are uniform in +-1/sqrt(rows), as in the DLRM authors' code; drawn on the shard's own kind of device, so
-    CPU and GPU runs of one seed start from different values.
+    CPU and GPU runs of one seed start from different values. Drawn in fp32; an fp16 table holds them rounded.
     """
+    replicated = data_parallel_weights(model)
     with torch.no_grad():
         for name, weight in model.state_dict().items():
-            if isinstance(weight, ShardedTensor):
+            if isinstance(weight, ShardedTensor | DTensor):
                 num_rows, num_columns = weight.size()
-                for shard in weight.local_shards():
-                    row, column = shard.metadata.shard_offsets
-                    _fill(shard.tensor, name, seed, row, column, num_rows, num_columns)
+                for shard, (row, column) in _local_shards(weight):
+                    _fill(shard, name, seed, row, column, num_rows, num_columns)
+            elif name in replicated:
+                _fill(weight, name, seed, 0, 0, *weight.shape)
+
+
+def _local_shards(weight: ShardedTensor | DTensor) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+    """Yield this rank's shards with their first row and column; TorchRec's replicated tables are DTensors."""
+    if isinstance(weight, ShardedTensor):
+        yield from ((shard.tensor, shard.metadata.shard_offsets) for shard in weight.local_shards())
+    else:
+        local: Any = weight.to_local()
+        # A rank without a shard of the table has one offset all the same.
+        yield from zip(local.local_shards(), local.local_offsets(), strict=False)
 
 
 def initial_weights(name: str, seed: int, num_rows: int, num_columns: int, device: torch.device) -> torch.Tensor:

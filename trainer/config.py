@@ -35,6 +35,11 @@ class ModelConfig(_Section):
     table_rows: dict[str, int] = Field(
         default_factory=dict, description="Rows of single features' tables, by feature name; not fewer than its ids."
     )
+    table_precision: Literal["fp32", "fp16"] = Field(
+        "fp32",
+        description="Precision of the tables' weights; what they give is fp32. Updates of fp16 weights are rounded "
+        "stochastically on a GPU, to nearest on a CPU, where those below half a unit in the last place are lost.",
+    )
 
 
 class SparseOptimizerConfig(_Section):
@@ -85,7 +90,7 @@ class TrainConfig(_Section):
     log_every_s: float = Field(2.0, ge=0, description="Seconds between progress lines.")
     log_every_steps: int = Field(100, ge=1, description="Steps between entries of metrics.jsonl and TensorBoard.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Arithmetic of the dense part; tables, optimizers and the loss stay fp32."
+        "fp32", description="Arithmetic of the dense part; optimizers and the loss stay fp32."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from sharding.data_parallel import data_parallel_weights
+from trainer.config import Config, DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
 from trainer.config_file import ConfigError
 
 SPARSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -26,6 +27,9 @@ SPARSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 # FBGEMM 1.6 to 1.8: the others fail with "not supported in CPU mode".
 CPU_SPARSE_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+# A row without an id in the batch has no gradient; these leave it as it is, also when they see all rows. The others
+# would move it by its momentum, while FBGEMM moves only the rows that a batch names.
+DATA_PARALLEL_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 
 
 def check_sparse_optimizer(config: SparseOptimizerConfig, device: torch.device) -> None:
@@ -48,6 +52,37 @@ def check_sparse_optimizer(config: SparseOptimizerConfig, device: torch.device) 
         )
 
 
+def check_data_parallel_tables(tables: Sequence[str], config: Config) -> None:
+    """Refuse data_parallel tables (names) which would not be trained as the other tables are.
+
+    Raises:
+        ConfigError: naming a table, the reason and the mends.
+    """
+    if not tables:
+        return
+    sparse, reason = config.optimizer.sparse, None
+    if sparse.name not in DATA_PARALLEL_OPTIMIZERS:
+        reason = (
+            f"optimizer.sparse.name = {sparse.name!r} changes only the rows that a batch names, and there is no "
+            f"dense optimizer that does; use one of {', '.join(DATA_PARALLEL_OPTIMIZERS)}"
+        )
+    elif sparse.weight_decay:
+        reason = (
+            f"optimizer.sparse.weight_decay = {sparse.weight_decay} decays only the rows that a batch names, a dense "
+            "optimizer all of them; set it to 0"
+        )
+    elif config.model.table_precision != "fp32":
+        reason = (
+            f"model.table_precision = {config.model.table_precision!r} would keep their gradients and optimizer state "
+            "in that precision too; use fp32"
+        )
+    if reason is not None:
+        raise ConfigError(
+            f"the plan makes {len(tables)} table(s) data_parallel ({', '.join(tables[:3])}"
+            f"{', ...' if len(tables) > 3 else ''}), but {reason}, or leave data_parallel out of sharding.types"
+        )
+
+
 def fuse_sparse_optimizer(tables: EmbeddingBagCollection, config: SparseOptimizerConfig) -> None:
     """Mark the tables' parameters so that sharding builds TBE kernels which update them in the backward pass."""
     arguments: dict[str, Any] = {"lr": config.learning_rate}
@@ -59,16 +94,20 @@ def fuse_sparse_optimizer(tables: EmbeddingBagCollection, config: SparseOptimize
 
 
 class Optimizers:
-    """The fused and the dense optimizer of a sharded model as one, with the schedule applied at each step.
+    """The optimizers of a sharded model as one, with the schedule applied at each step.
 
     Attributes:
         combined: what a train pipeline zeroes and steps.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, schedule: ScheduleConfig) -> None:
+        replicated = data_parallel_weights(model)
         dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-        self.dense = KeyedOptimizerWrapper(dense_parameters, lambda params: _make_dense(params, config.dense))
-        self.sparse = model.fused_optimizer
+        self.dense = KeyedOptimizerWrapper(
+            {name: parameter for name, parameter in dense_parameters.items() if name not in replicated},
+            lambda params: _make_dense(params, config.dense),
+        )
+        self.sparse = make_sparse_optimizer(model, config.sparse)
         self.combined = CombinedOptimizer([self.sparse, self.dense])
         self._rates = [(self.sparse, config.sparse.learning_rate), (self.dense, config.dense.learning_rate)]
         self._schedule = schedule
@@ -80,6 +119,15 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor
         return factor
+
+
+def make_sparse_optimizer(model: nn.Module, config: SparseOptimizerConfig) -> CombinedOptimizer:
+    """Return the optimizer of all tables: fused in most, and for data_parallel ones the same formula at the step."""
+    replicated = data_parallel_weights(model)
+    if not replicated:
+        return model.fused_optimizer
+    stepped = KeyedOptimizerWrapper(replicated, lambda params: _make_data_parallel(params, config))
+    return CombinedOptimizer([model.fused_optimizer, stepped])
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
@@ -94,6 +142,19 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
         return 1.0
     remaining = max(0.0, 1 - (step - schedule.decay_start_step) / schedule.decay_steps)
     return float(schedule.floor + (1 - schedule.floor) * remaining**schedule.decay_power)
+
+
+def _make_data_parallel(parameters: Iterable[nn.Parameter], config: SparseOptimizerConfig) -> torch.optim.Optimizer:
+    match config.name:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=config.learning_rate)
+        case "adagrad":
+            return torch.optim.Adagrad(parameters, lr=config.learning_rate, eps=config.eps)
+        case "rowwise_adagrad":
+            rowwise = torchrec.optim.RowWiseAdagrad
+            return rowwise(parameters, lr=config.learning_rate, eps=config.eps)  # type: ignore[no-any-return]
+        case other:
+            raise AssertionError(f"check_data_parallel_tables refuses {other}")
 
 
 def _make_dense(parameters: Iterable[nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:

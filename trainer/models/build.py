@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from data_pipeline.dataset import Dataset
 from trainer.config import ModelConfig
@@ -18,6 +18,7 @@ from trainer.models.dcn import DLRMDCNv2
 from trainer.models.dlrm import DLRM
 
 POOLING_TYPES = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 def table_name(feature: str) -> str:
@@ -29,7 +30,7 @@ def table_configs(config: ModelConfig, num_embeddings: Mapping[str, int]) -> lis
     """One table a feature.
 
     Args:
-        config: dims, pooling, and rows that differ from the data's.
+        config: dims, pooling, precision, and rows that differ from the data's.
         num_embeddings: rows that each feature's ids need, in feature order.
 
     Raises:
@@ -50,6 +51,7 @@ def table_configs(config: ModelConfig, num_embeddings: Mapping[str, int]) -> lis
             num_embeddings=config.table_rows.get(feature, rows),
             embedding_dim=config.embedding_dim,
             pooling=POOLING_TYPES[config.table_pooling.get(feature, config.pooling)],
+            data_type=DATA_TYPES[config.table_precision],
         )
         for feature, rows in num_embeddings.items()
     ]

@@ -38,7 +38,7 @@ from trainer.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 
 MANY_RANK_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
 MIXED_TYPES = ("table_wise", "row_wise", "column_wise")
-NUM_MIXTURES = 8
+NUM_MIXTURES = 5
 # Models of study_shapes() whose memory is measured, each under these types.
 MEMORY_SHAPES, MEMORY_TYPES = (0, 3), ("table_wise", "row_wise")
 MEMORY_STEPS = 20
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--studies", nargs="+", choices=tuple(STUDIES), default=list(STUDIES))
     parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--window-s", type=float, default=0.3)
+    parser.add_argument("--window-s", type=float, default=0.2)
     parser.add_argument("--models", type=int, nargs="+", help="numbers of the models (default: all)")
     parser.add_argument("--json", help="file for all that was measured")
     parser.add_argument("--worker", choices=tuple(STUDIES), help=argparse.SUPPRESS)

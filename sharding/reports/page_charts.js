@@ -20,7 +20,7 @@ class RankChart {
     this.hosts = [...new Set(plan.ranks.map((rank) => rank.node))].map((node) => ({node, ranks: plan.ranks.filter((rank) => rank.node === node)}));
     this.total = (rank) => sum(this.measure(rank));
     this.most = this.total(largest(plan.ranks, this.total));
-    this.state = {view: "auto", host: null, sorted: false, zoomed: this.limits.length > 0 && this.most < 0.3 * this.limits[0].value};
+    this.state = {view: "auto", host: null, sorted: false, zoomed: this.limits.length > 0 && this.most < 0.2 * this.limits[0].value};
     this.chosen = largest(plan.ranks, this.total).rank;
     this.box.tabIndex = 0;
     this.box.setAttribute("role", "slider");
@@ -61,7 +61,7 @@ class RankChart {
     this.drawnWidth = this.box.clientWidth;
     this.shown = this.bars();
     if (this.byHost() || !this.shown.some((bar) => bar.rank.rank === this.chosen)) {
-      const node = plan.ranks[this.chosen].node;
+      const node = plan.ranks.find((rank) => rank.rank === this.chosen).node;
       const same = this.shown.find((bar) => bar.rank.node === node);
       this.chosen = (same || largest(this.shown, (bar) => this.total(bar.rank))).rank.rank;
     }
@@ -140,7 +140,7 @@ class RankChart {
     const held = plan.tables.filter((table) => holds(table, rank.rank)).length;
     const actions = make("div", {class: "actions no-print"});
     if (bar.host && bar.host.ranks.length > 1) actions.append(make("button", {type: "button", text: `Ranks of host ${bar.host.node}`, onclick: () => this.set({host: bar.host.node})}));
-    actions.append(make("button", {type: "button", text: `Its ${held} tables ↓`, onclick: () => showTablesOf(rank.rank)}));
+    actions.append(make("button", {type: "button", text: held === 1 ? "Its table ↓" : `Its ${held} tables ↓`, onclick: () => showTablesOf(rank.rank)}));
     const word = this.sized ? "the fullest" : "the slowest";
     const title = `Rank ${rank.rank}${this.hosts.length > 1 ? ` on host ${rank.node}` : ""}`;
     byId(`${this.id}-readout`).replaceChildren(make("h3", {text: title}), make("div", {class: "quiet", text: `${isMost ? `${word} · ` : ""}${rank.shards} shard${rank.shards === 1 ? "" : "s"}`}), list, actions);

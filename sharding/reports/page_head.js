@@ -40,7 +40,7 @@ function ms(seconds) {
   return Math.abs(value) >= 0.1 ? value.toLocaleString("en", {minimumFractionDigits: 2, maximumFractionDigits: 2}) : value.toFixed(3);
 }
 
-const percent = (share) => (share !== 0 && Math.abs(share) < 0.01 ? "<1 %" : `${Math.round(share * 100)} %`);
+const percent = (share) => (share !== 0 && Math.abs(share) < 0.01 ? "<1 %" : `${Math.round(share * 100)} %`);
 const swatch = (key) => make("span", {class: "swatch", style: {background: color(key)}});
 const deviceBytes = (rank) => sum(rank.memory);
 const rankSeconds = (rank) => sum(rank.phases);
@@ -70,7 +70,7 @@ function drawHead() {
   const machine = plan.machine;
   byId("subtitle").textContent = [
     machine.description,
-    `${machine.num_nodes} × ${machine.ranks_per_node} ranks` +
+    (plan.num_ranks === 1 ? "1 rank" : `${machine.num_nodes} × ${machine.ranks_per_node} ranks`) +
       (machine.num_groups > 1 ? ` in ${machine.num_groups} groups` : ""),
     `global batch ${plan.batch_size.toLocaleString("en")}`,
     plan.optimizer,
@@ -82,11 +82,11 @@ function drawHead() {
   const [used, unit] = size(deviceBytes(fullest)).split(" ");
   byId("tiles").append(
     tile("Step, predicted", ms(plan.total_s), "ms", `${count(plan.batch_size / plan.num_ranks)} samples a rank`),
-    tile("Throughput", count(plan.samples_per_s), "samples/s", `${count(plan.samples_per_s / plan.num_ranks)} a rank`),
-    tile("Fullest rank", used, unit, `${percent(share)} of ${size(machine.usable_memory_bytes)} usable · rank ${fullest.rank}`, share),
-    tile("Memory, max / mean", balance(deviceBytes).toFixed(2), "", "1 is perfect balance"),
-    tile("Embedding time, max / mean", balance(rankSeconds).toFixed(2), "", `slowest is rank ${slowest.rank}`),
-    tile("Tables", plan.tables.length.toLocaleString("en"), "", `${size(weights)} of weights, replicas counted`),
+    tile("Samples a second", count(plan.samples_per_s), "", `${count(plan.samples_per_s / plan.num_ranks)} a rank`),
+    tile("Fullest rank", used, unit, `rank ${fullest.rank}, ${percent(share)} of usable`, share),
+    tile("Memory balance", balance(deviceBytes).toFixed(2), "", "fullest rank over mean"),
+    tile("Time balance", balance(rankSeconds).toFixed(2), "", `slowest (rank ${slowest.rank}) over mean`),
+    tile("Tables", plan.tables.length.toLocaleString("en"), "", `${size(weights)} with replicas`),
   );
 }
 

@@ -38,10 +38,11 @@ function mapCell(table) {
     const width = Math.max(MIN_MARK, ((last - first + 1) / total) * MAP_WIDTH);
     return `<rect x="${Math.min(MAP_WIDTH - width, (first / total) * MAP_WIDTH).toFixed(2)}" width="${width.toFixed(2)}" height="${MAP_HEIGHT}" fill="${color(table.type)}"/>`;
   });
-  const shown = text.length > 24 ? `${rankCount(table)} ranks` : text;
-  const cell = make("td", {class: "map", title: `ranks ${rankRuns(table.ranks)}`});
-  cell.innerHTML = `<svg width="${MAP_WIDTH}" height="${MAP_HEIGHT}" role="img" aria-hidden="true"><rect width="${MAP_WIDTH}" height="${MAP_HEIGHT}" rx="2" fill="var(--track)"/>${marks.join("")}</svg>`;
-  cell.append(make("span", {class: "ranks", text: shown}));
+  const shown = text.length > 16 ? `${rankCount(table)} ranks` : text;
+  const strip = make("span", {class: "strip"});
+  strip.innerHTML = `<svg width="${MAP_WIDTH}" height="${MAP_HEIGHT}" aria-hidden="true"><rect width="${MAP_WIDTH}" height="${MAP_HEIGHT}" rx="2" fill="var(--track)"/>${marks.join("")}</svg>`;
+  strip.append(make("span", {class: "ranks", text: shown}));
+  const cell = make("td", {class: "map", title: `ranks ${rankRuns(table.ranks)}`}, strip);
   return cell;
 }
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import cast
 
@@ -34,6 +32,28 @@ from trainer.optimizers import CPU_SPARSE_OPTIMIZERS
 from trainer.ranks import Ranks, process_group
 from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
+
+# What is shown at the end, of the many figures in the file.
+HEADLINES = {
+    "memory_bytes_per_s": "memory, read and written in a row",
+    "matmul_fp32_flops_per_s": "matrix products, fp32",
+    "matmul_bf16_flops_per_s": "matrix products, bf16",
+    "lookup_touch_32mib_bytes_per_s": "lookup, rows of a 32 MiB table",
+    "lookup_touch_1gib_bytes_per_s": "lookup, rows of a 1 GiB table",
+    "update_rowwise_adagrad_touch_32mib_bytes_per_s": "row-wise Adagrad, rows of a 32 MiB table",
+    "update_rowwise_adagrad_touch_1gib_bytes_per_s": "row-wise Adagrad, rows of a 1 GiB table",
+    "all_to_all_latency_s": "all-to-all, fixed time",
+    "all_to_all_bytes_per_s": "all-to-all, bytes that a rank sends",
+    "reduce_scatter_bytes_per_s": "reduce-scatter, bytes that a rank sends",
+    "all_gather_bytes_per_s": "all-gather, bytes that a rank sends",
+    "all_reduce_bytes_per_s": "all-reduce, bus bandwidth",
+    "step_s": "fixed time of a step",
+    "group_s": "fixed time of a sharding group",
+    "row_group_s": "fixed time of a row-wise group, besides",
+    "layer_s": "fixed time of a dense layer",
+    "bag_s": "input distribution, each bag",
+    "id_s": "input distribution, each id",
+}
 
 EXPECTED_ERRORS = (HardwareError, InstallError)
 
@@ -191,8 +211,11 @@ def time_in_turn(
 def describe(hardware: Hardware, ranks_per_host: int) -> str:
     """Return a small table of what was measured with so many ranks."""
     entry = next(entry for entry in hardware.rates if entry.ranks_per_host == ranks_per_host)
-    lines = [f"{hardware.name}, {ranks_per_host} rank(s) busy ({platform.machine()}, {datetime.now(UTC):%Y-%m-%d})"]
-    lines += [f"  {name:<44} {figure.value:>10.4g} {figure.unit}" for name, figure in sorted(entry.figures.items())]
+    lines = [f"{ranks_per_host} rank(s) busy, {hardware.description}:"]
+    for name, meaning in HEADLINES.items():
+        figure = entry.figures.get(name)
+        if figure is not None and figure.value:
+            lines.append(f"  {meaning:<58} {figure.value:>8.4g} {figure.unit}")
     return "\n".join(lines)
 
 

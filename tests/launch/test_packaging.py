@@ -33,7 +33,7 @@ def test_the_wheel_has_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
         str(path.relative_to(REPOSITORY))
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
-        if path.suffix == ".py" or path.match("launch/recipes/*.toml")
+        if path.suffix in {".py", ".toml", ".html", ".css", ".js"}
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def test_calibrating_writes_a_profile_that_plans_can_use(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rank(s): whole steps of" in done.stdout
-    assert "matmul_fp32_flops_per_s" in done.stdout
+    assert "matrix products, fp32" in done.stdout
     hardware = load_hardware(str(path))
     assert hardware.device == "cpu"
     rates = hardware.rates_of(2)
@@ -69,4 +68,3 @@ def test_calibration_models_are_few_and_differ() -> None:
         steps = calibration_steps(num_ranks, is_quick=False)
         assert len(steps) == len({(step.shape, step.sharding.model_dump_json()) for step in steps}) <= 30
         assert len(calibration_steps(num_ranks, is_quick=True)) < 6
-    assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"]

@@ -17,7 +17,7 @@ from typing import cast
 
 import torch.distributed as dist
 
-from sharding.calibration.collectives import measure_collectives
+from sharding.calibration.collectives import UNLIMITED, measure_collectives
 from sharding.calibration.kernels import KernelTiming, cases, fit_kernels, time_kernels
 from sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads, time_step
 from sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
@@ -214,7 +214,7 @@ def describe(hardware: Hardware, ranks_per_host: int) -> str:
     lines = [f"{ranks_per_host} rank(s) busy, {hardware.description}:"]
     for name, meaning in HEADLINES.items():
         figure = entry.figures.get(name)
-        if figure is not None and figure.value:
+        if figure is not None and 0 < figure.si < UNLIMITED:
             lines.append(f"  {meaning:<58} {figure.value:>8.4g} {figure.unit}")
     return "\n".join(lines)
 

@@ -5,8 +5,8 @@ the optimizer state of the Adagrad family only. Ours does without these on a CPU
 both; on a GPU the rest is TorchRec's own.
 
 A group's tables get the gradient of its own samples as if these were the whole batch: the all-to-all averages over the
-group's ranks only, while the loss is scaled for all ranks (trainer/models/train_model.py). Averaged over the groups after
-every step, that is for SGD the step of the whole batch on one copy of the tables.
+group's ranks only, while the loss is scaled for all ranks (trainer/models/train_model.py). Averaged over the groups
+after every step, that is for SGD the step of the whole batch on one copy of the tables.
 """
 
 from __future__ import annotations

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 
 from data_pipeline.dataset import Dataset
+from sharding.communication import make_codecs
+from sharding.config import ReplicasConfig
 from sharding.initial_weights import initialize_tables
 from sharding.plan_conversion import to_sharding_plan
 from sharding.plan_file import PlanFile
+from sharding.replicas import ReplicatedModelParallel
 from sharding.rowwise_adagrad import speed_up_rowwise_adagrad
 from sharding.sharders import BagSharder
 from trainer.config import Config
 from trainer.models.build import build_model
 from trainer.models.train_model import TrainModel
-from trainer.optimizers import check_sparse_optimizer, fuse_sparse_optimizer
+from trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, fuse_sparse_optimizer
 from trainer.planning import plan_run
 from trainer.ranks import Ranks
 
@@ -31,6 +35,28 @@ class ShardedModel:
 
     module: DistributedModelParallel
     plan: PlanFile
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of the tables that differ: one, or one for each group with independent tables."""
+        return self.replicas.num_groups if self.replicas.independent_tables else 1
+
+    @property
+    def group_index(self) -> int:
+        """Number of this rank's group, from 0."""
+        return self.module.group_index if isinstance(self.module, ReplicatedModelParallel) else 0
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that one copy of the tables is spread over; None: all."""
+        return self.module.shard_group if isinstance(self.module, ReplicatedModelParallel) else None
+
+    def average_replicas(self, step: int, *, is_last: bool) -> None:
+        """Average the groups' tables if that is due after `step`, and after the last one. Collective."""
+        is_due = step % self.replicas.sync_every_steps == 0 or is_last
+        if isinstance(self.module, ReplicatedModelParallel) and is_due and not self.replicas.independent_tables:
+            self.module.sync()
 
     @property
     def num_parameters(self) -> int:
@@ -42,7 +68,7 @@ def build_sharded_model(config: Config, dataset: Dataset, ranks: Ranks) -> Shard
     """Build, plan, check the plan, shard and initialize. Collective.
 
     Raises:
-        ConfigError: the recipe does not fit the data set or the device.
+        ConfigError: the recipe does not fit the data set, the device or the plan.
         PlanError: the tables do not fit the ranks.
     """
     check_sparse_optimizer(config.optimizer.sparse, ranks.device)
@@ -51,19 +77,38 @@ def build_sharded_model(config: Config, dataset: Dataset, ranks: Ranks) -> Shard
     autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
     step_model = TrainModel(model, ranks.world_size, autocast_dtype, ranks.device.type)
     plan = plan_run(config, dataset, step_model, ranks)
-    module = shard(step_model, to_sharding_plan(plan, ranks.device), ranks.device)
+    check_data_parallel_tables([t.name for t in plan.tables if t.sharding_type == "data_parallel"], config)
+    codecs = make_codecs(config.sharding.communication, ranks.device)
+    group_size = plan.machine.group_size
+    module = shard(step_model, to_sharding_plan(plan, ranks.device), ranks.device, codecs=codecs, group_size=group_size)
     initialize_tables(module, config.seed)
-    return ShardedModel(module, plan)
+    return ShardedModel(module, plan, config.sharding.replicas)
 
 
-def shard(model: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
-    """Allocate the planned shards on this rank and wrap the dense part in DDP. Collective."""
-    module = DistributedModelParallel(
-        model,
-        device=device,
-        plan=plan,
-        sharders=[BagSharder()],
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True),
-    )
+def shard(
+    model: nn.Module,
+    plan: ShardingPlan,
+    device: torch.device,
+    *,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
+    group_size: int | None = None,
+) -> DistributedModelParallel:
+    """Allocate the planned shards on this rank and wrap the dense part in DDP. Collective.
+
+    Args:
+        model: its tables on meta.
+        plan: for ranks 0 to `group_size` - 1.
+        device: where to.
+        codecs: what travels in fewer bits (see `make_codecs`).
+        group_size: ranks of a group that holds all tables; None: all ranks are one group.
+    """
+    wrapper = DefaultDataParallelWrapper(static_graph=True)
+    sharders = [BagSharder(qcomm_codecs_registry=codecs)]
+    if group_size is not None and group_size < dist.get_world_size():
+        module = ReplicatedModelParallel(model, device, plan, group_size, dist.group.WORLD, sharders, wrapper)
+    else:
+        module = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=sharders, data_parallel_wrapper=wrapper
+        )
     speed_up_rowwise_adagrad(module)
     return module

@@ -116,8 +116,9 @@ def _listed(tables: Sequence[PlannedTable], sign: str) -> list[str]:
     ordered = sorted(tables, key=lambda table: -table.weights_bytes)
     shown = ordered if len(ordered) <= MAX_TABLES else ordered[:NUM_DEAREST]
     lines = [
-        f"{sign} {table.name}: {count(table.num_embeddings)} rows x {table.embedding_dim}, {size(table.weights_bytes)}, "
-        f"{table.sharding_type} on {_ranks(table.ranks)}, {milliseconds(table.phases.total_s)} ms"
+        f"{sign} {table.name}: {count(table.num_embeddings)} rows x {table.embedding_dim}, "
+        f"{size(table.weights_bytes)}, {table.sharding_type} on {_ranks(table.ranks)}, "
+        f"{milliseconds(table.phases.total_s)} ms"
         for table in shown
     ]
     rest = ordered[len(shown) :]

@@ -66,16 +66,16 @@ def size(num_bytes: float) -> str:
     """Write bytes with the unit that leaves one to four digits before the point; a sign is kept."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= unit:
-            return f"{_three_digits(num_bytes / unit)} {name}"
+            return f"{_digits(num_bytes / unit)} {name}"
     return f"{num_bytes:.0f} B"
 
 
-def count(number: float) -> str:
-    """Write a count shortly: 950, 39.1k, 40.0M."""
+def count(number: float, num_digits: int = 3) -> str:
+    """Write a count shortly: 950, 39.1k, 40.0M; with two digits 39k, 40M."""
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
-            return f"{_three_digits(number / unit)}{name}"
-    return f"{number:g}"
+            return f"{_digits(number / unit, num_digits)}{name}"
+    return f"{number:.3g}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -111,16 +111,16 @@ def places(ranks: Sequence[int], num_ranks: int) -> str:
     return f"on ranks {rank_ranges(distinct, 24)}"
 
 
-def bar(share: float, width: int) -> str:
-    """Draw a share of the width in eighths of a character; a share above one fills it."""
+def bar(share: float, width: int, rest: str = " ") -> str:
+    """Draw a share of the width in eighths of a character, and `rest` behind it; a share above one fills it."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     if share > 0 and eighths == 0:
         eighths = 1
-    full, rest = divmod(eighths, 8)
-    return ("█" * full + (BAR_EIGHTHS[rest] if rest else "")).ljust(width)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + (BAR_EIGHTHS[part] if part else "")).ljust(width, rest)
 
 
-def _three_digits(value: float) -> str:
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+def _digits(value: float, num_digits: int = 3) -> str:
+    """Write a value with so many digits that tell, and all those before the point."""
+    before_point = 3 if abs(value) >= 100 else 2 if abs(value) >= 10 else 1
+    return f"{value:,.{max(0, num_digits - before_point)}f}"

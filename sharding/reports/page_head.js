@@ -85,7 +85,7 @@ function drawHead() {
     tile("Samples a second", count(plan.samples_per_s), "", `${count(plan.samples_per_s / plan.num_ranks)} a rank`),
     tile("Fullest rank", used, unit, `rank ${fullest.rank}, ${percent(share)} of usable`, share),
     tile("Memory balance", balance(deviceBytes).toFixed(2), "", "fullest rank over mean"),
-    tile("Time balance", balance(rankSeconds).toFixed(2), "", `slowest (rank ${slowest.rank}) over mean`),
+    tile("Time balance", balance(rankSeconds).toFixed(2), "", `slowest, rank ${slowest.rank}, over mean`),
     tile("Tables", plan.tables.length.toLocaleString("en"), "", `${size(weights)} with replicas`),
   );
 }

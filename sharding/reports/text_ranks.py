@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def format_ranks(plan: PlanFile, width: int, *, show_all: bool) -> list[str]:
     heading = f"Ranks  {_usable(plan)}"
     if plan.machine.num_groups > 1:
         heading += f"; of the first of {plan.machine.num_groups} groups, which are alike"
-    lines = [heading, *_balance(ranks)]
+    lines = [*textwrap.wrap(heading, width, subsequent_indent="  "), *_balance(ranks)]
     if len(groups) <= MAX_LINES or show_all:
         return [*lines, *_draw(groups, plan, width)]
     drawn = _draw([*groups[:NUM_HEAVIEST], *groups[-NUM_LIGHTEST:]], plan, width)
@@ -63,7 +64,7 @@ def _equal(ranks: Sequence[PlannedRank]) -> list[list[PlannedRank]]:
         fullness = round(rank.memory.device_bytes / most_bytes / EQUAL_SHARE)
         slowness = round(rank.phases.total_s / most_s / EQUAL_SHARE)
         groups[(fullness, slowness, round(rank.memory.host_bytes / most_bytes / EQUAL_SHARE))].append(rank)
-    return [groups[key] for key in sorted(groups, reverse=True)]
+    return sorted(groups.values(), key=lambda group: (-max(r.memory.device_bytes for r in group), group[0].rank))
 
 
 def _draw(groups: Sequence[Sequence[PlannedRank]], plan: PlanFile, width: int) -> list[str]:
@@ -84,8 +85,8 @@ def _draw(groups: Sequence[Sequence[PlannedRank]], plan: PlanFile, width: int) -
         memory = fullest.memory.device_bytes
         host = f"{size(max(rank.memory.host_bytes for rank in group)):>11}" if has_host else ""
         lines.append(
-            f"  {label:<{label_width}}  {shards:>6}  {bar(memory / capacity, bar_width)}{size(memory):>10}  "
-            f"{bar(slowest.phases.total_s / longest, bar_width)}{milliseconds(slowest.phases.total_s):>9}{host}"
+            f"  {label:<{label_width}}  {shards:>6}  {bar(memory / capacity, bar_width, '·')}{size(memory):>10}  "
+            f"{bar(slowest.phases.total_s / longest, bar_width, '·')}{milliseconds(slowest.phases.total_s):>9}{host}"
         )
     return lines
 

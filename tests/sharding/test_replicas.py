@@ -123,7 +123,7 @@ def train_reference(num_groups, optimizer, sync_every):
                 sparse[group][name].step(weight, num_groups * leaves[name].grad)
         with torch.no_grad():
             for parameter in linear.parameters():
-                parameter -= RATE * parameter.grad
+                parameter.sub_(RATE * parameter.grad)
         if sync_every and (step + 1) % sync_every == 0:
             for name in ROWS:
                 mean = torch.stack([copy[name] for copy in copies]).mean(0)

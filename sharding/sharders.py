@@ -8,6 +8,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 
+from sharding.empty_shards import mend_empty_shards
 from sharding.mean_pooling import mend_mean_pooling
 
 SHARDING_TYPES = (
@@ -30,8 +31,9 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchr
     """Shards an `EmbeddingBagCollection` in any way, on any device.
 
     TorchRec leaves row-wise types out for a CPU (torchrec issues 1252 and 3031), though its gloo collectives and
-    FBGEMM's CPU kernels compute them rightly (tests/sharding/test_equivalence.py). What it computes wrongly on any
-    device is mended here (sharding/mean_pooling.py); data_parallel tables need `Optimizers` (trainer/optimizers.py).
+    FBGEMM's CPU kernels compute them rightly (tests/sharding/test_equivalence.py), once their gaps are mended
+    (sharding/mean_pooling.py, sharding/empty_shards.py). What data_parallel tables need besides is an optimizer that
+    steps (`make_sparse_optimizer` in trainer/optimizers.py).
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -55,4 +57,5 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchr
         """Shard as planned. Collective."""
         sharded = super().shard(module, params, env, device, module_fqn)
         mend_mean_pooling(sharded)
+        mend_empty_shards(sharded)
         return sharded

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from setuptools.config.setupcfg import read_configuration
 
-import sharding.reports.html
-from sharding.reports.html import SCRIPTS, STYLE, TEMPLATE, plan_page
+import sharding.reports.page
+from sharding.reports.page import SCRIPTS, STYLE, TEMPLATE, plan_page
 from tests.support.plan_files import hand_made, real_plan, table
 
 VOID = {"meta", "input", "link", "br", "img", "hr"}
@@ -98,7 +98,7 @@ def test_the_files_of_the_page_are_packaged():
     options = read_configuration(repository / "setup.cfg")["options"]
     patterns = options["package_data"]["sharding.reports"]
     assert "sharding.reports" in options["packages"]
-    folder = Path(sharding.reports.html.__file__).parent
+    folder = Path(sharding.reports.page.__file__).parent
     for name in (TEMPLATE, STYLE, *SCRIPTS):
         assert (folder / name).is_file()
         assert any(Path(name).match(pattern) for pattern in patterns)

@@ -15,6 +15,7 @@ from sharding.planning.options import UVM_KERNELS, Option, Span, enumerate_optio
 # A table's fields that a constraint may set, with the key of the global setting they replace.
 # Types whose ranks each pool a part of a bag, so that partial sums travel.
 ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")
+INT8_COLUMNS = 32
 # Sparse optimizers that do the same with a dense gradient: a row without an id has none, and stays.
 DENSE_TWINS = ("sgd", "adagrad", "rowwise_adagrad")
 _FIELDS = ("types", "kernels", "ranks", "min_partition", "cache_load_factor")
@@ -42,6 +43,7 @@ class _Rules:
     ranks: tuple[int, ...] | None
     min_partition: int
     cache_load_factor: float
+    column_multiple: int = 4
     constraint: int | None = None  # the last one that matched
     group: int | None = None  # the constraint that keeps it together with others
 
@@ -57,6 +59,9 @@ def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
     rules = {table.name: _rules_of(table, config) for table in job.tables}
     for name, rule in rules.items():
         rules[name] = _without_what_cannot_be(rule, name, job, cluster)
+    is_int8 = "int8" in (job.communication.forward, job.communication.backward)
+    if is_int8 and cluster.group_size > 1:
+        rules = {table.name: _for_int8(rules[table.name], table) for table in job.tables}
     items, grouped = [], set()
     for table in job.tables:
         group = rules[table.name].group
@@ -109,6 +114,20 @@ def _rules_of(table: Table, config: ShardingConfig) -> _Rules:
                     )
                 rules = replace(rules, group=number)
     return rules
+
+
+def _for_int8(rules: _Rules, table: Table) -> _Rules:
+    """Keep shards to whole groups of 32 columns, which FBGEMM quantizes together; others fail on some batch sizes.
+
+    Raises:
+        PlanError: the table itself is not of such a width.
+    """
+    if table.embedding_dim % INT8_COLUMNS:
+        raise PlanError(
+            f"sharding.communication is int8, which packs {INT8_COLUMNS} columns together, but table {table.name} has "
+            f"{table.embedding_dim}; make model.embedding_dim a multiple of {INT8_COLUMNS}, or send fp16"
+        )
+    return replace(rules, column_multiple=INT8_COLUMNS)
 
 
 def _without_what_cannot_be(rules: _Rules, table: str, job: Job, cluster: Cluster) -> _Rules:
@@ -179,6 +198,7 @@ def _options_of(table: Table, rules: _Rules, cluster: Cluster) -> list[Option]:
         kernels=rules.kernels,
         min_partition=min(rules.min_partition, table.embedding_dim),
         cache_load_factor=rules.cache_load_factor,
+        column_multiple=rules.column_multiple,
     )
 
 

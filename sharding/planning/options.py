@@ -97,10 +97,11 @@ def enumerate_options(
     kernels: tuple[str, ...],
     min_partition: int,
     cache_load_factor: float,
+    column_multiple: int = 4,
 ) -> list[Option]:
     """List every option for a table, in a fixed order.
 
-    Column blocks are equal, at least `min_partition` columns wide and a multiple of 4 (FBGEMM), and no more than the
+    Column blocks are equal, at least `min_partition` columns wide and a multiple of 4 (FBGEMM) or of more, and no more than the
     ranks or hosts that can hold them. Types that come to the same as a simpler one are left out if the simpler one is
     allowed: with one host table_row_wise is row_wise and table_column_wise is column_wise, on one rank all are
     table_wise, and a single column block is a whole table.
@@ -113,7 +114,7 @@ def enumerate_options(
             continue
         row_shards = {"row_wise": num_ranks, "table_row_wise": per_host, "grid_shard": per_host}.get(sharding_type, 1)
         most_blocks = {"column_wise": num_ranks, "table_column_wise": per_host, "grid_shard": num_hosts}
-        for num_blocks in _block_counts(table.embedding_dim, min_partition, most_blocks.get(sharding_type, 1)):
+        for num_blocks in _block_counts(table, min_partition, column_multiple, most_blocks.get(sharding_type, 1)):
             for kernel, factor in _kernels(sharding_type, kernels, cluster.hardware.device, cache_load_factor):
                 options.append(Option(table, sharding_type, kernel, row_shards, num_blocks, factor))
     cut = [option for option in options if option.sharding_type not in COLUMN_TYPES or option.num_column_shards > 1]
@@ -127,13 +128,13 @@ def _is_redundant(sharding_type: str, types: tuple[str, ...], num_hosts: int, nu
     return num_hosts == 1 and simpler in types
 
 
-def _block_counts(num_columns: int, min_partition: int, most: int) -> Iterator[int]:
+def _block_counts(table: Table, min_partition: int, multiple: int, most: int) -> Iterator[int]:
     yield 1
     for count in range(2, most + 1):
-        width = num_columns // count
-        if width < min_partition or width < 4:
+        width = table.embedding_dim // count
+        if width < max(min_partition, multiple):
             return
-        if num_columns % count == 0 and width % 4 == 0:
+        if table.embedding_dim % count == 0 and width % multiple == 0:
             yield count
 
 

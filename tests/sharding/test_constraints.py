@@ -129,12 +129,21 @@ def job_with(**changes):
 
 
 def test_int8_keeps_to_types_without_partial_sums():
-    job = job_with(communication=CommunicationConfig(forward="int8"))
+    job = dataclasses.replace(make_job(dim=96), communication=CommunicationConfig(forward="int8"))
     cluster = make_cluster(num_nodes=2, ranks_per_node=2)
     types = {option.sharding_type for item in settle(config_of(), job, cluster) for (option,) in item.choices}
     assert types.isdisjoint({"row_wise", "table_row_wise", "grid_shard"})
     message = refusal(job, cluster, types=["row_wise"])
     assert message.startswith("sharding: table t_0 may only be row_wise, but sharding.communication is int8")
+
+
+def test_int8_packs_32_columns():
+    communication = CommunicationConfig(backward="int8")
+    message = refusal(dataclasses.replace(make_job(dim=48), communication=communication), make_cluster())
+    assert "packs 32 columns together, but table t_0 has 48; make model.embedding_dim a multiple of 32" in message
+    job = dataclasses.replace(make_job(dim=96), communication=communication)
+    settled = settle(config_of(types=["column_wise"]), job, make_cluster())
+    assert [option.num_column_shards for (option,) in settled[0].choices] == [3]
 
 
 def test_bf16_is_not_sent_over_gloo():

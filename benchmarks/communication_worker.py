@@ -1,0 +1,226 @@
+"""One rank of `benchmarks.communication`: counts bytes in collectives, or measures errors of quantization."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+from data_pipeline.dataset import open_dataset
+from data_pipeline.loader import Loader
+from sharding.communication import make_codecs
+from sharding.config import CommunicationConfig, ShardingConfig
+from sharding.hardware import load_hardware
+from sharding.plan_conversion import to_sharding_plan
+from sharding.plan_file import PlanFile
+from sharding.planning.job import BYTES_PER_VALUE, Cluster, DenseWork, Job, Table
+from sharding.planning.make import make_plan
+from sharding.replicas import ReplicatedModelParallel
+from trainer.config import Config, SparseOptimizerConfig
+from trainer.config_file import load_config
+from trainer.optimizers import fuse_sparse_optimizer
+from trainer.ranks import Ranks, process_group
+from trainer.sharded_model import build_sharded_model, shard
+
+NUM_STEPS = 4
+NUM_TABLES, ROWS, DIM, LOCAL_BATCH = 8, 10_000, 64, 1_024
+# FBGEMM's int8 has a scale and a bias of 4 bytes each to every 32 values.
+WIRE_BYTES = {**BYTES_PER_VALUE, "int8": 1 + 8 / 32}
+PAIRS = {
+    "table_wise": [("fp16", "fp16"), ("fp32", "fp16"), ("int8", "fp16"), ("int8", "int8")],
+    "column_wise": [("fp16", "fp16"), ("int8", "int8")],
+    "row_wise": [("fp16", "fp16"), ("fp32", "fp16")],
+}
+
+
+def main() -> None:
+    """Print one line of JSON from rank 0."""
+    job, overrides = sys.argv[1], sys.argv[2:]
+    with process_group() as ranks:
+        found = _errors(ranks) if job == "errors" else _bytes(load_config("quickstart", overrides), ranks)
+        if ranks.is_first:
+            print(json.dumps(found), flush=True)
+
+
+class _Counter:
+    """Counts the bytes of floating-point tensors that this rank sends to others through torch.distributed."""
+
+    def __init__(self) -> None:
+        self.embedding_bytes = 0
+        self.averaging_bytes = 0
+        self._wrap("all_to_all_single", _sent_all_to_all)
+        self._wrap("reduce_scatter_tensor", lambda args, kwargs: _all_but_own(args[1]))
+        self._wrap("all_gather_into_tensor", lambda args, kwargs: _all_but_own(args[0]))
+        stock = ReplicatedModelParallel._average
+
+        def average(model: ReplicatedModelParallel, tensors: list[torch.Tensor]) -> None:
+            # A ring sends 2 (n - 1) / n of what it reduces.
+            peers = dist.get_world_size(model._default_ctx.replica_pg)
+            self.averaging_bytes += 2 * (peers - 1) * sum(t.nbytes for t in tensors) // peers
+            stock(model, tensors)
+
+        ReplicatedModelParallel._average = average  # type: ignore[method-assign]
+
+    def _wrap(self, name: str, count: Callable[[Any, Any], int]) -> None:
+        stock = getattr(dist, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.embedding_bytes += count(args, kwargs)
+            return stock(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def _sent_all_to_all(args: Any, kwargs: Any) -> int:
+    sent = kwargs.get("input", args[1] if len(args) > 1 else None)
+    splits = kwargs.get("input_split_sizes", args[3] if len(args) > 3 else None)
+    if not _is_payload(sent):
+        return 0
+    group = kwargs.get("group", args[4] if len(args) > 4 else None)
+    own = splits[dist.get_rank(group)] if splits else sent.shape[0] // dist.get_world_size(group)
+    return int((sum(splits) - own if splits else sent.shape[0] - own) * sent[:1].nbytes)
+
+
+def _all_but_own(whole: torch.Tensor) -> int:
+    return whole.nbytes * 3 // 4 if _is_payload(whole) else 0
+
+
+def _is_payload(tensor: torch.Tensor) -> bool:
+    """Whether it is embeddings, quantized or not; ids and lengths are int32 and int64."""
+    return tensor.is_floating_point() or tensor.dtype in {torch.uint8, torch.int8}
+
+
+def _bytes(config: Config, ranks: Ranks) -> dict[str, float]:
+    """Bytes that a rank sends in a step, mean over ranks."""
+    counter = _Counter()
+    dataset = open_dataset(config.data.path)
+    model = build_sharded_model(config, dataset, ranks)
+    batch_size = config.train.global_batch_size
+    loader = Loader(
+        dataset, "train", config.data, global_batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size
+    )
+    batches = iter(loader)
+    for step in range(1, NUM_STEPS + 1):
+        loss, _ = model.module(next(batches))
+        loss.backward()
+        model.average_replicas(step, is_last=False)
+    every = config.sharding.replicas.sync_every_steps
+    averagings = NUM_STEPS // every
+    if config.sharding.replicas.num_groups > 1 and not averagings:
+        model.average_replicas(NUM_STEPS, is_last=True)
+    per_step = counter.averaging_bytes / max(1, averagings) / every
+    sums = torch.tensor([counter.embedding_bytes / NUM_STEPS, per_step], dtype=torch.float64)
+    dist.all_reduce(sums)
+    embedding_bytes, averaging_bytes = (sums / ranks.world_size).tolist()
+    formula = formula_bytes(model.plan, config.sharding.communication)
+    return {"embedding_bytes": embedding_bytes, "formula_bytes": formula, "averaging_bytes": averaging_bytes}
+
+
+def formula_bytes(plan: PlanFile, communication: CommunicationConfig) -> float:
+    """Bytes that a rank sends in a step for whole tables: B D of each table to (G - 1) of G ranks, there and back.
+
+    B samples of a rank, G ranks of a group; a rank sends its tables' vectors of G B samples to the others, which send
+    the gradients back.
+    """
+    group = plan.machine.group_size
+    samples = plan.global_batch_size / plan.machine.num_ranks
+    total = 0.0
+    all_columns = sum(table.embedding_dim for table in plan.tables)
+    for rank in plan.ranks:
+        own = sum(table.embedding_dim for table in plan.tables if table.ranks[0] == rank.rank)
+        total += samples * (group - 1) * own * WIRE_BYTES[communication.forward]
+        total += samples * (all_columns - own) * WIRE_BYTES[communication.backward]
+    return total / len(plan.ranks)
+
+
+class _Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            EmbeddingBagConfig(name=f"t_{i}", feature_names=[f"f_{i}"], num_embeddings=ROWS, embedding_dim=DIM)
+            for i in range(NUM_TABLES)
+        ]
+        self.tables = EmbeddingBagCollection(tables, device=torch.device("meta"))
+
+    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        pooled = self.tables(features)
+        return torch.cat([pooled[f"f_{i}"] for i in range(NUM_TABLES)], dim=1)
+
+
+def _errors(ranks: Ranks) -> list[dict[str, Any]]:
+    """Relative errors (norm of the difference over the norm) against fp32, over all ranks."""
+    rows: list[dict[str, Any]] = []
+    for sharding_type, pairs in PAIRS.items():
+        exact = _step(ranks, sharding_type, CommunicationConfig())
+        for forward, backward in pairs:
+            found = _step(
+                ranks, sharding_type, CommunicationConfig.model_validate({"forward": forward, "backward": backward})
+            )
+            errors = [_relative(a, b) for a, b in zip(found, exact, strict=True)]
+            rows.append(
+                {
+                    "type": sharding_type,
+                    "forward": forward,
+                    "backward": backward,
+                    "pooled": errors[0],
+                    "update": errors[1],
+                }
+            )
+    return rows
+
+
+def _step(ranks: Ranks, sharding_type: str, communication: CommunicationConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pooled embeddings, and the change of this rank's shards by a step of SGD with random gradients."""
+    model = _Bags()
+    fuse_sparse_optimizer(model.tables, SparseOptimizerConfig(name="sgd", learning_rate=1.0))
+    tables = tuple(Table(f"t_{i}", "tables", f"f_{i}", ROWS, DIM) for i in range(NUM_TABLES))
+    job = Job(tables, DenseWork((), 0, 0, 0, 0), 1, LOCAL_BATCH * ranks.world_size, communication=communication)
+    cluster = Cluster(load_hardware("cpu_laptop"), 1, ranks.world_size)
+    plan = make_plan(
+        job,
+        cluster,
+        ShardingConfig.model_validate({"types": [sharding_type], "min_partition": 32}),
+        recipe="benchmark",
+        papilio_version="",
+    )
+    sharded = shard(
+        model, to_sharding_plan(plan, ranks.device), ranks.device, codecs=make_codecs(communication, ranks.device)
+    )
+    generator = torch.Generator().manual_seed(5)
+    shards = []
+    with torch.no_grad():
+        for weight in sharded.state_dict().values():
+            whole = torch.randn(ROWS, DIM, generator=generator) * 0.1
+            for part in weight.local_shards():
+                row, column = part.metadata.shard_offsets
+                num_rows, num_columns = part.tensor.shape
+                start = whole[row : row + num_rows, column : column + num_columns]
+                part.tensor.copy_(start)
+                shards.append((part.tensor, start))
+    own = torch.Generator().manual_seed(100 + ranks.rank)
+    ids = torch.randint(0, ROWS, (NUM_TABLES * LOCAL_BATCH,), generator=own).int()
+    features = KeyedJaggedTensor(
+        [f"f_{i}" for i in range(NUM_TABLES)], ids, lengths=torch.ones(NUM_TABLES * LOCAL_BATCH).int()
+    )
+    pooled = sharded(features)
+    # Gradients as a click model has them: small, and of very different sizes from sample to sample.
+    gradient = torch.randn(LOCAL_BATCH, NUM_TABLES * DIM, generator=own) / LOCAL_BATCH
+    (pooled * gradient * torch.rand(LOCAL_BATCH, 1, generator=own)).sum().backward()
+    changes = [(tensor - start).flatten() for tensor, start in shards]
+    return pooled.detach(), torch.cat(changes) if changes else torch.zeros(0)
+
+
+def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    sums = torch.stack([(found - exact).square().sum(), exact.square().sum()])
+    dist.all_reduce(sums)
+    return float((sums[0] / sums[1]).sqrt())
+
+
+if __name__ == "__main__":
+    main()

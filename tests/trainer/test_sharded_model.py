@@ -1,0 +1,182 @@
+"""One model, its tables sharded in every way at once: the whole training step, its optimizers, and its checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.order import ReadPosition
+from sharding.initial_weights import initial_weights, initialize_tables
+from tests.support.plans import SHARDING_TYPES, make_plan
+from tests.support.reference import SparseReference, pool_bags
+from trainer.checkpoint import load_weights, save_weights
+from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from trainer.models.build import POOLING_TYPES
+from trainer.models.train_model import TrainModel
+from trainer.optimizers import Optimizers, fuse_sparse_optimizer, learning_rate_factor
+from trainer.sharded_model import ShardedModel, shard
+
+DIM = 8
+NUM_DENSE = 3
+TABLES = {f"{pooling}_{name}": (7 + i, pooling) for i, name in enumerate(SHARDING_TYPES) for pooling in POOLING_TYPES}
+EVERY_TYPE = {f"t_{name}": name.partition("_")[2] for name in TABLES}
+# Samples of each rank; padded to the longest.
+SLICES = {2: [(5, 5), (3, 2), (1, 0), (6, 6)], 4: [(3, 3, 3, 3), (2, 2, 1, 0), (1, 0, 0, 0), (4, 4, 4, 3)]}
+SCHEDULE = ScheduleConfig(warmup_steps=2, decay_start_step=3, decay_steps=4)
+SPARSE_KEY = "model.embedding_bag_collection.embedding_bags.t_{}.weight"
+
+
+class Clicks(nn.Module):
+    """A linear model of the dense inputs and all pooled embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            EmbeddingBagConfig(
+                name=f"t_{name}",
+                feature_names=[name],
+                num_embeddings=rows,
+                embedding_dim=DIM,
+                pooling=POOLING_TYPES[pooling],
+            )
+            for name, (rows, pooling) in TABLES.items()
+        ]
+        self.embedding_bag_collection = EmbeddingBagCollection(tables, device=torch.device("meta"))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.linear = nn.Linear(NUM_DENSE + DIM * len(TABLES), 1)
+
+    def forward(self, dense, sparse):
+        pooled = self.embedding_bag_collection(sparse)
+        return self.linear(torch.cat([dense, *(pooled[name] for name in TABLES)], dim=1)).squeeze(1)
+
+
+def make_samples(step, size):
+    """Dense inputs, (ids, lengths) of each feature, labels."""
+    generator = torch.Generator().manual_seed(step)
+    bags = {}
+    for name, (rows, _) in TABLES.items():
+        lengths = torch.randint(0, 3, (size,), generator=generator, dtype=torch.int32)
+        bags[name] = (torch.randint(0, rows, (int(lengths.sum()),), generator=generator, dtype=torch.int32), lengths)
+    labels = torch.randint(0, 2, (size,), generator=generator).float()
+    return torch.randn(size, NUM_DENSE, generator=generator), bags, labels
+
+
+def slice_of(step, sizes, rank):
+    """A rank's batch, padded as the loader pads it."""
+    dense, bags, labels = make_samples(step, sum(sizes))
+    start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
+    ids, lengths = [], []
+    for bag_ids, bag_lengths in bags.values():
+        bounds = [0, *bag_lengths.cumsum(0).tolist()]
+        ids.append(bag_ids[bounds[start] : bounds[stop]])
+        lengths.append(bag_lengths[start:stop])
+    sparse = KeyedJaggedTensor(list(TABLES), torch.cat(ids), lengths=torch.cat(lengths), stride=stop - start)
+    batch = Batch(dense[start:stop], sparse, labels[start:stop], ReadPosition(), sum(sizes), stop - start)
+    return batch.padded_to(max(sizes))
+
+
+def optimizer_config(name):
+    """The dense optimizer is another one with other settings: a table that it got would differ."""
+    sparse = SparseOptimizerConfig(name=name, learning_rate=0.2, eps=1e-4)
+    return OptimizerConfig(sparse=sparse, dense=DenseOptimizerConfig(name="sgd", learning_rate=0.5))
+
+
+def shard_clicks(ranks, types, config):
+    """Return the model on this rank and its optimizers."""
+    model = Clicks()
+    fuse_sparse_optimizer(model.embedding_bag_collection, config.sparse)
+    step_model = TrainModel(model, ranks.world_size, None, "cpu")
+    plan = make_plan(step_model, types, ranks.world_size, ranks.local_world_size)
+    module = shard(step_model, plan, ranks.device)
+    initialize_tables(module, seed=3)
+    return ShardedModel(module, None), Optimizers(module, config, SCHEDULE)
+
+
+def train_and_save(ranks, types, optimizer, folder):
+    """Train the steps of SLICES, save the weights, and return their number."""
+    model, optimizers = shard_clicks(ranks, types, optimizer_config(optimizer))
+    for step, sizes in enumerate(SLICES[ranks.world_size]):
+        optimizers.set_step(step)
+        optimizers.combined.zero_grad()
+        loss, _ = model.module(slice_of(step, sizes, ranks.rank))
+        loss.backward()
+        optimizers.combined.step()
+    save_weights(model, folder, ranks, {})
+    return model.num_parameters
+
+
+def load_whole(ranks, sharding_type, folder):
+    """All weights of a checkpoint, on one rank."""
+    model, _ = shard_clicks(ranks, dict.fromkeys(EVERY_TYPE, sharding_type), optimizer_config("sgd"))
+    load_weights(model, folder)
+    state = model.module.state_dict()
+    return {k: (w.local_shards()[0].tensor if hasattr(w, "local_shards") else w).clone() for k, w in state.items()}
+
+
+def train_reference(optimizer, sizes_by_step):
+    """Whole tables with the optimizers' formulas, on global batches."""
+    config = optimizer_config(optimizer)
+    linear = Clicks().linear
+    weights, optimizers = {}, {}
+    for name, (rows, _) in TABLES.items():
+        weights[name] = initial_weights(SPARSE_KEY.format(name), 3, rows, DIM, torch.device("cpu"))
+        is_halved = EVERY_TYPE[f"t_{name}"] in ("column_wise", "table_column_wise", "grid_shard")
+        parts = weights[name].split(DIM // 2 if is_halved else DIM, dim=1)
+        optimizers[name] = [(part, SparseReference(optimizer, None, config.sparse.eps, part)) for part in parts]
+    for step, sizes in enumerate(sizes_by_step):
+        factor = learning_rate_factor(SCHEDULE, step)
+        dense, bags, labels = make_samples(step, sum(sizes))
+        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        pooled = [pool_bags(leaves[name], *bags[name], pooling) for name, (_, pooling) in TABLES.items()]
+        logits = linear(torch.cat([dense, *pooled], dim=1)).squeeze(1)
+        linear.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                parameter.sub_(config.dense.learning_rate * factor * parameter.grad)
+        for name, parts in optimizers.items():
+            for (part, reference), gradient in zip(
+                parts, leaves[name].grad.split(parts[0][0].shape[1], 1), strict=True
+            ):
+                reference.learning_rate = config.sparse.learning_rate * factor
+                reference.step(part, gradient)
+    tables = {SPARSE_KEY.format(name): weight for name, weight in weights.items()}
+    return tables | {f"model.linear.{name}": value for name, value in linear.state_dict().items()}
+
+
+@pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_every_sharding_type_trains_and_is_saved(request, one_rank, tmp_path, pool, optimizer):
+    """Losses of uneven slices, learning rates by step, all tables by the sparse optimizer; read back on one rank."""
+    pool = request.getfixturevalue(pool)
+    counts = pool.run(train_and_save, EVERY_TYPE, optimizer, str(tmp_path))
+    expected = train_reference(optimizer, SLICES[pool.world_size])
+    assert set(counts) == {sum(weight.numel() for weight in expected.values())}
+    for sharding_type in ("table_wise", "data_parallel"):
+        found = one_rank.run(load_whole, sharding_type, str(tmp_path))[0]
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight.detach(), rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_a_checkpoint_of_replicas_loads_into_shards(four_ranks, one_rank, tmp_path):
+    """And shards of every type are read back whole: the same weights, wherever they were."""
+    replicated = dict.fromkeys(EVERY_TYPE, "data_parallel")
+    one_rank.run(load_and_save, replicated, None, str(tmp_path / "replicated"))
+    four_ranks.run(load_and_save, EVERY_TYPE, str(tmp_path / "replicated"), str(tmp_path / "sharded"))
+    found = one_rank.run(load_whole, "table_wise", str(tmp_path / "sharded"))[0]
+    for name, (rows, _) in TABLES.items():
+        key = SPARSE_KEY.format(name)
+        assert torch.equal(found[key], initial_weights(key, 99, rows, DIM, torch.device("cpu"))), name
+
+
+def load_and_save(ranks, types, source, target):
+    """Take weights from a checkpoint, or new ones, and save them."""
+    model, _ = shard_clicks(ranks, types, optimizer_config("sgd"))
+    if source is None:
+        initialize_tables(model.module, seed=99)
+    else:
+        load_weights(model, source)
+    save_weights(model, target, ranks, {})

@@ -1,5 +1,5 @@
 // Stacked bars of ranks: all of them, or a bar for each host (its greatest rank) that opens into its ranks.
-const HEIGHT = 260, TOP = 16, BOTTOM = 24, LEFT = 62, RIGHT = 8;
+const HEIGHT = 260, TOP = 18, BOTTOM = 24, LEFT = 62, RIGHT = 8;
 const MIN_BAR = 5, MIN_SCROLLED_BAR = 4, MAX_BAR = 76;
 
 function rankRuns(runs) {
@@ -76,7 +76,7 @@ class RankChart {
     const gap = slot > 12 ? slot * 0.22 : slot > 5 ? 1.5 : 0.5;
     const width = Math.max(LEFT + RIGHT + slot * this.shown.length, Math.min(this.drawnWidth, LEFT + RIGHT + room));
     const limits = this.state.zoomed ? [] : this.limits;
-    const top = Math.max(this.most * 1.06, ...limits.map((limit) => limit.value * 1.04)) || 1;
+    const top = Math.max(this.most * 1.06, ...limits.map((limit) => limit.value * 1.1)) || 1;
     const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top);
     const pieces = [];
     for (let value = 0, step = niceStep(top, this.sized ? 6 : 5, this.sized ? 2 : 10); value <= top; value += step) {
@@ -93,8 +93,8 @@ class RankChart {
       });
       pieces.push(`<rect class="hit" data-index="${index}" x="${x}" y="${TOP - 4}" width="${slot}" height="${HEIGHT - TOP + 4}"/>`);
     });
-    pieces.push(this.labels(slot), ...limits.map((limit) => `<line class="limit${limit.soft ? " soft" : ""}" x1="${LEFT}" x2="${width}" y1="${y(limit.value)}" y2="${y(limit.value)}"/><text class="limit-name" x="${LEFT + 6}" y="${y(limit.value) + (limit.soft ? 13 : -4)}">${limit.name} ${this.format(limit.value)}</text>`));
-    return `<svg width="${width}" height="${HEIGHT}" aria-hidden="true">${pieces.join("")}</svg>`;
+    pieces.push(this.labels(slot), ...limits.map((limit) => `<line class="limit${limit.soft ? " soft" : ""}" x1="${LEFT}" x2="${width}" y1="${y(limit.value)}" y2="${y(limit.value)}"/><text class="limit-name" x="${Math.min(width, this.drawnWidth) - 6}" y="${y(limit.value) + (limit.soft ? 13 : -4)}" text-anchor="end">${limit.name} ${this.format(limit.value)}</text>`));
+    return `<svg width="${width}" height="${HEIGHT}" viewBox="0 0 ${width} ${HEIGHT}" aria-hidden="true">${pieces.join("")}</svg>`;
   }
 
   labels(slot) {

@@ -52,7 +52,7 @@ function costCell(table) {
     if (value > 0) stack.append(make("i", {style: {width: `${(value / mostSeconds) * 100}%`, background: color(PHASE_KEYS[part])}}));
   });
   const title = table.phases.map((value, part) => `${plan.phase_names[part]} ${ms(value)}`).join(", ");
-  return make("td", {class: "num cost-cell", title}, make("span", {class: "cost"}, stack, make("span", {class: "figure", text: ms(seconds(table))})));
+  return make("td", {class: "num cost-cell", "data-label": "ms", title}, make("span", {class: "cost"}, stack, make("span", {class: "figure", text: ms(seconds(table))})));
 }
 
 function chosenTables() {

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from trainer.config import ScheduleConfig, SparseOptimizerConfig
-from trainer.config_file import ConfigError
-from trainer.optimizers import check_sparse_optimizer, learning_rate_factor
+from trainer.config_file import ConfigError, build_config
+from trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb"])
@@ -30,3 +30,32 @@ def test_the_schedule_warms_up_stays_and_decays():
 
 def test_without_a_schedule_the_rate_is_constant():
     assert {learning_rate_factor(ScheduleConfig(), step) for step in range(100)} == {1.0}
+
+
+def config_with(sparse=None, model=None):
+    return build_config(
+        {"name": "n", "data": {"path": "d"}, "optimizer": {"sparse": sparse or {}}, "model": model or {}}, source="test"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"sparse": {"name": "adam"}}, r"optimizer.sparse.name = 'adam' .* use one of sgd, adagrad, rowwise_adagrad"),
+        ({"sparse": {"name": "lamb"}}, r"optimizer.sparse.name = 'lamb'"),
+        ({"sparse": {"weight_decay": 0.1}}, r"optimizer.sparse.weight_decay = 0.1 .* set it to 0"),
+        ({"model": {"table_precision": "fp16"}}, r"model.table_precision = 'fp16' .* use fp32"),
+    ],
+)
+def test_data_parallel_tables_that_would_be_trained_otherwise_are_refused(sections, reason):
+    config = config_with(**sections)
+    check_data_parallel_tables([], config)
+    tables = ["t_a", "t_b", "t_c", "t_d"]
+    with pytest.raises(ConfigError, match=rf"4 table\(s\) data_parallel \(t_a, t_b, t_c, ...\), but {reason}") as error:
+        check_data_parallel_tables(tables, config)
+    assert str(error.value).endswith("or leave data_parallel out of sharding.types")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_other_data_parallel_tables_are_not(name):
+    check_data_parallel_tables(["t_a"], config_with({"name": name}))

@@ -28,7 +28,7 @@ from sharding.planning.make import describe_failure
 from sharding.planning.planner import Planning, prepare, solve, write_plan
 from sharding.planning.search import Failure, Solution
 from sharding.reports.explanation import format_explanation
-from sharding.reports.html import plan_page
+from sharding.reports.page import plan_page
 from sharding.reports.text import format_plan
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config

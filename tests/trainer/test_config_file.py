@@ -41,7 +41,7 @@ def test_overrides_win_over_the_recipe_and_the_last_one_over_all(recipe):
         ("--train.precision=fp8", "train.precision = \"fp8\": Input should be 'fp32' or 'bf16'"),
         ("--model.embedding_dim=10", "model.embedding_dim = 10: Input should be a multiple of 4"),
         ("--model.dense_arch_layer_sizes=[8, 0]", "layer sizes must be positive"),
-        ('--sharding.types=["data_parallel"]', "Input should be 'table_wise'"),
+        ('--sharding.types=["table_wse"]', "Input should be 'data_parallel', 'table_wise'"),
         ("--name.x=1", "override '--name.x=1': name is a value, not a section"),
         ("train.epochs=2", "override 'train.epochs=2' is not of the form --section.key=value"),
         ("--train.epochs", "is not of the form --section.key=value"),

@@ -1,21 +1,29 @@
 """One model, its tables sharded in every way at once: the whole training step, its optimizers, and its checkpoints."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import ReadPosition
 from sharding.initial_weights import initial_weights, initialize_tables
+from tests.support.datasets import write_dataset
 from tests.support.plans import SHARDING_TYPES, make_plan
 from tests.support.reference import SparseReference, pool_bags
 from trainer.checkpoint import load_weights, save_weights
 from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from trainer.config_file import ConfigError, build_config
+from trainer.evaluate import evaluate_run
 from trainer.models.build import POOLING_TYPES
 from trainer.models.train_model import TrainModel
 from trainer.optimizers import Optimizers, fuse_sparse_optimizer, learning_rate_factor
 from trainer.sharded_model import ShardedModel, shard
+from trainer.train import train
 
 DIM = 8
 NUM_DENSE = 3
@@ -180,3 +188,61 @@ def load_and_save(ranks, types, source, target):
     else:
         load_weights(model, source)
     save_weights(model, target, ranks, {})
+
+
+def run_of(folder, **sections):
+    """Config of a small run on the data set in `folder`."""
+    optimizer = {"name": "rowwise_adagrad", "learning_rate": 0.1}
+    tree = {
+        "name": "small",
+        "data": {"path": str(folder / "data"), "shuffle_block_rows": 8},
+        "model": {"embedding_dim": DIM, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]},
+        "optimizer": {"sparse": optimizer, "dense": {"name": "sgd", "learning_rate": 0.1}},
+        "train": {"global_batch_size": 20, "eval_batch_size": 64, "epochs": 4},
+    }
+    for name, changes in sections.items():
+        tree[name] = {**tree.get(name, {}), **changes}
+    return build_config(tree, source="test")
+
+
+def train_and_evaluate(ranks, config):
+    """Train and evaluate what was saved; return both reports of the test split, or the error."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            summary = train(config, ranks)
+    except ConfigError as error:
+        return str(error)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate_run(config, summary.run_dir, config.data.path, "test", ranks)
+    return summary.final["test"], printed.getvalue()
+
+
+def test_tables_of_half_precision_train_are_saved_and_evaluated(two_ranks, tmp_path):
+    write_dataset(tmp_path / "data")
+    found = {}
+    for precision in ("fp32", "fp16"):
+        output = {"run_dir": str(tmp_path / precision)}
+        config = run_of(tmp_path, model={"embedding_dim": DIM, "table_precision": precision}, output=output)
+        (metrics, printed), _ = two_ranks.run(train_and_evaluate, config)
+        assert f"{metrics.auc:.4f}" in printed
+        found[precision] = metrics
+    saved = dtypes_in(tmp_path / "fp16" / "checkpoint")
+    assert {weight for name, weight in saved.items() if "bags" in name} == {torch.float16}
+    assert {weight for name, weight in saved.items() if "bags" not in name} == {torch.float32}
+    # Not the same run, but as good a one.
+    assert found["fp16"].logloss != found["fp32"].logloss
+    assert found["fp16"].logloss == pytest.approx(found["fp32"].logloss, rel=0.01)
+
+
+def dtypes_in(folder):
+    """Dtypes of the tensors in a checkpoint, by name."""
+    metadata = FileSystemReader(folder).read_metadata()
+    return {name: entry.properties.dtype for name, entry in metadata.state_dict_metadata.items()}
+
+
+def test_a_plan_that_would_change_the_training_is_refused_on_every_rank(two_ranks, tmp_path):
+    write_dataset(tmp_path / "data")
+    sharding = {"types": ["data_parallel"], "kernels": ["dense", "fused"]}
+    config = run_of(tmp_path, model={"table_precision": "fp16"}, sharding=sharding, output={"run_dir": "unused"})
+    for message in two_ranks.run(train_and_evaluate, config):
+        assert message.startswith("the plan makes 3 table(s) data_parallel (t_a, t_b, t_m), but model.table_precision")

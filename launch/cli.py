@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -46,9 +48,12 @@ def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     verb.add_arguments(parser)
-    namespace, rest = parser.parse_known_args(list(arguments))
-    overrides = [word for word in rest if verb.takes_overrides and _is_override(word, parser)]
-    unknown = [word for word in rest if word not in overrides]
+    # argparse would take a setting with a space in it for a positional argument.
+    settings = [word for word in arguments if verb.takes_overrides and _is_setting(word)]
+    namespace, rest = parser.parse_known_args([word for word in arguments if word not in settings])
+    known = {*settings, *(word for word in rest if verb.takes_overrides and _is_override(word, parser))}
+    overrides = [word for word in arguments if word in known]
+    unknown = [word for word in rest if word not in known]
     if unknown:
         nearest = _nearest_option(unknown[0], parser)
         hint = "settings of the recipe are written --section.key=value" if verb.takes_overrides else ""
@@ -73,6 +78,9 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
             raise
         return _fail(f"papilio {verb.name}", str(error), 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:  # as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _fail(f"papilio {verb.name}", "interrupted", 130)
 
@@ -109,10 +117,12 @@ def _unknown_verb(word: str) -> str:
     return f"there is no verb {word}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 
+def _is_setting(word: str) -> bool:
+    return OVERRIDE.fullmatch(word) is not None and "." in word.partition("=")[0]
+
+
 def _is_override(word: str, parser: argparse.ArgumentParser) -> bool:
-    if OVERRIDE.fullmatch(word) is None:
-        return False
-    return "." in word.partition("=")[0] or _nearest_option(word, parser) is None
+    return OVERRIDE.fullmatch(word) is not None and _nearest_option(word, parser) is None
 
 
 def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str | None:

@@ -108,6 +108,33 @@ def test_overrides_are_gathered_in_order() -> None:
     assert (namespace.recipe, namespace.nproc) == ("r", 4)
 
 
+def test_a_setting_with_spaces_is_no_word_of_its_own() -> None:
+    verb = next(verb for verb in VERBS if verb.name == "plan")
+    setting = '--sharding.constraints=[{tables = ["t_C1"], types = ["row_wise"]}]'
+    namespace = cli.parse_arguments(verb, ["--recipe", "r", setting, "--seed=2"])
+    assert namespace.words == []
+    assert namespace.overrides == [setting, "--seed=2"]
+
+
+def test_a_closed_pipe_ends_without_a_traceback() -> None:
+    command = f"{sys.executable} -m launch.cli train --help | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_diff_needs_two_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["plan", "diff", "a.json"]) == 2
+    assert "did you mean papilio plan diff OLD.json NEW.json?" in capsys.readouterr().err
+    assert cli.main(["plan", "diff", "a.json", "b.json"]) == 2
+    assert (
+        "plan file a.json does not exist; papilio plan --recipe R --output a.json makes one" in capsys.readouterr().err
+    )
+    assert cli.main(["plan"]) == 2
+    assert "--recipe is missing: papilio plan --recipe R --hardware H" in capsys.readouterr().err
+
+
 def test_a_foreign_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "sharding").mkdir()
     (tmp_path / "sharding" / "__init__.py").touch()

@@ -2,8 +2,8 @@
 
 A rank that holds some rows of a table can but sum those that a bag names; the mean needs the length of the whole bag,
 so TorchRec divides the pooled output, all features side by side, by a divisor that is 1 for the features with sum
-pooling (torchrec issue 2362). It knows both kinds of features from lists that hold only the tables of the types
-row_wise and table_row_wise (`ShardedEmbeddingBagCollection.__init__` of torchrec 1.8.0), and is silently wrong twice:
+pooling (torchrec issue 2362). It knows both kinds of features from lists, which hold only those of row_wise and
+table_row_wise tables (`ShardedEmbeddingBagCollection.__init__`, torchrec 1.6.1 and 1.8.0), and is silently wrong twice:
 
 - grid_shard cuts rows as well, and its kernels sum, but nothing divides: a mean comes out as a sum;
 - once some table is divided, all features of all other sharding types are divided by the lengths of their bags too.

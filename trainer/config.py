@@ -43,7 +43,7 @@ class ModelConfig(_Section):
 
 
 class SparseOptimizerConfig(_Section):
-    """Optimizer of the tables, fused into the backward pass by FBGEMM."""
+    """Optimizer of the tables, fused into the backward pass by FBGEMM (data_parallel tables: the same, as a step)."""
 
     name: SparseOptimizerName = "rowwise_adagrad"
     learning_rate: float = Field(0.02, gt=0)

@@ -6,6 +6,7 @@ One process, no GPU, no process group; the model stays on meta.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = write_plan(planning, solution, recipe=config.name, papilio_version=papilio_version())
         check_plan(plan, planning.job, planning.cluster, "the plan")
         _show(options, planning, solution, plan)
+    except BrokenPipeError:  # as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except EXPECTED_ERRORS as error:
         print(f"papilio plan: error: {error}", file=sys.stderr, flush=True)
         return 1

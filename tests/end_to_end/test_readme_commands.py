@@ -45,7 +45,7 @@ def test_the_two_commands_are_in_the_makefile(environment):
 def test_the_tour_runs_word_for_word(tmp_path, environment):
     outputs = {command: run(command, tmp_path, environment) for command in commands_after("## A tour")}
     verbs = [command.split()[1] if command.startswith("papilio") else "torchx" for command in outputs]
-    assert verbs == ["doctor", "generate", "preprocess", "train", "evaluate", "torchx"]
+    assert verbs == ["doctor", "generate", "preprocess", "plan", "train", "evaluate", "torchx"]
     *_, train, evaluate, torchx = outputs.values()
     for output in (train, evaluate):
         figures = re.search(r"test +0\.(\d{4})", output).group(1)

@@ -45,6 +45,7 @@ class PlanDiff:
         samples_per_s: old and new.
         peak_bytes: for each rank the device memory, old and new.
         usable_bytes: of a rank, old and new.
+        num_groups: groups of ranks that hold a copy of the tables each; ranks and bytes are those of the first.
         is_empty: nothing differs but the version of Papilio that wrote the files.
     """
 
@@ -57,11 +58,12 @@ class PlanDiff:
     samples_per_s: tuple[float, float]
     peak_bytes: tuple[dict[int, int], dict[int, int]]
     usable_bytes: tuple[int, int]
+    num_groups: tuple[int, int]
     is_empty: bool
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes of tables of both plans that change rank."""
+        """Bytes of tables of both plans that change rank, in the first group of ranks."""
         return sum(change.moved_bytes or 0 for change in self.changed)
 
 
@@ -81,6 +83,7 @@ def diff_plans(old: PlanFile, new: PlanFile) -> PlanDiff:
         samples_per_s=(old.samples_per_s, new.samples_per_s),
         peak_bytes=(_peaks(old), _peaks(new)),
         usable_bytes=(old.machine.usable_memory_bytes, new.machine.usable_memory_bytes),
+        num_groups=(old.machine.num_groups, new.machine.num_groups),
         is_empty=old == new.model_copy(update={"papilio_version": old.papilio_version}),
     )
 

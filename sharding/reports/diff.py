@@ -28,11 +28,16 @@ def format_diff(diff: PlanDiff, num_columns: int) -> str:
     """Return the differences as text of at most `num_columns` columns, the job first; many alike are summed up."""
     if diff.is_empty:
         return "the plans are the same"
-    sections = [_job(diff, num_columns), _step(diff), _memory(diff, num_columns), _tables(diff, num_columns)]
+    sections = [
+        _job(diff, num_columns),
+        _step(diff, num_columns),
+        _memory(diff, num_columns),
+        _tables(diff, num_columns),
+    ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def _step(diff: PlanDiff) -> list[str]:
+def _step(diff: PlanDiff, columns: int) -> list[str]:
     """The step before and after, and the parts that changed."""
     old, new = diff.step_s
     rates = " -> ".join(count(rate) for rate in diff.samples_per_s)
@@ -40,7 +45,9 @@ def _step(diff: PlanDiff) -> list[str]:
         head = f"Step  {milliseconds(new)} ms in both"
     else:
         head = f"Step  {milliseconds(old)} -> {milliseconds(new)} ms ({_signed_ms(new - old)}, {new / old - 1:+.1%})"
-    lines = [f"{head}; {rates} samples/s" if diff.samples_per_s[0] != diff.samples_per_s[1] else head]
+    if diff.samples_per_s[0] != diff.samples_per_s[1]:
+        head += f"; {rates} samples/s"
+    lines = _wrap_head(head, columns)
     parts = [part for part in diff.parts if abs(part[2] - part[1]) >= NOTABLE_S]
     width = max((len(name) for name, _, _ in parts), default=0)
     for name, was, now in sorted(parts, key=lambda part: -abs(part[2] - part[1])):
@@ -58,11 +65,13 @@ def _memory(diff: PlanDiff, width: int) -> list[str]:
     text = f"{' -> '.join(dict.fromkeys(texts))}; usable {usable}"
     changes = {rank: new[rank] - old[rank] for rank in old if rank in new}
     told = [f"{_signed_size(changes[ranks[0]])} on {_ranks(ranks)}" for ranks in _extremes(changes)]
-    lines = [f"Memory  at the peak {text}" if old != new else f"Memory  the same on each rank, at most {text}"]
+    head = "Memory  at the peak" if old != new else "Memory  the same on each rank, at most"
+    lines = _wrap_head(f"{head} {text}", width)
     if told:
         lines += _wrap(f"most changed: {'; '.join(told)}", width)
     if diff.moved_bytes:
-        lines += _wrap(f"{size(diff.moved_bytes)} of tables and optimizer state change rank", width)
+        group = " in the first group of ranks" if max(diff.num_groups) > 1 else ""
+        lines += _wrap(f"{size(diff.moved_bytes)} of tables and optimizer state change rank{group}", width)
     return lines
 
 
@@ -134,6 +143,8 @@ def _summed(kind: str, members: Sequence[TableChange]) -> str:
     moved = sum(change.moved_bytes or 0 for change in members)
     least, most = (_signed_ms(pick(change.cost_s for change in members)) for pick in (min, max))
     effects = [f"{least} each" if least == most else f"{least} to {most} each"]
+    if all(abs(change.cost_s) < NOTABLE_S / 10 for change in members):
+        effects = ["as fast as before"]
     effects += [f"{size(moved)} change rank"] if moved >= NOTABLE_BYTES else []
     return f"{names}{more}: {kind}: {', '.join(effects)}"
 
@@ -153,6 +164,10 @@ def _signed_ms(seconds: float) -> str:
 
 def _signed_size(num_bytes: float) -> str:
     return size(num_bytes) if num_bytes < 0 else f"+{size(num_bytes)}"
+
+
+def _wrap_head(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="      ", break_on_hyphens=False)
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -86,6 +86,12 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.3f}"
 
 
+def percent(share: float) -> str:
+    """Write a share in whole percent; what is there but less than half of one is written as such."""
+    text = f"{share:.0%}"
+    return "<1%" if text in ("0%", "-0%") and share else text
+
+
 def rank_ranges(ranks: Iterable[int], max_length: int | None = None) -> str:
     """Write ranks shortly, such as 0-7,12; where that is longer than `max_length`, say how many: 56 in 0-127."""
     ordered = sorted(set(ranks))

@@ -81,7 +81,7 @@ function drawHead() {
   const weights = sum(plan.tables.map((table) => table.weights));
   const [used, unit] = size(deviceBytes(fullest)).split(" ");
   byId("tiles").append(
-    tile("Step, predicted", ms(plan.total_s), "ms", `${count(plan.batch_size / plan.num_ranks)} samples a rank`),
+    tile("Step, predicted", ms(plan.total_s), "ms", `${Math.round(plan.batch_size / plan.num_ranks).toLocaleString("en")} samples a rank`),
     tile("Samples a second", count(plan.samples_per_s), "", `${count(plan.samples_per_s / plan.num_ranks)} a rank`),
     tile("Fullest rank", used, unit, `rank ${fullest.rank}, ${percent(share)} of usable`, share),
     tile("Memory balance", balance(deviceBytes).toFixed(2), "", "fullest rank over mean"),

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from sharding.plan_file import PlanFile
-from sharding.reports.figures import bar, count, milliseconds, size, step_parts
+from sharding.reports.figures import bar, count, milliseconds, percent, size, step_parts
 from sharding.reports.text_ranks import format_ranks
 from sharding.reports.text_tables import format_tables
 
@@ -57,7 +57,7 @@ def _step(plan: PlanFile, width: int) -> list[str]:
     for part in parts:
         drawn = bar(abs(part.seconds) / longest, bar_width)
         share = part.seconds / plan.step.total_s
-        lines.append(f"  {part.name:<{names}}  {drawn} {milliseconds(part.seconds):>9} ms {share:>5.0%}")
+        lines.append(f"  {part.name:<{names}}  {drawn} {milliseconds(part.seconds):>9} ms {percent(share):>5}")
     return lines
 
 

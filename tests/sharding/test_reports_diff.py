@@ -149,3 +149,26 @@ def test_moved_bytes_and_memory_of_real_plans_agree():
         gained = sum(change.rank_bytes.get(before.rank, 0) for change in diff.changed)
         # Rows that do not divide are padded in memory, so a shard may be a row short of its share.
         assert abs(gained - (held[1] - held[0])) <= 12 * 4 * (32 * 4 + 4)
+
+
+def test_no_line_is_wider_than_the_terminal():
+    old = real_plan(12, 1, 4, types=["table_wise"])
+    new = real_plan(12, 2, 2, types=["row_wise", "data_parallel"])
+    small = new.machine.model_copy(update={"usable_memory_bytes": 123 << 30})
+    text = told(old, new.model_copy(update={"machine": small}), 80)
+    assert "-> 123 GiB" in words(text)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_bytes_that_move_are_those_of_the_first_group():
+    old, new = (hand_made(table("t", rank)) for rank in (0, 1))
+    assert "state change rank in the first group" not in words(told(old, new))
+    grouped = [
+        plan.model_copy(update={"machine": plan.machine.model_copy(update={"num_groups": 2})}) for plan in (old, new)
+    ]
+    assert "31.2 KiB of tables and optimizer state change rank in the first group of ranks" in words(told(*grouped))
+
+
+def test_many_tables_that_only_move_are_as_fast_as_before():
+    old, new = (hand_made(*(table(f"t_{i}", (i + turn) % 4) for i in range(40))) for turn in (0, 1))
+    assert "and 28 more: table_wise, on other ranks: as fast as before" in words(told(old, new))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sharding.reports.figures import bar, count, milliseconds, rank_ranges, size, step_parts
+from sharding.reports.figures import bar, count, milliseconds, percent, rank_ranges, size, step_parts
 from sharding.reports.text import format_plan
 from tests.support.plan_files import hand_made, real_plan, table
 
@@ -25,6 +25,17 @@ def test_sizes(num_bytes, text):
 def test_counts_and_times():
     assert [count(n) for n in (5, 950, 27.5, 39_062, 40_000_002)] == ["5", "950", "27.5", "39.1k", "40.0M"]
     assert [milliseconds(s) for s in (1.5, 0.0118, 0.00002)] == ["1,500.00", "11.80", "0.020"]
+
+
+def test_shares():
+    assert [percent(share) for share in (0.0, 0.004, -0.001, 0.126, -0.04, 1.0)] == [
+        "0%",
+        "<1%",
+        "<1%",
+        "13%",
+        "-4%",
+        "100%",
+    ]
 
 
 def test_ranks_are_written_as_ranges():

@@ -46,6 +46,11 @@ def check_plan(plan: PlanFile, job: Job, cluster: Cluster, source: str) -> None:
                 f"{source} places table {table.name} on rank {wrong[0]}, but tables are spread over ranks 0 to "
                 f"{cluster.group_size - 1}"
             )
+        if table.sharding_type == "data_parallel" and cluster.num_groups > 1:
+            raise PlanError(
+                f"{source}: table {table.name} is data_parallel, but sharding.replicas has groups, which average only "
+                "sharded tables; make the plan again with `papilio plan`"
+            )
         _check_cover(table, source)
 
 

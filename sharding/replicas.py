@@ -67,7 +67,8 @@ class ReplicatedModelParallel(DMPCollection):  # type: ignore[misc]  # torchrec 
     @property
     def shard_group(self) -> dist.ProcessGroup:
         """The ranks over which the own copy of the tables is spread."""
-        return self._default_ctx.sharding_pg
+        group: dist.ProcessGroup = self._default_ctx.sharding_pg
+        return group
 
     @property
     def group_index(self) -> int:
@@ -96,7 +97,8 @@ class ReplicatedModelParallel(DMPCollection):  # type: ignore[misc]  # torchrec 
             use_inter_host_allreduce=True,
             sharding_strategy=ShardingStrategy.DEFAULT,
         )
-        self._default_ctx, self._submodule_ctxs, self._ctxs = context, [], [context]
+        self._default_ctx, self._ctxs = context, [context]
+        self._submodule_ctxs: list[DMPCollectionContext] = []
         context.device_mesh, context.sharding_pg, context.replica_pg = self._create_process_groups(
             rank, world_size, group_size, use_inter_host_allreduce=True
         )

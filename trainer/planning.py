@@ -55,6 +55,7 @@ def describe_job(config: Config, dataset: Dataset, model: nn.Module) -> Job:
         dense_optimizer=config.optimizer.dense.name,
         communication=config.sharding.communication,
         prefetch_batches=config.data.prefetch_batches,
+        sparse_weight_decay=config.optimizer.sparse.weight_decay,
     )
 
 

@@ -104,8 +104,9 @@ def shard(
     """
     wrapper = DefaultDataParallelWrapper(static_graph=True)
     sharders = [BagSharder(qcomm_codecs_registry=codecs)]
-    if group_size is not None and group_size < dist.get_world_size():
-        module = ReplicatedModelParallel(model, device, plan, group_size, dist.group.WORLD, sharders, wrapper)
+    world = dist.group.WORLD
+    if world is not None and group_size is not None and group_size < world.size():
+        module = ReplicatedModelParallel(model, device, plan, group_size, world, sharders, wrapper)
     else:
         module = DistributedModelParallel(
             model, device=device, plan=plan, sharders=sharders, data_parallel_wrapper=wrapper

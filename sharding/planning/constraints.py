@@ -57,8 +57,9 @@ def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
     _check_communication(job, cluster)
     _check_constraints(config.constraints, job.tables, cluster)
     rules = {table.name: _rules_of(table, config) for table in job.tables}
+    tables = {table.name: table for table in job.tables}
     for name, rule in rules.items():
-        rules[name] = _without_what_cannot_be(rule, name, job, cluster)
+        rules[name] = _without_what_cannot_be(rule, tables[name], job, cluster)
     is_int8 = "int8" in (job.communication.forward, job.communication.backward)
     if is_int8 and cluster.group_size > 1:
         rules = {table.name: _for_int8(rules[table.name], table) for table in job.tables}
@@ -130,7 +131,7 @@ def _for_int8(rules: _Rules, table: Table) -> _Rules:
     return replace(rules, column_multiple=INT8_COLUMNS)
 
 
-def _without_what_cannot_be(rules: _Rules, table: str, job: Job, cluster: Cluster) -> _Rules:
+def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Cluster) -> _Rules:
     """Leave out the types that the job's communication, replicas or optimizer rule out.
 
     Raises:
@@ -141,6 +142,10 @@ def _without_what_cannot_be(rules: _Rules, table: str, job: Job, cluster: Cluste
         why |= dict.fromkeys(ROW_TYPES, "sharding.communication is int8, which partial sums cannot travel in")
     if cluster.num_groups > 1:
         why["data_parallel"] = "sharding.replicas has groups, which average only sharded tables"
+    if job.sparse_weight_decay:
+        why["data_parallel"] = "optimizer.sparse.weight_decay would reach rows of a replica that were not looked up"
+    if table.precision == "fp16":
+        why["data_parallel"] = "model.table_precision is fp16, in which a replica would keep its gradient and state too"
     if job.sparse_optimizer not in DENSE_TWINS:
         why["data_parallel"] = (
             f"optimizer.sparse.name = {job.sparse_optimizer!r} updates only the rows looked up, which a replica's "
@@ -150,7 +155,7 @@ def _without_what_cannot_be(rules: _Rules, table: str, job: Job, cluster: Cluste
     if not left:
         where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
         raise PlanError(
-            f"{where}: table {table} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow table_wise"
+            f"{where}: table {table.name} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow table_wise"
         )
     return replace(rules, types=left)
 

@@ -85,6 +85,7 @@ class Job:
         global_batch_size: samples of a step over all ranks.
         precision: arithmetic of the dense part.
         sparse_optimizer: a key of SPARSE_STATE_BYTES.
+        sparse_weight_decay: of the tables' optimizer.
         dense_optimizer: a key of DENSE_STATE_BYTES.
         communication: precision between ranks.
         prefetch_batches: batches that each rank's loader holds ready.
@@ -99,6 +100,7 @@ class Job:
     dense_optimizer: str = "sgd"
     communication: CommunicationConfig = field(default_factory=CommunicationConfig)
     prefetch_batches: int = 4
+    sparse_weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,8 @@ def test_data_parallel_is_refused_where_it_would_train_otherwise():
     assert "optimizer.sparse.name = 'adam' updates only the rows looked up" in message
     message = refusal(make_job(), make_cluster(num_groups=2), types=["data_parallel"])
     assert "sharding.replicas has groups, which average only sharded tables; allow table_wise" in message
+    message = refusal(job_with(sparse_weight_decay=0.1), make_cluster(), types=["data_parallel"])
+    assert "optimizer.sparse.weight_decay would reach rows of a replica" in message
+    half = tuple(dataclasses.replace(table, precision="fp16") for table in make_job().tables)
+    message = refusal(job_with(tables=half), make_cluster(), types=["data_parallel"])
+    assert "model.table_precision is fp16, in which a replica would keep its gradient" in message

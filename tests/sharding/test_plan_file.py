@@ -102,6 +102,13 @@ def test_other_ranks_are_refused():
     )
 
 
+def test_replicas_of_a_table_are_refused_in_groups():
+    plan = plan_of(cluster=make_cluster(ranks_per_node=2), types=["data_parallel"])
+    machine = json.loads(plan.to_json())["machine"] | {"ranks_per_node": 4, "num_groups": 2}
+    message = refusal(changed(plan, machine=machine), cluster=make_cluster(num_groups=2))
+    assert "plan.json: table t_0 is data_parallel, but sharding.replicas has groups" in message
+
+
 def test_another_device_is_refused():
     message = refusal(plan_of(), cluster=make_cluster(hardware="cpu_host"))
     assert "plan.json was made for cuda (dgx_a100), this job runs on cpu" in message

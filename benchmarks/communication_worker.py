@@ -109,11 +109,11 @@ def _bytes(config: Config, ranks: Ranks) -> dict[str, float]:
     for step in range(1, NUM_STEPS + 1):
         loss, _ = model.module(next(batches))
         loss.backward()
-        model.average_replicas(step, is_last=False)
+        model.average_replicas(step, before_use=False)
     every = config.sharding.replicas.sync_every_steps
     averagings = NUM_STEPS // every
     if config.sharding.replicas.num_groups > 1 and not averagings:
-        model.average_replicas(NUM_STEPS, is_last=True)
+        model.average_replicas(NUM_STEPS, before_use=True)
     per_step = counter.averaging_bytes / max(1, averagings) / every
     sums = torch.tensor([counter.embedding_bytes / NUM_STEPS, per_step], dtype=torch.float64)
     dist.all_reduce(sums)

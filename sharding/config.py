@@ -46,7 +46,12 @@ class ReplicasConfig(_Section):
     """2D parallelism: groups of ranks that each hold all tables (TorchRec's DMPCollection).
 
     The tables are sharded inside each group; the groups train on different samples and average their tables every
-    `sync_every_steps` steps, or never with `independent_tables`. The dense part is synchronized at every step, always.
+    `sync_every_steps` steps, and before they are evaluated or saved; never with `independent_tables`. The dense part is
+    synchronized at every step, always.
+
+    Each group updates its tables as if its own samples were the whole batch: with the gradient of the mean over them,
+    `num_groups` times their share of the whole batch's. The mean of the groups' tables then moves, for SGD averaged
+    after every step, as one copy trained on the whole batch. So learning rates need no change with `num_groups`.
     """
 
     num_groups: int = Field(1, ge=1, description="Groups; divides the number of ranks. 1: no replicas.")

@@ -69,8 +69,8 @@ def load_weights(model: ShardedModel, folder: str) -> dict[str, Any]:
     copies = facts.get("num_copies", 1)
     if copies > 1 and copies != model.num_copies:
         raise CheckpointError(
-            f"{folder} holds the independent tables of {copies} groups, this job has {model.num_copies}; run it on a "
-            f"multiple of {copies} ranks with --sharding.replicas.num_groups={copies}"
+            f"{folder} holds the independent tables of {copies} groups, this job has {model.num_copies}; set "
+            f"sharding.replicas.num_groups = {copies} and independent_tables = true, on a multiple of {copies} ranks"
         )
     reader = dcp.FileSystemReader(_copy_dir(folder, model.group_index, copies))
     dcp.load({"model": model.module.state_dict()}, storage_reader=reader, process_group=model.shard_group)

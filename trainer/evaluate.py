@@ -42,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks: Ranks) -> None:
-    """Load the run's weights, whatever world size saved them, and print metrics of `split`. Collective."""
+    """Load the run's weights, whatever world size saved them, and print metrics of `split`. Collective.
+
+    Raises:
+        ConfigError: the data set has other columns, or independent tables do not fit the number of ranks.
+    """
+    check_num_ranks(config.sharding.replicas, run_dir, ranks)
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
     check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
@@ -56,7 +61,8 @@ def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks:
 def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:
     """Return what to plan with: neither the run's plan nor its wishes for single ranks, which are of other machines.
 
-    Groups with independent tables stay: each evaluates with its own tables, on its own slices of the batches.
+    Embeddings travel in full precision, on any device. Groups with independent tables stay: each evaluates with its
+    own tables on its own slices of the batches, and the metrics are over all samples.
     """
     groups = trained.replicas if trained.replicas.independent_tables else ReplicasConfig()
     return ShardingConfig(
@@ -69,6 +75,19 @@ def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:
         reserve_fraction=trained.reserve_fraction,
         replicas=groups,
     )
+
+
+def check_num_ranks(replicas: ReplicasConfig, run_dir: str, ranks: Ranks) -> None:
+    """Check that each group with independent tables gets as many ranks as the others.
+
+    Raises:
+        ConfigError: the groups do not divide the ranks.
+    """
+    if replicas.independent_tables and ranks.world_size % replicas.num_groups:
+        raise ConfigError(
+            f"{run_dir} holds independent tables of {replicas.num_groups} groups, which cannot share "
+            f"{ranks.world_size} rank(s) evenly; give --nproc {replicas.num_groups} or a multiple of it"
+        )
 
 
 def check_same_columns(dataset: Dataset, trained_on: dict[str, object], run_dir: str) -> None:

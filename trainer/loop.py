@@ -83,14 +83,15 @@ def run_training(
         output: StepOutput = pipeline.progress(batches)
         reporter.record(output, progress.step)
         progress.step += 1
-        model.average_replicas(progress.step, is_last=progress.step == num_steps)
         progress.position = output.position
+        is_validation_due = _is_validation_due(progress, num_steps, config)
+        model.average_replicas(progress.step, before_use=is_validation_due)
         progress.num_samples += output.global_batch_size
         progress.train_s += time.perf_counter() - begin_s
         progress.wait_s = loader.wait_s
         if reporter.is_due(progress):
             reporter.report(progress)
-        if _is_validation_due(progress, num_steps, config):
+        if is_validation_due:
             pipeline.detach()
             values = evaluate(model.module, dataset, "validation", config, ranks, show_progress=False)
             progress.validations.append((progress.step, values))

@@ -52,9 +52,12 @@ class ShardedModel:
         """The ranks that one copy of the tables is spread over; None: all."""
         return self.module.shard_group if isinstance(self.module, ReplicatedModelParallel) else None
 
-    def average_replicas(self, step: int, *, is_last: bool) -> None:
-        """Average the groups' tables if that is due after `step`, and after the last one. Collective."""
-        is_due = step % self.replicas.sync_every_steps == 0 or is_last
+    def average_replicas(self, step: int, *, before_use: bool) -> None:
+        """Average the groups' tables if that is due after `step`, or before they are evaluated or saved. Collective.
+
+        Between two averagings the groups' tables differ: an evaluation would measure another model on each slice.
+        """
+        is_due = step % self.replicas.sync_every_steps == 0 or before_use
         if isinstance(self.module, ReplicatedModelParallel) and is_due and not self.replicas.independent_tables:
             self.module.sync()
 

@@ -25,7 +25,8 @@ class TrainModel(nn.Module):
     """A click model with its loss, the mean binary cross-entropy over the global batch.
 
     A rank returns its own sum of losses * world size / global batch size: DDP and TorchRec's all-to-all both average
-    gradients over ranks, so ranks may have different numbers of samples, or none. Padding has no loss.
+    gradients over ranks, so ranks may have different numbers of samples, or none. Padding has no loss. With replicated
+    groups the all-to-all averages over a group's ranks only, and its tables see the mean over its own samples.
     """
 
     def __init__(self, model: nn.Module, world_size: int, autocast_dtype: torch.dtype | None, device_type: str) -> None:

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 
 from data_pipeline.dataset import Dataset
-from sharding.communication import make_codecs
+from sharding.communication import check_communication, make_codecs
 from sharding.config import ReplicasConfig
 from sharding.initial_weights import initialize_tables
 from sharding.plan_conversion import to_sharding_plan
@@ -81,6 +81,7 @@ def build_sharded_model(config: Config, dataset: Dataset, ranks: Ranks) -> Shard
     step_model = TrainModel(model, ranks.world_size, autocast_dtype, ranks.device.type)
     plan = plan_run(config, dataset, step_model, ranks)
     check_data_parallel_tables([t.name for t in plan.tables if t.sharding_type == "data_parallel"], config)
+    check_communication(config.sharding.communication, plan, ranks.device)
     codecs = make_codecs(config.sharding.communication, ranks.device)
     group_size = plan.machine.group_size
     module = shard(step_model, to_sharding_plan(plan, ranks.device), ranks.device, codecs=codecs, group_size=group_size)

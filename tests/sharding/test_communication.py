@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
-from sharding.communication import make_codecs
+from sharding.communication import check_communication, make_codecs
 from sharding.config import CommunicationConfig
 from sharding.initial_weights import initialize_tables
+from sharding.planning.errors import PlanError
+from tests.support.plan_files import hand_made, table
 from tests.support.plans import make_plan
 from trainer.config import SparseOptimizerConfig
 from trainer.optimizers import fuse_sparse_optimizer
@@ -83,3 +85,44 @@ def test_only_the_gradients_can_be_quantized(two_ranks):
 
 def test_fp32_needs_no_codec():
     assert make_codecs(CommunicationConfig(), CPU) is None
+
+
+def refusal(plan, device=CPU, **communication):
+    with pytest.raises(PlanError) as caught:
+        check_communication(CommunicationConfig(**communication), plan, device)
+    return str(caught.value)
+
+
+def test_bf16_is_refused_on_a_cpu_whatever_made_the_plan():
+    plan = hand_made(table("t_a", 0))
+    assert "sharding.communication.backward = 'bf16'" in refusal(plan, backward="bf16")
+    assert "set fp16" in refusal(plan, forward="bf16")
+    check_communication(CommunicationConfig(forward="bf16"), plan, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "table_row_wise", "grid_shard"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_int8_is_refused_for_tables_cut_by_rows(kind, direction):
+    plan = hand_made(table("t_a", 0, dim=32), table("t_b", 0, 1, dim=32, kind=kind))
+    message = refusal(plan, **{direction: "int8"})
+    assert f"sharding.communication.{direction} = 'int8'" in message
+    assert f"the plan makes t_b {kind}; make the plan again with it, or set fp16" in message
+    check_communication(CommunicationConfig(forward="fp16", backward="fp16"), plan, CPU)
+
+
+def test_int8_is_refused_for_shards_that_are_no_whole_packs():
+    tables = [table(f"t_{i}", 0, dim=16) for i in range(5)]
+    message = refusal(hand_made(*tables), forward="int8")
+    assert "packs 32 columns together, but the plan has shards of other widths of t_0, t_1, t_2 and 2 more" in message
+    check_communication(CommunicationConfig(forward="int8"), hand_made(table("t_a", 0, dim=64)), CPU)
+
+
+def torchrec_fails(ranks, sharding_type):
+    """What our refusal is for: if TorchRec learns it, this says so."""
+    with pytest.raises(AssertionError, match="Unexpected"):
+        step(ranks, sharding_type, "int8", "int8")
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "table_row_wise", "grid_shard"])
+def test_torchrec_itself_fails_on_partial_sums_in_int8(four_ranks, sharding_type):
+    four_ranks.run(torchrec_fails, sharding_type)

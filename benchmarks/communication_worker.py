@@ -15,7 +15,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from data_pipeline.dataset import open_dataset
 from data_pipeline.loader import Loader
 from sharding.communication import make_codecs
-from sharding.config import CommunicationConfig, ShardingConfig
+from sharding.config import CommunicationConfig, ReplicasConfig, ShardingConfig
 from sharding.hardware import load_hardware
 from sharding.plan_conversion import to_sharding_plan
 from sharding.plan_file import PlanFile
@@ -53,19 +53,18 @@ class _Counter:
 
     def __init__(self) -> None:
         self.embedding_bytes = 0
-        self.averaging_bytes = 0
+        self.averaging_bytes = 0.0
         self._wrap("all_to_all_single", _sent_all_to_all)
-        self._wrap("reduce_scatter_tensor", lambda args, kwargs: _all_but_own(args[1]))
-        self._wrap("all_gather_into_tensor", lambda args, kwargs: _all_but_own(args[0]))
-        stock = ReplicatedModelParallel._average
 
-        def average(model: ReplicatedModelParallel, tensors: list[torch.Tensor]) -> None:
-            # A ring sends 2 (n - 1) / n of what it reduces.
-            peers = dist.get_world_size(model._default_ctx.replica_pg)
-            self.averaging_bytes += 2 * (peers - 1) * sum(t.nbytes for t in tensors) // peers
-            stock(model, tensors)
+    def watch(self, model: ReplicatedModelParallel) -> None:
+        """Count what the model's averagings send too."""
+        stock = model._custom_all_reduce
 
-        ReplicatedModelParallel._average = average  # type: ignore[method-assign]
+        def average(tensors: list[torch.Tensor]) -> None:
+            self.averaging_bytes += _ring_bytes(sum(t.nbytes for t in tensors), model._default_ctx.replica_pg.size())
+            stock(tensors)
+
+        model._custom_all_reduce = average
 
     def _wrap(self, name: str, count: Callable[[Any, Any], int]) -> None:
         stock = getattr(dist, name)
@@ -87,8 +86,9 @@ def _sent_all_to_all(args: Any, kwargs: Any) -> int:
     return int((sum(splits) - own if splits else sent.shape[0] - own) * sent[:1].nbytes)
 
 
-def _all_but_own(whole: torch.Tensor) -> int:
-    return whole.nbytes * 3 // 4 if _is_payload(whole) else 0
+def _ring_bytes(reduced_bytes: float, num_peers: int) -> float:
+    """Bytes that each of the peers sends in a ring's all-reduce."""
+    return 2 * (num_peers - 1) / num_peers * reduced_bytes
 
 
 def _is_payload(tensor: torch.Tensor) -> bool:
@@ -101,28 +101,31 @@ def _bytes(config: Config, ranks: Ranks) -> dict[str, float]:
     counter = _Counter()
     dataset = open_dataset(config.data.path)
     model = build_sharded_model(config, dataset, ranks)
+    if isinstance(model.module, ReplicatedModelParallel):
+        counter.watch(model.module)
     batch_size = config.train.global_batch_size
     loader = Loader(
         dataset, "train", config.data, global_batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size
     )
     batches = iter(loader)
-    for step in range(1, NUM_STEPS + 1):
+    # Whole periods of averaging.
+    num_steps = max(NUM_STEPS, config.sharding.replicas.sync_every_steps)
+    for step in range(1, num_steps + 1):
         loss, _ = model.module(next(batches))
         loss.backward()
         model.average_replicas(step, before_use=False)
-    every = config.sharding.replicas.sync_every_steps
-    averagings = NUM_STEPS // every
-    if config.sharding.replicas.num_groups > 1 and not averagings:
-        model.average_replicas(NUM_STEPS, before_use=True)
-    per_step = counter.averaging_bytes / max(1, averagings) / every
-    sums = torch.tensor([counter.embedding_bytes / NUM_STEPS, per_step], dtype=torch.float64)
+    sums = torch.tensor([counter.embedding_bytes, counter.averaging_bytes], dtype=torch.float64) / num_steps
     dist.all_reduce(sums)
     embedding_bytes, averaging_bytes = (sums / ranks.world_size).tolist()
-    formula = formula_bytes(model.plan, config.sharding.communication)
-    return {"embedding_bytes": embedding_bytes, "formula_bytes": formula, "averaging_bytes": averaging_bytes}
+    return {
+        "embedding_bytes": embedding_bytes,
+        "embedding_formula_bytes": embedding_formula_bytes(model.plan, config.sharding.communication),
+        "averaging_bytes": averaging_bytes,
+        "averaging_formula_bytes": averaging_formula_bytes(model.plan, config.sharding.replicas),
+    }
 
 
-def formula_bytes(plan: PlanFile, communication: CommunicationConfig) -> float:
+def embedding_formula_bytes(plan: PlanFile, communication: CommunicationConfig) -> float:
     """Bytes that a rank sends in a step for whole tables: B D of each table to (G - 1) of G ranks, there and back.
 
     B samples of a rank, G ranks of a group; a rank sends its tables' vectors of G B samples to the others, which send
@@ -137,6 +140,18 @@ def formula_bytes(plan: PlanFile, communication: CommunicationConfig) -> float:
         total += samples * (group - 1) * own * WIRE_BYTES[communication.forward]
         total += samples * (all_columns - own) * WIRE_BYTES[communication.backward]
     return total / len(plan.ranks)
+
+
+def averaging_formula_bytes(plan: PlanFile, replicas: ReplicasConfig) -> float:
+    """Bytes that a rank sends in a step to average R rows of D columns and row-wise Adagrad's state, R values, in fp32.
+
+    Among n groups a ring's all-reduce sends 2 (n - 1) / n of it, once in `sync_every_steps`.
+    """
+    if replicas.independent_tables:
+        return 0.0
+    values = sum(table.num_embeddings * (table.embedding_dim + 1) for table in plan.tables)
+    per_rank = 4 * values / plan.machine.group_size
+    return 2 * (replicas.num_groups - 1) / replicas.num_groups * per_rank / replicas.sync_every_steps
 
 
 class _Bags(nn.Module):

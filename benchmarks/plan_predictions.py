@@ -31,10 +31,10 @@ from sharding.config import ShardingConfig, TableConstraint
 from sharding.hardware import load_hardware
 from sharding.planning.job import Cluster
 from trainer.calibrate import time_in_turn
+from trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 from trainer.measurement import process_memory_bytes
 from trainer.ranks import Ranks, process_group
 from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 
 MANY_RANK_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
 MIXED_TYPES = ("table_wise", "row_wise", "column_wise")

@@ -24,14 +24,14 @@ from sharding.calibration.profile_file import add_rates, hardware_from_values, w
 from sharding.config import ShardingConfig
 from sharding.hardware import RATE_NAMES, Hardware, HardwareError
 from sharding.planning.job import Cluster
-from trainer.calibration_shapes import CalibrationStep, calibration_steps
-from trainer.dense_timing import measure_dense, measure_memory
+from trainer.calibration.dense import measure_dense, measure_memory
+from trainer.calibration.shapes import CalibrationStep, calibration_steps
+from trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 from trainer.install import InstallError, check_install
 from trainer.measurement import process_memory_bytes
 from trainer.optimizers import CPU_SPARSE_OPTIMIZERS
 from trainer.ranks import Ranks, process_group
 from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
 
 # What is shown at the end, of the many figures in the file.
 HEADLINES = {

@@ -9,9 +9,9 @@ from sharding.config import ShardingConfig
 from sharding.hardware import load_hardware
 from sharding.planning.job import Cluster
 from tests.support.rank_pool import RankPool
-from trainer.calibration_shapes import calibration_steps
+from trainer.calibration.shapes import calibration_steps
+from trainer.calibration.synthetic import Shape, SyntheticTraining, plan_shape
 from trainer.ranks import Ranks
-from trainer.synthetic import Shape, SyntheticTraining, plan_shape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Shape((50, 70, 90), (1, 2, 3), dim=8, bottom=(8,), top=(8,), global_batch_size=64)

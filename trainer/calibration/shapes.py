@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sharding.config import ShardingConfig, TableConstraint
-from trainer.synthetic import Shape
+from trainer.calibration.synthetic import Shape
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from sharding.calibration.fit import fit_relative
 from sharding.hardware import free_rates
 from sharding.planning.cost import dense_optimizer_s, dense_s
+from trainer.calibration.synthetic import Shape, build_dlrm
 from trainer.ranks import Ranks
-from trainer.synthetic import Shape, build_dlrm
 
 DENSE_TERMS = (
     "layer_s",

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 NUM_RANKS = 4
@@ -30,6 +30,7 @@ VARIANTS = {
     "int8, gradients fp16": ("--sharding.communication.forward=int8", "--sharding.communication.backward=fp16"),
     "int8": ("--sharding.communication.forward=int8", "--sharding.communication.backward=int8"),
     "2 groups, averaged every step": (GROUPS,),
+    "2 groups, averaged every step, rate x 1.41": (GROUPS, "--optimizer.sparse.learning_rate=0.1414"),
     "2 groups, averaged every 10 steps": (GROUPS, "--sharding.replicas.sync_every_steps=10"),
     "2 groups, independent tables": (GROUPS, "--sharding.replicas.independent_tables=true"),
     "4 groups, independent tables": (
@@ -57,49 +58,54 @@ def main() -> None:
 
 def _print_errors() -> None:
     print("\n| sharding | forward | backward | error of pooled embeddings | error of updates |\n|---|---|---|---|---|")
-    for row in _run_worker("errors"):
+    for row in _run_worker("errors", []):
         print(f"| {row['type']} | {row['forward']} | {row['backward']} | {row['pooled']:.1e} | {row['update']:.1e} |")
 
 
 def _print_bytes(data: str) -> None:
     print("\n| variant | embeddings, KiB a step and rank | by formula | table averaging, same | by formula |")
     print("|---|---|---|---|---|")
-    for name, settings in VARIANTS.items():
-        found = _run_worker("bytes", f"--data.path={data}", *COMMON, *settings)
-        keys = ("embedding_bytes", "embedding_formula_bytes", "averaging_bytes", "averaging_formula_bytes")
+    keys = ("embedding_bytes", "embedding_formula_bytes", "averaging_bytes", "averaging_formula_bytes")
+    jobs = [[f"--data.path={data}", *COMMON, *settings] for settings in VARIANTS.values()]
+    for name, found in zip(VARIANTS, _run_worker("bytes", jobs), strict=True):
         print(f"| {name} | " + " | ".join(f"{found[key] / 1024:,.1f}" for key in keys) + " |", flush=True)
 
 
 def _print_accuracy(options: argparse.Namespace, folder: str) -> None:
     print(f"\n| variant | test AUC, mean of {len(options.seeds)} seeds | against fp32 | each |\n|---|---|---|---|")
-    means: dict[str, float] = {}
-    for number, (name, settings) in enumerate(VARIANTS.items()):
-        found = [_train(options.data, settings, seed, f"{folder}/{number}-{seed}") for seed in options.seeds]
-        means[name] = statistics.mean(found)
-        each = " ".join(f"{auc:.4f}" for auc in found)
-        print(f"| {name} | {means[name]:.4f} | {means[name] - means['fp32']:+.4f} | {each} |", flush=True)
+    fixed = [f"--data.path={options.data}", f"--output.run_dir={folder}/run", "--output.tensorboard=false", *COMMON]
+    jobs = [[*fixed, f"--seed={seed}", *settings] for settings in VARIANTS.values() for seed in options.seeds]
+    results = _run_worker("auc", jobs)
+    exact: list[float] = []
+    for name in VARIANTS:
+        aucs = [next(results)["auc"] for _ in options.seeds]
+        exact = exact or aucs
+        change = statistics.mean(aucs) - statistics.mean(exact)
+        each = " ".join(f"{auc:.4f}" for auc in aucs)
+        print(f"| {name} | {statistics.mean(aucs):.4f} | {change:+.4f} | {each} |", flush=True)
 
 
-def _torchrun(*arguments: str) -> str:
+def _run_worker(kind: str, variants: list[list[str]]) -> Iterator[dict[str, Any]]:
+    """Start the ranks once and yield what rank 0 prints, line by line.
+
+    Raises:
+        SystemExit: a rank failed; with the end of what the ranks said.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "--", *arguments]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "--"]
+    command += ["benchmarks.communication_worker", kind, json.dumps(variants)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{result.stderr[-4000:]}")
-    return result.stdout
-
-
-def _run_worker(*arguments: str) -> Any:
-    """Return what rank 0 printed, from JSON."""
-    return json.loads(_torchrun("benchmarks.communication_worker", *arguments).strip().splitlines()[-1])
-
-
-def _train(data: str, settings: tuple[str, ...], seed: int, run_dir: str) -> float:
-    """Train once and return the test AUC."""
-    arguments = ["--recipe", "quickstart", f"--data.path={data}", f"--seed={seed}", f"--output.run_dir={run_dir}"]
-    _torchrun("trainer.train", *arguments, "--output.tensorboard=false", *COMMON, *settings)
-    return float(json.loads(Path(run_dir, "summary.json").read_text())["final"]["test"]["auc"])
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait():
+            errors.seek(0)
+            raise SystemExit(f"{kind} failed:\n{errors.read()[-4000:]}")
 
 
 if __name__ == "__main__":

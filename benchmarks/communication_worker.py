@@ -1,10 +1,16 @@
-"""One rank of `benchmarks.communication`: counts bytes in collectives, or measures errors of quantization."""
+"""One rank of `benchmarks.communication`: errors of quantization, bytes in collectives, or AUC of whole runs.
+
+One job for all variants, since starting ranks takes longer than a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +32,9 @@ from trainer.config import Config, SparseOptimizerConfig
 from trainer.config_file import load_config
 from trainer.optimizers import fuse_sparse_optimizer
 from trainer.ranks import Ranks, process_group
+from trainer.runtime import configure_runtime
 from trainer.sharded_model import build_sharded_model, shard
+from trainer.train import train
 
 NUM_STEPS = 4
 NUM_TABLES, ROWS, DIM, LOCAL_BATCH = 8, 10_000, 64, 1_024
@@ -40,12 +48,29 @@ PAIRS = {
 
 
 def main() -> None:
-    """Print one line of JSON from rank 0."""
-    job, overrides = sys.argv[1], sys.argv[2:]
+    """Print a line of JSON from rank 0 for each list of settings, or for each pair of precisions."""
+    kind, variants = sys.argv[1], json.loads(sys.argv[2])
+    configure_runtime()
     with process_group() as ranks:
-        found = _errors(ranks) if job == "errors" else _bytes(load_config("quickstart", overrides), ranks)
-        if ranks.is_first:
-            print(json.dumps(found), flush=True)
+        counter = _Counter() if kind == "bytes" else None
+        for found in _errors(ranks) if kind == "errors" else (_of_variant(v, counter, ranks) for v in variants):
+            if ranks.is_first:
+                print(json.dumps(found), flush=True)
+
+
+def _of_variant(settings: list[str], counter: _Counter | None, ranks: Ranks) -> dict[str, float]:
+    config = load_config("quickstart", settings)
+    return _auc(config, ranks) if counter is None else _bytes(config, counter, ranks)
+
+
+def _auc(config: Config, ranks: Ranks) -> dict[str, float]:
+    """Train once; the run's folder is removed."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary = train(config, ranks)
+    dist.barrier()
+    if ranks.is_first:
+        shutil.rmtree(summary.run_dir)
+    return {"auc": summary.final["test"].auc}
 
 
 class _Counter:
@@ -96,9 +121,9 @@ def _is_payload(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.dtype in {torch.uint8, torch.int8}
 
 
-def _bytes(config: Config, ranks: Ranks) -> dict[str, float]:
+def _bytes(config: Config, counter: _Counter, ranks: Ranks) -> dict[str, float]:
     """Bytes that a rank sends in a step, mean over ranks."""
-    counter = _Counter()
+    counter.embedding_bytes, counter.averaging_bytes = 0, 0.0
     dataset = open_dataset(config.data.path)
     model = build_sharded_model(config, dataset, ranks)
     if isinstance(model.module, ReplicatedModelParallel):
@@ -168,9 +193,8 @@ class _Bags(nn.Module):
         return torch.cat([pooled[f"f_{i}"] for i in range(NUM_TABLES)], dim=1)
 
 
-def _errors(ranks: Ranks) -> list[dict[str, Any]]:
+def _errors(ranks: Ranks) -> Iterator[dict[str, Any]]:
     """Relative errors (norm of the difference over the norm) against fp32, over all ranks."""
-    rows: list[dict[str, Any]] = []
     for sharding_type, pairs in PAIRS.items():
         exact = _step(ranks, sharding_type, CommunicationConfig())
         for forward, backward in pairs:
@@ -178,16 +202,13 @@ def _errors(ranks: Ranks) -> list[dict[str, Any]]:
                 ranks, sharding_type, CommunicationConfig.model_validate({"forward": forward, "backward": backward})
             )
             errors = [_relative(a, b) for a, b in zip(found, exact, strict=True)]
-            rows.append(
-                {
-                    "type": sharding_type,
-                    "forward": forward,
-                    "backward": backward,
-                    "pooled": errors[0],
-                    "update": errors[1],
-                }
-            )
-    return rows
+            yield {
+                "type": sharding_type,
+                "forward": forward,
+                "backward": backward,
+                "pooled": errors[0],
+                "update": errors[1],
+            }
 
 
 def _step(ranks: Ranks, sharding_type: str, communication: CommunicationConfig) -> tuple[torch.Tensor, torch.Tensor]:

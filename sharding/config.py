@@ -50,8 +50,10 @@ class ReplicasConfig(_Section):
     synchronized at every step, always.
 
     Each group updates its tables as if its own samples were the whole batch: with the gradient of the mean over them,
-    `num_groups` times their share of the whole batch's. The mean of the groups' tables then moves, for SGD averaged
-    after every step, as one copy trained on the whole batch. So learning rates need no change with `num_groups`.
+    `num_groups` times their share of the whole batch's. For SGD averaged after every step the mean of the tables then
+    moves just as one copy trained on the whole batch. Steps of the Adagrad family do not grow with the gradient:
+    averaged after every step they are shorter by about the square root of `num_groups`, which
+    optimizer.sparse.learning_rate can make good.
     """
 
     num_groups: int = Field(1, ge=1, description="Groups; divides the number of ranks. 1: no replicas.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sharding.config import ShardingConfig, TableConstraint
+from sharding.config import ShardingConfig
 from trainer.calibration.synthetic import Shape
 
 
@@ -28,10 +28,7 @@ def calibration_steps(num_ranks: int, *, is_quick: bool) -> list[CalibrationStep
     """Return what is measured with so many ranks; one rank knows table_wise and data_parallel only."""
     steps = [CalibrationStep(shape, _of_types(*types)) for shape, types in _combinations(num_ranks)]
     if num_ranks > 1:
-        mixed = ShardingConfig(
-            types=("table_wise",), constraints=(TableConstraint(tables=("t_c1*",), types=("row_wise",)),)
-        )
-        steps.append(CalibrationStep(_SHAPES["many"], mixed))
+        steps += [CalibrationStep(_SHAPES[name], _mixed(**patterns)) for name, patterns in _MIXTURES.items()]
     return [_shrink(step) for step in steps[:3]] if is_quick else steps
 
 
@@ -51,6 +48,14 @@ _SHAPES = {
     "replicated_wide": Shape((2000, 8000) * 6, (1, 5) * 6, dim=64, bottom=(128,), top=(128,)),
     "replicated_many": Shape((1000,) * 40, (1,) * 40, bottom=(32,), top=(32,), global_batch_size=512),
 }
+# Tables of these names are cut so; each type in use is a sharding group with kernels and collectives of its own.
+_MIXTURES = {
+    "many": {"row_wise": "t_c1*"},
+    "tiny": {"row_wise": "t_c[0-2]", "column_wise": "t_c[3-5]"},
+    "few": {"row_wise": "t_c[0-3]", "column_wise": "t_c[45]"},
+    "small_batch": {"row_wise": "t_c1*", "column_wise": "t_c2*"},
+    "wide": {"column_wise": "t_c[0-5]"},
+}
 _REPLICATED = tuple(name for name in _SHAPES if name.startswith("replicated"))
 _TABLE_WISE = tuple(name for name in _SHAPES if name not in _REPLICATED)
 
@@ -69,6 +74,12 @@ def _combinations(num_ranks: int) -> list[tuple[Shape, tuple[str, ...]]]:
 def _of_types(*types: str) -> ShardingConfig:
     kernels = ("dense",) if types == ("data_parallel",) else ("fused",)
     return ShardingConfig.model_validate({"types": types, "kernels": kernels, "memory_per_rank_gib": 64})
+
+
+def _mixed(**patterns: str) -> ShardingConfig:
+    """Whole tables, but those of a pattern in its type."""
+    constraints = [{"tables": (pattern,), "types": (kind,), "min_partition": 4} for kind, pattern in patterns.items()]
+    return ShardingConfig.model_validate({"types": ("table_wise",), "constraints": constraints})
 
 
 def _shrink(step: CalibrationStep) -> CalibrationStep:

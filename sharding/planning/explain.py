@@ -10,7 +10,7 @@ from sharding.config import KernelName, ShardingConfig, TableConstraint
 from sharding.plan_file import StepPrediction
 from sharding.planning.errors import PlanError
 from sharding.planning.options import Option
-from sharding.planning.planner import GIB, Planning, chosen_options, predict, prepare
+from sharding.planning.planner import GIB, INDISTINGUISHABLE, Planning, chosen_options, predict, prepare
 from sharding.planning.search import Solution, replace_one
 from sharding.planning.ways_out import ALL_TYPES
 
@@ -119,7 +119,10 @@ def _reason(
     if abs(change) < EQUAL:
         return f"{prefix}as fast, within {EQUAL:.1%}"
     if change < 0:
-        return f"{prefix}{-change:.1%} faster by this reckoning" + ("; the search missed it" if is_allowed else "")
+        why = "; the search missed it" if is_allowed else ""
+        if is_allowed and step.total_s * (1 + INDISTINGUISHABLE) >= best.total_s:
+            why = f", which predictions do not tell apart below {INDISTINGUISHABLE:.0%}; fewer shards were preferred"
+        return f"{prefix}{-change:.1%} faster by this reckoning{why}"
     part, seconds = _largest_increase(step, best)
     slower = f"{change:.1%} slower" if change < 1 else f"{1 + change:.1f} times the step"
     return f"{prefix}{slower}, most of it {part} (+{seconds * 1e3:,.2f} ms)"

@@ -105,6 +105,23 @@ def test_the_same_job_gives_the_same_text():
     assert first == second
 
 
+def test_of_plans_that_predictions_do_not_tell_apart_the_one_with_fewest_shards_is_taken():
+    tables = make_plan(
+        make_job((1_000,) * 8, dim=64), make_cluster(), config_of(), recipe="r", papilio_version="0"
+    ).tables
+    fastest = min(
+        make_plan(
+            make_job((1_000,) * 8, dim=64), make_cluster(), config_of(types=[kind]), recipe="r", papilio_version="0"
+        ).step.total_s
+        for kind in ("table_wise", "row_wise", "column_wise")
+    )
+    whole = make_plan(
+        make_job((1_000,) * 8, dim=64), make_cluster(), config_of(types=["table_wise"]), recipe="r", papilio_version="0"
+    )
+    assert whole.step.total_s <= 1.1 * fastest
+    assert {table.sharding_type for table in tables} == {"table_wise"}
+
+
 def test_a_table_too_big_for_a_rank_is_cut():
     big = (60_000_000, 1_000, 1_000)  # 57 GiB of weights and 0.2 GiB of state at dim 256
     plan = make_plan(

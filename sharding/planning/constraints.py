@@ -155,7 +155,8 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
     if not left:
         where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
         raise PlanError(
-            f"{where}: table {table.name} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow table_wise"
+            f"{where}: table {table.name} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow "
+            "table_wise"
         )
     return replace(rules, types=left)
 

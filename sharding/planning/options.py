@@ -102,8 +102,8 @@ def enumerate_options(
     """List every option for a table, in a fixed order.
 
     Column blocks are equal, at least `min_partition` columns wide and a multiple of 4 (FBGEMM) or of more, and no more
-    than the ranks or hosts that can hold them. Types that come to the same as a simpler one are left out if the simpler one is
-    allowed: with one host table_row_wise is row_wise and table_column_wise is column_wise, on one rank all are
+    than the ranks or hosts that can hold them. Types that come to the same as a simpler one are left out if the simpler
+    one is allowed: with one host table_row_wise is row_wise and table_column_wise is column_wise, on one rank all are
     table_wise, and a single column block is a whole table.
     """
     num_ranks, per_host = cluster.group_size, cluster.group_ranks_per_node

@@ -151,6 +151,15 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
             f"optimizer.sparse.name = {job.sparse_optimizer!r} updates only the rows looked up, which a replica's "
             "dense gradient does not tell"
         )
+    kernels = rules.kernels
+    if cluster.num_groups > 1:
+        # Averaging reads the host's copy of the weights, while the cache may hold newer rows.
+        kernels = tuple(kernel for kernel in kernels if kernel != "fused_uvm_caching")
+        if not kernels:
+            raise PlanError(
+                f"table {table.name}: sharding.replicas has groups, which do not average tables behind a cache; use the "
+                "kernels fused or fused_uvm"
+            )
     left = tuple(name for name in rules.types if name not in why)
     if not left:
         where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
@@ -158,7 +167,7 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
             f"{where}: table {table.name} may only be {', '.join(rules.types)}, but {why[rules.types[0]]}; allow "
             "table_wise"
         )
-    return replace(rules, types=left)
+    return replace(rules, types=left, kernels=kernels)
 
 
 def _single_item(table: Table, rules: _Rules, cluster: Cluster) -> Item:

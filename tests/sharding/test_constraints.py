@@ -162,3 +162,8 @@ def test_data_parallel_is_refused_where_it_would_train_otherwise():
     half = tuple(dataclasses.replace(table, precision="fp16") for table in make_job().tables)
     message = refusal(job_with(tables=half), make_cluster(), types=["data_parallel"])
     assert "model.table_precision is fp16, in which a replica would keep its gradient" in message
+
+
+def test_a_cache_is_refused_in_groups():
+    message = refusal(make_job(), make_cluster(num_groups=2), kernels=["fused_uvm_caching"])
+    assert message.startswith("table t_0: sharding.replicas has groups, which do not average tables behind a cache")

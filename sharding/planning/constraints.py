@@ -157,8 +157,8 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
         kernels = tuple(kernel for kernel in kernels if kernel != "fused_uvm_caching")
         if not kernels:
             raise PlanError(
-                f"table {table.name}: sharding.replicas has groups, which do not average tables behind a cache; use the "
-                "kernels fused or fused_uvm"
+                f"table {table.name}: sharding.replicas has groups, which do not average tables behind a cache; "
+                "use the kernels fused or fused_uvm"
             )
     left = tuple(name for name in rules.types if name not in why)
     if not left:

@@ -126,7 +126,14 @@ def train_unsharded(config, num_steps):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sharding_type"), [("dlrm", "table_wise"), ("dlrm", "row_wise"), ("dlrm_dcnv2", "table_wise")]
+    ("architecture", "sharding_type"),
+    [
+        ("dlrm", "table_wise"),
+        ("dlrm", "row_wise"),
+        ("dlrm", "data_parallel"),
+        ("dlrm_dcnv2", "table_wise"),
+        ("dlrm_dcnv2", "grid_shard"),
+    ],
 )
 def test_two_ranks_train_what_an_unsharded_model_does(one_rank, two_ranks, tmp_path, architecture, sharding_type):
     """One epoch of 403 samples: 20 full steps and a short one of 3 samples, which the ranks share unevenly."""

@@ -24,12 +24,12 @@ FOREIGN_IMPORTS = {
     "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
     "launch": {"pydantic", "torchx"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
-    "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
+    "trainer": {"boto3", "botocore", "iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
 }
 # papilio doctor runs this one in a process of its own, to see whether the trio loads.
 PROBE = "launch.fbgemm_probe"
 # Bytes are apart from policy: these alone know iopath, by which any storage is reached.
-KNOW_IOPATH = {"data_pipeline.paths", "trainer.storage"}
+KNOW_IOPATH = {"data_pipeline.paths", "trainer.s3_storage", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
 JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate", "sharding.reports.diff"}
 

@@ -1,0 +1,93 @@
+"""Durable files on local disks: whole or absent, also after a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+
+from trainer.retries import TryAgainError
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
+
+
+def write_local(path: str, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write a file under a temporary name, flush it to the disk, then give it its name; return its bytes.
+
+    Raises:
+        OSError: it was not written; nothing is left behind.
+        TryAgainError: fewer or more bytes are stored than were written.
+    """
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            num_bytes = sum(file.write(chunk) for chunk in chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        _check_size(temporary, num_bytes)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+    return num_bytes
+
+
+def make_local_folder(path: str) -> None:
+    """Create a folder and its parents, if need be, so that they are still there after a power cut."""
+    missing = []
+    parent = os.path.abspath(path)
+    while not os.path.isdir(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    os.makedirs(path, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(os.path.dirname(folder))
+
+
+def remove_local_folder(path: str) -> None:
+    """Remove a folder and what is in it; what is missing, or goes away meanwhile, is no error."""
+    while os.path.isdir(path):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def read_local_range(path: str, offset: int, length: int) -> bytes:
+    """Read up to `length` bytes from an offset on; fewer only at the end of the file."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def sync_folder(path: str) -> None:
+    """Flush the names in a folder to the disk. A missing folder, or a disk that cannot, is no error."""
+    try:
+        descriptor = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network disks refuse to sync folders, and keep names without
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def free_local_bytes(folder: str) -> int:
+    """Bytes that this user may still write to the disk of a folder, which need not exist yet."""
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+def _check_size(path: str, num_bytes: int) -> None:
+    stored = os.stat(path).st_size
+    if stored != num_bytes:
+        raise TryAgainError(f"{num_bytes} bytes were written, {stored} are stored")

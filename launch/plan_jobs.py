@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sharding.reports.diff import diff_plans, format_diff
-
 from launch.usage import UsageError, require_files
 from sharding.plan_file import read_plan_file
+from sharding.reports.diff import diff_plans, format_diff
 from trainer.config_file import load_config
 
 MIN_COLUMNS = 80

@@ -1,0 +1,95 @@
+"""A stand-in for training, for tests of agents: `python -m tests.support.toy_job FOLDER [--what=value ...]`.
+
+Each rank adds its steps to FOLDER/steps_<rank>, and all resume at the step in FOLDER/checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.failures import LostRankError
+from trainer.job_health import JobHealth, job_health
+from trainer.preemption import Preemption, watch_for_preemption
+from trainer.ranks import Ranks, process_group
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--step-s", type=float, default=0.02)
+    parser.add_argument("--save-s", type=float, default=0.0)
+    parser.add_argument("--stall-timeout-s", type=float, default=60.0)
+    parser.add_argument("--event", default="", help="kind:rank:step, once")
+    options = parser.parse_args()
+    with (
+        process_group() as ranks,
+        job_health(ranks, options.stall_timeout_s) as health,
+        watch_for_preemption(ranks) as preemption,
+    ):
+        return train(options, ranks, health, preemption)
+
+
+def train(options: argparse.Namespace, ranks: Ranks, health: JobHealth, preemption: Preemption) -> int:
+    checkpoint = options.folder / "checkpoint"
+    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    (options.folder / f"pid_{ranks.rank}").write_text(str(os.getpid()))
+    if ranks.is_first:
+        print(f"toy begins at step {step} on {ranks.world_size}", flush=True)
+    while step < options.steps:
+        step += 1
+        happen(options, ranks.rank, step)
+        time.sleep(options.step_s)
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        assert value.item() == ranks.world_size
+        health.mark(step)
+        is_preempted = preemption.is_agreed(step)
+        if is_preempted or step % 5 == 0:
+            time.sleep(options.save_s if is_preempted else 0)
+            save(checkpoint, step, is_first=ranks.is_first)
+        if is_preempted:
+            print(f"saved at {step}", flush=True)
+            return RESUME_EXIT_CODE
+    if ranks.is_first:
+        print(f"toy ends at step {step} on {ranks.world_size}", flush=True)
+    return 0
+
+
+def happen(options: argparse.Namespace, rank: int, step: int) -> None:
+    """Let the event of the options happen, the first time."""
+    kind, _, place = options.event.partition(":")
+    if place != f"{rank}:{step}" or (options.folder / "has_happened").exists():
+        return
+    (options.folder / "has_happened").touch()
+    if kind == "raise":
+        raise ValueError("this rank fails on purpose")
+    if kind == "sleep":
+        time.sleep(1000)
+    if kind == "refuse":
+        sys.exit(NO_RESTART_EXIT_CODE)
+    os.kill(os.getpid(), getattr(signal, kind))
+
+
+def save(checkpoint: Path, step: int, *, is_first: bool) -> None:
+    if is_first:
+        temporary = checkpoint.with_suffix(".new")
+        temporary.write_text(str(step))
+        temporary.rename(checkpoint)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LostRankError as error:
+        sys.exit(f"toy: error: {error}")

@@ -1,0 +1,262 @@
+"""One host's agent: torchrun's, with exit codes that mean something and messages in one line.
+
+`python -m trainer.agent` takes the arguments of torchrun (with the c10d rendezvous) and does what it does, but:
+
+- ranks that leave with status 75 after SIGTERM have saved: nothing failed. This host's agent leaves with 75 too if it
+  was told to end, or if the job needs all hosts; in an elastic job the others go on, and count no restart;
+- the rank that failed first is noted where the other ranks look for it, and named before each restart;
+- a rank that leaves with status 78 made a mistake that it would make again: the job is not restarted;
+- after a failure the other ranks get some seconds to say what they saw, before they are ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.run import config_from_args, parse_args
+
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
+
+# Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
+LAST_WORDS_S = 6.0
+# What a rank that failed to end by itself gets between SIGTERM and SIGKILL.
+FAILED_GRACE_S = 3.0
+# For the other agents of a job that was preempted whole, to see their own ranks leave.
+FAREWELL_S = 15.0
+POLL_S = 0.05
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this host's part of a job; return 0, 1, 75 (resume me), or 128 + the signal that ended it."""
+    # With torch's shared store an agent that joins after a loss waits for an address that nobody writes, and the
+    # survivors die after 60 s (seen 2 times of 2 with torch 2.13.0).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # What torch's agent would log about its ranks is said here in fewer words.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    parsed = parse_args(sys.argv[1:] if arguments is None else list(arguments))  # type: ignore[no-untyped-call]
+    config, command, command_arguments = config_from_args(parsed)
+    store = _host_own_rendezvous(config)
+    agent = Agent(config, str(command), command_arguments)
+    status = agent.run_to_the_end()
+    del store
+    return status
+
+
+def _host_own_rendezvous(config: LaunchConfig) -> dist.TCPStore | None:
+    """Hold the store of a job of one host here, on a free port, so that its ranks can be told where it is."""
+    store = None
+    if config.rdzv_endpoint.endswith(":0"):
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        config.rdzv_endpoint = f"localhost:{store.port}"
+        config.rdzv_configs["is_host"] = "0"
+    os.environ["PET_RDZV_ENDPOINT"] = config.rdzv_endpoint
+    return store
+
+
+class Agent(LocalElasticAgent):
+    """Starts and watches this host's ranks, as torchrun does; see the module for what is different."""
+
+    def __init__(self, config: LaunchConfig, command: str, arguments: Sequence[Any]) -> None:
+        """`command` with `arguments` starts one rank."""
+        rendezvous = RendezvousParameters(
+            backend=config.rdzv_backend,
+            endpoint=config.rdzv_endpoint,
+            run_id=config.run_id,
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            local_addr=config.local_addr,
+            **config.rdzv_configs,
+        )
+        spec = WorkerSpec(
+            role=config.role,
+            local_world_size=config.nproc_per_node,
+            rdzv_handler=get_rendezvous_handler(rendezvous),
+            entrypoint=command,
+            args=tuple(arguments),
+            max_restarts=config.max_restarts,
+            monitor_interval=config.monitor_interval,
+            local_addr=config.local_addr,
+            numa_options=config.numa_options,
+        )
+        assert config.logs_specs is not None
+        super().__init__(spec, config.logs_specs, config.start_method)
+        self._is_elastic = config.min_nodes < config.max_nodes
+        self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        self._channel = SideChannel(None)
+        self._were_saved = False
+        self._failure = ""
+
+    def run_to_the_end(self) -> int:
+        """Run the ranks, restarting them as allowed, and return this process's exit status."""
+        handler = self._worker_group.spec.rdzv_handler
+        try:
+            result: RunResult | None = self.run()
+        except SignalException as stopped:
+            # The rendezvous stays open: the other hosts of an elastic job go on.
+            return self._status_after(stopped.sigval)
+        except (RendezvousError, dist.DistError) as error:
+            return self._status_after_rendezvous_error(error)
+        handler.shutdown()
+        if self._were_saved:
+            say("all ranks saved and left; start the job again to resume")
+            return RESUME_EXIT_CODE
+        if result is None:
+            say("error: another host's agent ended the job")
+            return 1
+        if result.is_failed():
+            say(f"error: {self._failure}")
+            return 1
+        return 0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        spec = worker_group.spec
+        world_size = worker_group.workers[0].world_size
+        run_id, address, port = spec.rdzv_handler.get_run_id(), worker_group.master_addr, worker_group.master_port
+        self._channel = open_side_channel(
+            {
+                "PET_RDZV_ENDPOINT": os.environ["PET_RDZV_ENDPOINT"],
+                "TORCHELASTIC_RUN_ID": run_id,
+                "MASTER_ADDR": str(address),
+                "MASTER_PORT": str(port),
+            }
+        )
+        if worker_group.group_rank == 0:
+            self._channel.forget(world_size)
+        if self._failure or self._were_saved:
+            say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
+        self._failure, self._were_saved = "", False
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        first = self._first_to_fail(worker_group)
+        if first is not None:
+            self._let_ranks_end(*first)
+            if self._have_saved():
+                return self._after_saving(worker_group)
+            self._tell_failure(first[1])
+        result: RunResult = super()._monitor_workers(worker_group)
+        return result
+
+    def _let_ranks_end(self, rank: int, status: int) -> None:
+        """After the end of the first, give this host's other ranks time to end by themselves; then end them."""
+        if status == RESUME_EXIT_CODE:
+            self._wait_for_ranks(self._grace_s)
+        else:
+            self._note_failure(rank, status)
+            self._wait_for_ranks(LAST_WORDS_S)
+        self._end_ranks(FAILED_GRACE_S)
+
+    def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
+        """End the ranks before a restart: in health, when another host joins, with time to save."""
+        self._end_ranks(self._grace_s)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **named: Any) -> None:
+        """End the ranks for good. Whatever signal came, ranks get the one that lets them save."""
+        for number in SIGNALS:
+            # More signals must not cut this short, or ranks would be left behind; but Ctrl-C again means now.
+            signal.signal(number, self._kill_ranks if number == signal.SIGINT else signal.SIG_IGN)
+        self._end_ranks(self._grace_s)
+
+    def _end_ranks(self, grace_s: float) -> None:
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGTERM, int(grace_s))
+
+    def _kill_ranks(self, number: int, frame: FrameType | None) -> None:
+        for handler in self._handlers().values():
+            if handler.proc.poll() is None:
+                os.killpg(handler.proc.pid, signal.SIGKILL)
+
+    def _handlers(self) -> dict[int, Any]:
+        return getattr(self._pcontext, "subprocess_handlers", {})
+
+    def _exit_statuses(self) -> dict[int, int | None]:
+        """By local rank; None while it runs, minus the signal that ended it."""
+        return {local_rank: handler.proc.poll() for local_rank, handler in self._handlers().items()}
+
+    def _first_to_fail(self, worker_group: WorkerGroup) -> tuple[int, int] | None:
+        """Global rank and status of a rank that did not end well; one that was killed rather than one that noticed."""
+        ended = {rank: status for rank, status in self._exit_statuses().items() if status}
+        if not ended:
+            return None
+        local_rank = min(ended, key=lambda rank: (ended[rank], rank))
+        return worker_group.workers[local_rank].global_rank, ended[local_rank]
+
+    def _wait_for_ranks(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while None in self._exit_statuses().values() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+
+    def _have_saved(self) -> bool:
+        statuses = set(self._exit_statuses().values())
+        return statuses == {RESUME_EXIT_CODE}
+
+    def _after_saving(self, worker_group: WorkerGroup) -> RunResult:
+        self._were_saved = True
+        if self._is_elastic:
+            say("all ranks saved and left, for a host is taken or one joins; going on with the hosts there are")
+            self._restart_workers(worker_group)
+            return RunResult(state=WorkerState.HEALTHY)
+        self._exit_barrier_timeout = FAREWELL_S
+        statuses = {worker.global_rank: RESUME_EXIT_CODE for worker in worker_group.workers}
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=statuses)
+
+    def _note_failure(self, rank: int, status: int) -> None:
+        sign = self._channel.signs(rank + 1).get(rank)
+        last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
+        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign, time.time())
+        self._failure = str(self._channel.note_failure(failure))
+
+    def _tell_failure(self, status: int) -> None:
+        if status == NO_RESTART_EXIT_CODE:
+            self._remaining_restarts = 0
+        if self._remaining_restarts > 0:
+            most = self._worker_group.spec.max_restarts
+            say(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
+
+    def _status_after(self, number: signal.Signals) -> int:
+        statuses = set(self._exit_statuses().values())
+        if RESUME_EXIT_CODE in statuses or (self._were_saved and not statuses - {None}):
+            say(f"stopped by {number.name}; all ranks saved and left; start the job again to resume")
+            return RESUME_EXIT_CODE
+        say(f"stopped by {number.name}; all ranks were ended, without saving")
+        return 128 + number
+
+    def _status_after_rendezvous_error(self, error: Exception) -> int:
+        cause = error.__cause__ or error
+        say(f"error: {self._failure + '; ' if self._failure else ''}the hosts do not find each other: {cause}")
+        return RESUME_EXIT_CODE if self._were_saved else 1
+
+
+def describe_status(status: int) -> str:
+    """Say in words how a process ended; minus the signal that ended it, as subprocess has it."""
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name
+    why = " (by hand, or by the kernel for want of memory)" if -status == signal.SIGKILL else ""
+    return f"killed by {name}{why}"
+
+
+def say(message: str) -> None:
+    """Print a line of the agent's own."""
+    print(f"papilio: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Who failed first: told in every rank's log after an error, without any collective.
+
+A rank that fails by itself notes so in the side channel. A rank whose peer went away looks there for the cause, or
+names the ranks that give no more signs of life.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+from trainer.ranks import Ranks
+from trainer.side_channel import Failure, SideChannel, Sign, host_name
+
+# How long a rank that lost its peers waits for the cause: some beats, and for the agent to find the dead.
+WAIT_FOR_CAUSE_S = 3.0
+POLL_S = 0.1
+MAX_ERROR_CHARACTERS = 300
+# What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
+SYMPTOMS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was closed",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+    "timed out",
+    "timeout",
+    "recvvalue failed",
+    "failed to recv",
+    "connectfullmesh failed",
+    "ncclremoteerror",
+    "remote process exited",
+    "nccl communicator was aborted",
+)
+
+
+class LostRankError(RuntimeError):
+    """Another rank failed first, or went away; the message says which and why."""
+
+
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether an error says only that some other rank went away, and not why."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(symptom in text for symptom in SYMPTOMS_OF_A_LOST_PEER)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and first line."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = text[: MAX_ERROR_CHARACTERS - 3] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: SideChannel) -> str | None:
+    """Note that this rank failed by itself; return a line about another that did so first, for another reason."""
+    text = one_line(error)
+    first = channel.note_failure(Failure(ranks.rank, host_name(), step, text, time.time()))
+    return None if first.rank == ranks.rank or first.error == text else str(first)
+
+
+def find_cause(ranks: Ranks, step: int, channel: SideChannel, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
+    """After the loss of a peer, wait a little for the first failure's note, and return it as a line.
+
+    When there is none, name the ranks that fell silent, and note the first of them for the others.
+    """
+    before = channel.signs(ranks.world_size)
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s:
+        first = channel.first_failure()
+        if first is not None:
+            return str(first)
+        if not channel.is_answering:
+            return (
+                f"rank {ranks.rank} lost the other ranks at step {step:,}, and the store that knows more does not "
+                "answer: the host of rank 0 or of the first agent is gone, or cannot be reached"
+            )
+        time.sleep(POLL_S)
+    return _note_silent_ranks(before, channel.signs(ranks.world_size), ranks, channel)
+
+
+def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, channel: SideChannel) -> str:
+    silent = silent_ranks(before, after, ranks.world_size)
+    if not silent:
+        return "all ranks give signs of life, yet a connection between them broke: is the network between them sound?"
+    failures = [_silence_of(rank, after.get(rank)) for rank in silent]
+    channel.note_failure(failures[0])
+    return "; ".join(f"rank {failure.rank} (host {failure.host}) {failure.error}" for failure in failures)
+
+
+def _silence_of(rank: int, sign: Sign | None) -> Failure:
+    if sign is None:
+        return Failure(rank, "unknown", -1, "went away before it gave a sign of life", time.time())
+    error = f"went away without a word after step {sign.step:,}: killed, or its host is gone"
+    return Failure(rank, sign.host, sign.step, error, time.time())
+
+
+def silent_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:
+    """Return the ranks that gave no new sign between two readings some seconds apart, and did not take their leave."""
+    return [
+        rank
+        for rank in range(world_size)
+        if rank not in after
+        or (not after[rank].has_left and rank in before and after[rank].count == before[rank].count)
+    ]

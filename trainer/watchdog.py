@@ -1,0 +1,185 @@
+"""Signs of life, and the end of a rank that waits for ever.
+
+Each rank has a thread that writes, once a second, where its training stands into the side channel; the step itself only
+assigns a few attributes. When nothing has moved here for `stall_timeout_s`, the thread reads the others' signs, says
+which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from trainer.failures import one_line, silent_ranks
+from trainer.ranks import Ranks
+from trainer.side_channel import Failure, SideChannel, Sign, host_name
+
+BEAT_S = 1.0
+# Of two readings of the signs, so far apart, a rank that lives has given a new one in between.
+SILENCE_S = 2.5
+# After another rank's failure was noted, how long this one may be stuck before it is ended.
+GRACE_AFTER_FAILURE_S = 15.0
+
+
+class Watchdog:
+    """The thread that watches one rank; `mark` is called by the training as it goes on."""
+
+    def __init__(self, ranks: Ranks, stall_timeout_s: float, channel: SideChannel) -> None:
+        self._ranks = ranks
+        self._stall_timeout_s = stall_timeout_s
+        self._channel = channel
+        self._step = 0
+        self._phase = "start-up"
+        self._num_marks = 0
+        self._count = 0
+        self._moved_s = time.monotonic()
+        self._seen = (0, 0)
+        self._failure_seen_s: float | None = None
+        self._has_ended = threading.Event()
+        self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    @property
+    def step(self) -> int:
+        """The step marked last."""
+        return self._step
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def mark(self, step: int, phase: str) -> None:
+        """Say that this rank moves: it is at `step`, in `phase`."""
+        self._step = step
+        self._phase = phase
+        self._num_marks += 1
+
+    def end(self, *, has_failed: bool) -> None:
+        """Stop watching, and leave a last sign. It may be called once."""
+        self._has_ended.set()
+        self._thread.join(BEAT_S)
+        self._phase = "failed" if has_failed else "done"
+        self._channel.publish(self._sign(has_left=True))
+
+    def _run(self) -> None:
+        while not self._has_ended.wait(BEAT_S):
+            self._look()
+            self._channel.publish(self._sign())
+            if self._agent_pid is not None and os.getppid() != self._agent_pid:
+                self._end_process(f"the agent of rank {self._ranks.rank} is gone; this rank ends too")
+            elif self._idle_s() > self._stall_timeout_s:
+                self._report_stall()
+            else:
+                self._follow_the_first_failure()
+
+    def _look(self) -> None:
+        seen = (self._num_marks, self._num_collectives())
+        if seen != self._seen:
+            self._seen = seen
+            self._moved_s = time.monotonic()
+
+    def _idle_s(self) -> float:
+        return time.monotonic() - self._moved_s
+
+    def _num_collectives(self) -> int:
+        return int(self._ranks.group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+
+    def _sign(self, *, has_left: bool = False) -> Sign:
+        self._count += 1
+        return Sign(
+            rank=self._ranks.rank,
+            host=host_name(),
+            step=self._step,
+            phase=self._phase,
+            num_collectives=self._seen[1],
+            count=self._count,
+            idle_s=self._idle_s(),
+            unix_s=time.time(),
+            has_left=has_left,
+        )
+
+    def _report_stall(self) -> NoReturn:
+        before = self._channel.signs(self._ranks.world_size)
+        if self._has_ended.wait(SILENCE_S):
+            sys.exit()
+        self._channel.publish(self._sign())
+        after = self._channel.signs(self._ranks.world_size)
+        line = describe_stall(before, after, self._ranks, self._sign(), time.time())
+        late = late_ranks(before, after, self._ranks.world_size) or [self._ranks.rank]
+        host = after[late[0]].host if late[0] in after else "unknown"
+        error = f"no step for {self._idle_s():.0f} s; {line}"
+        self._channel.note_failure(Failure(late[0], host, self._step, error, time.time()))
+        self._end_process(
+            f"no step for {self._idle_s():.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {line}"
+        )
+
+    def _follow_the_first_failure(self) -> None:
+        """End this rank when it is stuck after another has failed: NCCL would let it wait."""
+        first = self._channel.first_failure()
+        if first is None or first.rank == self._ranks.rank:
+            return
+        now_s = time.monotonic()
+        self._failure_seen_s = self._failure_seen_s or now_s
+        if min(self._idle_s(), now_s - self._failure_seen_s) > GRACE_AFTER_FAILURE_S:
+            self._end_process(f"{first}; rank {self._ranks.rank} waited for it in vain")
+
+    def _end_process(self, line: str) -> NoReturn:
+        print(f"papilio: {line}", file=sys.stderr, flush=True)
+        try:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        except (OSError, ValueError) as error:
+            print(f"papilio: no stack can be shown: {one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def late_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:
+    """Return the ranks that the others wait for: those without a new sign, else those with the fewest collectives.
+
+    Empty when all stand at the same place.
+    """
+    gone = {rank for rank, sign in after.items() if sign.has_left}
+    silent = sorted(gone.union(silent_ranks(before, after, world_size)))
+    if silent:
+        return silent
+    places = {rank: (sign.step, sign.num_collectives) for rank, sign in after.items()}
+    behind = [rank for rank, place in places.items() if place < max(places.values())]
+    return sorted(behind)
+
+
+def describe_stall(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, own: Sign, now_unix_s: float) -> str:
+    """Say which ranks have not arrived, with their last signs, and which wait for them."""
+    late = late_ranks(before, after, ranks.world_size)
+    if not after:
+        return f"at step {own.step:,}, {own.phase}; the store with the other ranks' signs does not answer"
+    if not late:
+        return f"all {ranks.world_size} ranks stand still after step {own.step:,}, {own.phase}"
+    next_step = max(sign.step for sign in after.values()) + 1
+    told = "; ".join(_describe_late(rank, after.get(rank), next_step, now_unix_s) for rank in late)
+    waiting = [rank for rank in range(ranks.world_size) if rank not in late]
+    return f"{told}; {describe_ranks(waiting)} wait{'s' if len(waiting) == 1 else ''}" if waiting else told
+
+
+def _describe_late(rank: int, sign: Sign | None, next_step: int, now_unix_s: float) -> str:
+    if sign is None:
+        return f"rank {rank} has not arrived and never gave a sign of life"
+    age_s = max(0.0, now_unix_s - sign.unix_s) + sign.idle_s
+    return (
+        f"rank {rank} has not arrived at step {next_step:,}: last sign step {sign.step:,} ({sign.phase}), "
+        f"{age_s:.0f} s ago, host {sign.host}"
+    )
+
+
+def describe_ranks(ranks: list[int]) -> str:
+    """Write sorted rank numbers as "rank 3" or "ranks 0-2, 5"."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    text = ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 
 from iopath.common.file_io import PathManager
@@ -21,6 +22,9 @@ def replace(source: str, target: str) -> None:
     Raises:
         OSError: the storage did not move it.
     """
+    if "://" not in target:
+        os.replace(source, target)
+        return
     if path_manager.exists(target):
         path_manager.rm(target)
     if not path_manager.mv(source, target):

@@ -1,8 +1,15 @@
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.rank_pool import RankPool
+
+if TYPE_CHECKING:
+    from tests.support.s3_stand_in import S3StandIn
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +39,23 @@ def four_ranks() -> Iterator[RankPool]:
     pool = RankPool(4, local_world_size=2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def s3_stand_in() -> Iterator[S3StandIn]:
+    from tests.support.s3_stand_in import S3StandIn
+
+    stand_in = S3StandIn()
+    yield stand_in
+    stand_in.close()
+
+
+@pytest.fixture
+def s3(s3_stand_in: S3StandIn, monkeypatch: pytest.MonkeyPatch) -> S3StandIn:
+    """An S3 service on loopback with an empty bucket; boto3 finds it, in processes started from here on too."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_stand_in.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_stand_in.new_bucket()
+    return s3_stand_in

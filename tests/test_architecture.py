@@ -24,7 +24,8 @@ FOREIGN_IMPORTS = {
     "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
     "launch": {"pydantic", "torchx"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
-    "trainer": {"boto3", "botocore", "iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"},
+    "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"}
+    | {"boto3", "botocore", "urllib3"},
 }
 # papilio doctor runs this one in a process of its own, to see whether the trio loads.
 PROBE = "launch.fbgemm_probe"

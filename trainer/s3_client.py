@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import boto3
 from botocore import exceptions
 from botocore.config import Config
+from urllib3.exceptions import HTTPError
 
 from trainer.retries import DEFAULT_RETRIES, Failure, RetryPolicy, StorageError, attempt
 
@@ -30,6 +31,7 @@ _MENDS = {
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "ExpiredToken": f"the credentials have run out; {_CREDENTIALS}",
+    "RequestTimeTooSkewed": "set this machine's clock",
     "404": "check the path",
     "NoSuchKey": "check the path",
     "NoSuchBucket": "create the bucket, or correct its name",
@@ -50,26 +52,35 @@ _TRANSIENT_CODES = {
 }
 _TRANSIENT_STATUS = (408, 429)
 _TRANSIENT_ERRORS = (
+    exceptions.ConnectionError,
     exceptions.HTTPClientError,
     exceptions.IncompleteReadError,
     exceptions.FlexibleChecksumError,
     exceptions.ResponseStreamingError,
+    HTTPError,  # botocore lets a few through while a body is read
 )
 
 
 def explain_s3_error(error: Exception) -> Failure | None:
-    """Say what an exception of boto3 means; None for one that is not its."""
+    """Say what an exception of boto3 means, a ValueError of its configuration included; None for another."""
     if isinstance(error, exceptions.ClientError):
         code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         is_transient = status >= 500 or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
         number = errno.ENOENT if code in _MISSING else errno.EACCES if status == 403 else None
-        return Failure(str(error), _MENDS.get(code, "check the bucket and its service"), is_transient, number)
+        mend = _MENDS.get(code) or (_FORBIDDEN if status == 403 else "check the bucket and its service")
+        return Failure(str(error), mend, is_transient, number)
     if isinstance(error, _TRANSIENT_ERRORS):
         return Failure(str(error), _ENDPOINT, True, errno.ETIMEDOUT)
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return Failure(str(error), _CREDENTIALS, False, errno.EACCES)
-    if isinstance(error, exceptions.BotoCoreError):
-        return Failure(str(error), "check the AWS configuration (environment, ~/.aws/config)", False)
+    if isinstance(error, exceptions.ParamValidationError):
+        return Failure(str(error), "correct the bucket's name", False)
+    if isinstance(error, exceptions.BotoCoreError | ValueError):
+        return Failure(
+            str(error),
+            "check the AWS configuration (AWS_ENDPOINT_URL and others in the environment, ~/.aws/config)",
+            False,
+        )
     return None
 
 

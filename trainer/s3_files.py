@@ -87,11 +87,14 @@ class S3Reader(io.RawIOBase):
             if error_code(error) in ("InvalidRange", "416"):
                 return b""  # at the end, or the object is empty
             raise
-        with response["Body"] as body:
+        body = response["Body"]  # as a context manager it would be a bare stream, which does not check its length
+        try:
             if wanted and "ContentRange" not in response:
                 body.read(self._offset)  # a service that ignores ranges sends the whole object
                 return bytes(body.read(None if size < 0 else size))
             return bytes(body.read())
+        finally:
+            body.close()
 
 
 class S3Writer(io.RawIOBase):
@@ -179,7 +182,7 @@ class S3Writer(io.RawIOBase):
 
     def _upload_part(self, number: int, data: bytearray) -> dict[str, Any]:
         stored = self._ask("upload_part", UploadId=self._upload_id, PartNumber=number, Body=data)
-        checksums = {name: value for name, value in stored.items() if name in ("ChecksumCRC32", "ChecksumCRC64NVME")}
+        checksums = {name: value for name, value in stored.items() if name == "ChecksumCRC32"}
         return {"PartNumber": number, "ETag": stored["ETag"], **checksums}
 
     def _complete(self) -> None:
@@ -202,10 +205,10 @@ class S3Writer(io.RawIOBase):
         super().close()
 
     def _ask(self, method: str, **arguments: Any) -> Any:
-        call = getattr(client(), method)
-        return request(
-            "write", self._path, lambda: call(Bucket=self._bucket, Key=self._key, **arguments), self._retries
-        )
+        def ask() -> Any:
+            return getattr(client(), method)(Bucket=self._bucket, Key=self._key, **arguments)
+
+        return request("write", self._path, ask, self._retries)
 
 
 class TextWriter(io.TextIOWrapper):

@@ -11,15 +11,19 @@ but for the number of attempts, which is ours: botocore's come to the same and w
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import IO, Any
 
 from botocore import exceptions
 from iopath.common.file_io import PathHandler
 
-from trainer.retries import DEFAULT_RETRIES, RetryPolicy
+from trainer.retries import DEFAULT_RETRIES, RetryPolicy, StorageError
 from trainer.s3_client import PREFIX, client, object_size, request, split
 from trainer.s3_files import S3Reader, S3Writer, TextWriter
+
+logger = logging.getLogger(__name__)
 
 READ_AHEAD_BYTES = 8 << 20
 
@@ -99,7 +103,9 @@ def _pages(operation: str, path: str, retries: RetryPolicy, **options: Any) -> I
 
 
 def _remove_all(path: str, retries: RetryPolicy) -> None:
-    bucket = split(path)[0]
+    bucket, prefix = split(path)[0], _folder_key(path)
+    if not prefix:
+        raise StorageError(f"{path} is a whole bucket, which is not emptied; name a folder in it")
 
     def remove(keys: list[dict[str, str]]) -> None:
         answer = client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
@@ -109,4 +115,18 @@ def _remove_all(path: str, retries: RetryPolicy) -> None:
     for page in list(_pages("list", path, retries)):
         keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
         if keys:
-            request("remove", path, lambda keys=keys: remove(keys), retries)  # type: ignore[misc]
+            request("remove", path, partial(remove, keys), retries)
+    _abort_uploads(bucket, prefix)
+
+
+def _abort_uploads(bucket: str, prefix: str) -> None:
+    """Drop what killed processes had uploaded: no listing shows these parts, and they are paid for."""
+    try:
+        for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            for upload in page.get("Uploads", []):
+                if upload["Key"].startswith(prefix):  # some services take a prefix for a key
+                    client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    except (exceptions.ClientError, exceptions.BotoCoreError) as error:  # the objects are gone, which is what counts
+        logger.warning(
+            "unfinished uploads under s3://%s/%s may be left behind, at their cost: %s", bucket, prefix, error
+        )

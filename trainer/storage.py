@@ -104,7 +104,7 @@ def exists(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:
     """Say whether there is a file or a folder of that name."""
     local = _local_path(path)
     if local is not None:
-        return os.path.exists(local)
+        return attempt("look for", path, lambda: _exists_locally(local), retries)
     return attempt("look for", path, lambda: bool(path_manager.exists(path, **_options(path, retries))), retries)
 
 
@@ -216,6 +216,7 @@ def _write_remote(path: str, chunks: Iterable[bytes | memoryview], retries: Retr
             num_bytes += len(chunk)
     stored = _remote_size(path, retries)
     if stored != num_bytes:
+        path_manager.rm(path, **_options(path, retries))
         raise TryAgainError(f"{num_bytes} bytes were written, {stored} are stored")
     return num_bytes
 
@@ -250,6 +251,14 @@ def _remove_remote_folder(path: str) -> None:
             _remove_remote_folder(child)
         else:
             path_manager.rm(child)
+
+
+def _exists_locally(path: str) -> bool:
+    try:
+        os.stat(path)  # os.path.exists takes "forbidden" for "missing"
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _unlink(path: str) -> None:

@@ -23,7 +23,7 @@ def test_calibrating_writes_a_profile_that_plans_can_use(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rank(s): whole steps of" in done.stdout
-    assert "matrix products, fp32" in done.stdout
+    assert "2 rank(s) busy, " in done.stdout
     hardware = load_hardware(str(path))
     assert hardware.device == "cpu"
     rates = hardware.rates_of(2)

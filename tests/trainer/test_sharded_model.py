@@ -12,6 +12,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from data_pipeline.batch import Batch
 from data_pipeline.order import ReadPosition
 from sharding.initial_weights import initial_weights, initialize_tables
+from sharding.planning.errors import PlanError
 from tests.support.datasets import write_dataset
 from tests.support.plans import SHARDING_TYPES, make_plan
 from tests.support.reference import SparseReference, pool_bags
@@ -210,7 +211,7 @@ def train_and_evaluate(ranks, config):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             summary = train(config, ranks)
-    except ConfigError as error:
+    except (ConfigError, PlanError) as error:
         return str(error)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluate_run(config, summary.run_dir, config.data.path, "test", ranks)
@@ -245,4 +246,4 @@ def test_a_plan_that_would_change_the_training_is_refused_on_every_rank(two_rank
     sharding = {"types": ["data_parallel"], "kernels": ["dense", "fused"]}
     config = run_of(tmp_path, model={"table_precision": "fp16"}, sharding=sharding, output={"run_dir": "unused"})
     for message in two_ranks.run(train_and_evaluate, config):
-        assert message.startswith("the plan makes 3 table(s) data_parallel (t_a, t_b, t_m), but model.table_precision")
+        assert message.startswith("sharding: table t_a may only be data_parallel, but model.table_precision is fp16")

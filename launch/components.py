@@ -15,15 +15,23 @@ from torchx import specs
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
 JOIN_TIMEOUT_S = 900
 LOCAL_JOIN_TIMEOUT_S = 60
-# Below the 10 s after which TorchX's local scheduler kills the torchrun agent, whose ranks would live on as orphans.
+# Of an elastic job: how long the hosts that are there wait for more once they are enough, and (3 times 1 s) how long a
+# host may be silent. With torch's own 30 s and 3 times 5 s the loss of a host stops the others for 45 s.
+LAST_CALL_TIMEOUT_S = 5
+KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3"
+# What ranks that have nothing to save get between SIGTERM and SIGKILL. Below the 10 s after which TorchX's local
+# scheduler kills the agent, whose ranks would live on as orphans.
 SHUTDOWN_TIMEOUT_S = 5
+# What a training job gets, to save: below the 30 s that Slurm (KillWait) and Kubernetes give by default.
+# `papilio train` waits for it; under `torchx run -s local_cwd`, which does not, ranks without an agent end themselves.
+GRACE_S = 25
 
 
 def train(
     *overrides: str,
     recipe: str,
     nproc: int = 2,
-    nnodes: int = 1,
+    nnodes: str = "1",
     name: str = "train",
     python: str | None = None,
     image: str = "papilio",
@@ -33,6 +41,8 @@ def train(
     omp_threads: int = 1,
     max_retries: int = 0,
     rdzv_port: int = 29500,
+    max_restarts: int = 3,
+    grace_s: int = GRACE_S,
 ) -> specs.AppDef:
     """Plan, train and evaluate the model of a recipe on nproc ranks of each of nnodes nodes.
 
@@ -40,7 +50,7 @@ def train(
         overrides: settings that replace the recipe's, after `--`, each as --section.key=value
         recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
         nproc: ranks on each node; on GPUs, one for each
-        nnodes: number of nodes
+        nnodes: number of nodes, or the fewest and the most of an elastic job: 4, or 2:4
         name: name of the job
         python: interpreter that runs the ranks (default: the one that runs this command)
         image: container image, for schedulers that use one
@@ -50,10 +60,15 @@ def train(
         omp_threads: threads of each rank inside a CPU operator
         max_retries: how often the scheduler starts the job again after a failure, where it can
         rdzv_port: port on the first node where the nodes meet; unused with one node
+        max_restarts: how often the ranks are started again in place after a failure; joining and leaving nodes are free
+        grace_s: seconds that ranks get to save when they are told to end; less than the scheduler gives
     """
     command = ["trainer.train", "--recipe", recipe, *overrides]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _torchrun_role("train", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port)
+    role = _agent_role(
+        "train", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port, max_restarts=max_restarts
+    )
+    role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
@@ -93,7 +108,7 @@ def evaluate(
     """
     command = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _torchrun_role("evaluate", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port)
+    role = _agent_role("evaluate", command, nproc=nproc, nnodes=str(nnodes), python=python, rdzv_port=rdzv_port)
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
@@ -130,7 +145,7 @@ def calibrate(
     command = ["trainer.calibrate", "--output", output]
     command += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
     resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _torchrun_role("calibrate", command, nproc=nproc, nnodes=1, python=python, rdzv_port=0)
+    role = _agent_role("calibrate", command, nproc=nproc, nnodes="1", python=python, rdzv_port=0)
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
@@ -141,23 +156,33 @@ def _app(
     role.resource = resource
     role.max_retries = max_retries
     role.env["OMP_NUM_THREADS"] = str(omp_threads)
-    role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_TIMEOUT_S)
+    role.env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
     return specs.AppDef(name=name, roles=[role])
 
 
-def _torchrun_role(
-    role_name: str, command: list[str], *, nproc: int, nnodes: int, python: str | None, rdzv_port: int
+def _agent_role(
+    role_name: str,
+    command: list[str],
+    *,
+    nproc: int,
+    nnodes: str,
+    python: str | None,
+    rdzv_port: int,
+    max_restarts: int = 0,
 ) -> specs.Role:
-    """One replica a node, each a torchrun agent that starts `nproc` ranks of the module `command[0]`."""
-    if nproc < 1 or nnodes < 1:
+    """One replica a node, each an agent (trainer/agent.py) that starts `nproc` ranks of the module `command[0]`."""
+    fewest, most = _bounds(nnodes)
+    if nproc < 1 or fewest < 1:
         raise ValueError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
     python = python or sys.executable
-    join_timeout_s = LOCAL_JOIN_TIMEOUT_S if nnodes == 1 else JOIN_TIMEOUT_S
-    before = ["-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
-    before += ["--rdzv-backend=c10d", f"--rdzv-conf=join_timeout={join_timeout_s}", f"--rdzv-id={specs.macros.app_id}"]
+    rendezvous = [f"join_timeout={LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S}"]
+    rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
+    before = ["-m", "trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
+    before += [f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", f"--rdzv-conf={','.join(rendezvous)}"]
+    before += [f"--rdzv-id={specs.macros.app_id}"]
     # After "--", or torchrun takes an argument of the module for one of its own that begins alike (--run, --run-path).
     after = ["--tee=3", "--role=", "-m", "--", *(_escape_macros(word) for word in command)]
-    if nnodes == 1:
+    if most == 1:
         # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
         return specs.Role(role_name, "", entrypoint=python, args=[*before, "--rdzv-endpoint=localhost:0", *after])
     script = _refuse_without_head_node() + " ".join(
@@ -168,9 +193,19 @@ def _torchrun_role(
         "",
         entrypoint="bash",
         args=["-c", script],
-        num_replicas=nnodes,
+        num_replicas=most,
+        min_replicas=fewest if fewest < most else None,
         port_map={"c10d": rdzv_port},
     )
+
+
+def _bounds(nnodes: str) -> tuple[int, int]:
+    """Read "4" or "2:4" as the fewest and the most."""
+    fewest, colon, most = nnodes.partition(":")
+    most = most if colon else fewest
+    if not (fewest.isdigit() and most.isdigit() and int(fewest) <= int(most)):
+        raise ValueError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
+    return int(fewest), int(most)
 
 
 def _refuse_without_head_node() -> str:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import TextIO
 
 from torchx import specs
 from torchx.runner import Runner
-from torchx.schedulers.local_scheduler import SignalException, create_scheduler
+from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 
+# sysexits.h, "temporary failure": the agent leaves with it when all ranks saved (trainer/exit_codes.py).
+RESUME_EXIT_CODE = os.EX_TEMPFAIL
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.
 RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))(?:\[rank\d+\]: ?)?")
-TRACEBACK = "Traceback (most recent call last):"
 ERASE_TO_END_OF_LINE = "\x1b[K"
 
 
@@ -54,19 +59,44 @@ class LinePrinter:
         self._in_progress_line = False
 
 
+class _Stopper:
+    """Passes the first signal to end on to the agent, which lets the ranks save; Ctrl-C after that means at once."""
+
+    def __init__(self, agent_pid: int) -> None:
+        self._agent_pid = agent_pid
+        self.received: signal.Signals | None = None
+
+    def watch(self) -> None:
+        """Take over TorchX's handlers, which would kill the agent after 10 s."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self._send(signal.SIGTERM)
+        elif number == signal.SIGINT:
+            self._send(signal.SIGINT)
+        self.received = self.received or signal.Signals(number)
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._agent_pid, number)
+
+
 def run_locally(app: specs.AppDef) -> int:
     """Run `app` (one role, one node) under TorchX's local_cwd scheduler and print its output as it comes.
 
-    On SIGINT and SIGTERM the ranks are ended first. After a failure the full logs of the ranks are kept.
+    SIGINT and SIGTERM end the ranks, which may save before. After a failure the full logs of the ranks are kept.
 
     Returns:
-        The exit status: 0 when the job succeeded, 1 when it failed, 128 + the number of the signal that ended it.
+        The exit status: 0 when the job succeeded, 1 when it failed, 75 when it was told to end (but not by Ctrl-C) and
+        saved, so that the same command resumes it; else 128 + the number of the signal that ended it.
     """
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
     printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     try:
-        with Runner("papilio", {"local_cwd": create_scheduler}) as runner:
-            status = _follow(runner, app, log_dir, printer)
+        status = _follow(app, log_dir, printer)
     except SignalException as stopped:  # raised by TorchX's handlers; leaving the Runner has ended the ranks
         printer.end_progress()
         print(f"papilio: stopped by {stopped.sigval.name}; all ranks were ended", file=sys.stderr)
@@ -78,22 +108,40 @@ def run_locally(app: specs.AppDef) -> int:
     return status
 
 
-def _follow(runner: Runner, app: specs.AppDef, log_dir: str, printer: LinePrinter) -> int:
-    try:
+class _Scheduler(LocalScheduler):  # type: ignore[misc]
+    """TorchX's, with a look at the process that it keeps to itself."""
+
+    def agent(self) -> subprocess.Popen[bytes]:
+        """Return the process of the only replica of the only job."""
+        (app,) = self._apps.values()
+        ((replica,),) = app.role_replicas.values()
+        process: subprocess.Popen[bytes] = replica.proc
+        return process
+
+
+def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter) -> int:
+    scheduler = _Scheduler("papilio", CWDImageProvider)
+    with Runner("papilio", {"local_cwd": lambda session_name: scheduler}) as runner:
         handle = runner.run(app, "local_cwd", cfg={"log_dir": log_dir})
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
-        lines = _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True))
-        for line in _without_agent_traceback(lines):
+        agent = scheduler.agent()
+        stopper = _Stopper(agent.pid)
+        stopper.watch()
+        for line in _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True)):
             printer.print(line)
         printer.end_progress()
-        final = runner.wait(handle, wait_interval=0.1)
-        return 0 if final is not None and final.state == specs.AppState.SUCCEEDED else 1
-    except SignalException:
-        # An impatient second Ctrl-C must not cut off the ending of the ranks, which takes SHUTDOWN_TIMEOUT_S at most.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        raise
+        runner.wait(handle, wait_interval=0.1)
+    return _exit_status(agent.returncode, stopper.received)
+
+
+def _exit_status(agent_status: int, received: signal.Signals | None) -> int:
+    has_saved = agent_status == RESUME_EXIT_CODE
+    if received is None:
+        return agent_status if has_saved else int(agent_status != 0)
+    if agent_status == 0:  # the job had just ended
+        return 0
+    how = "the run was saved before" if has_saved else "all ranks were ended"
+    print(f"papilio: stopped by {received.name}; {how}", file=sys.stderr)
+    return RESUME_EXIT_CODE if has_saved and received != signal.SIGINT else 128 + received
 
 
 def _whole_lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -106,21 +154,3 @@ def _whole_lines(pieces: Iterable[str]) -> Iterator[str]:
             pending = ""
     if pending:
         yield pending
-
-
-def _without_agent_traceback(lines: Iterable[str]) -> Iterator[str]:
-    """Leave out the traceback with which torchrun ends when a rank failed: the rank's own has been printed before.
-
-    Any other traceback of torchrun itself passes, at the end.
-    """
-    held: list[str] = []
-    for line in lines:
-        if held or line == TRACEBACK:
-            if RANK_PREFIX.match(line):
-                yield line
-            else:
-                held.append(line)
-        else:
-            yield line
-    if not any("ChildFailedError" in line for line in held):
-        yield from held

@@ -233,9 +233,9 @@ class Agent(LocalElasticAgent):
     def _status_after(self, number: signal.Signals) -> int:
         statuses = set(self._exit_statuses().values())
         if RESUME_EXIT_CODE in statuses or (self._were_saved and not statuses - {None}):
-            say(f"stopped by {number.name}; all ranks saved and left; start the job again to resume")
+            say("all ranks saved and left; start the job again to resume")
             return RESUME_EXIT_CODE
-        say(f"stopped by {number.name}; all ranks were ended, without saving")
+        say(f"told to end by {number.name}; all ranks were ended, without saving")
         return 128 + number
 
     def _status_after_rendezvous_error(self, error: Exception) -> int:

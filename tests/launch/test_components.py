@@ -25,9 +25,10 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
     assert role.entrypoint == sys.executable
     assert role.args == [
         "-m",
-        "torch.distributed.run",
+        "trainer.agent",
         "--nnodes=1",
         "--nproc-per-node=3",
+        "--max-restarts=3",
         "--rdzv-backend=c10d",
         "--rdzv-conf=join_timeout=60",
         "--rdzv-id=job_7",
@@ -59,7 +60,7 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     app = components.evaluate(run="runs/a", nnodes=nnodes)
     role = resolve(app)
     words = role.args if nnodes == 1 else shlex.split(role.args[1])
-    after_launcher = words[words.index("torch.distributed.run") + 1 :]
+    after_launcher = words[words.index("trainer.agent") + 1 :]
     parsed = torch.distributed.run.parse_args(after_launcher)
     assert (parsed.module, parsed.training_script) == (True, "trainer.evaluate")
     assert parsed.training_script_args == ["--run", "runs/a", "--split", "test"]
@@ -71,7 +72,9 @@ def run_two_node_role(tmp_path: Path, head_node: str | None) -> subprocess.Compl
     interpreter = tmp_path / "python of nowhere"
     interpreter.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     interpreter.chmod(0o755)
-    role = resolve(components.train("--name=$HOME 'x'", recipe="r", nnodes=2, python=str(interpreter), rdzv_port=1234))
+    role = resolve(
+        components.train("--name=$HOME 'x'", recipe="r", nnodes="2", python=str(interpreter), rdzv_port=1234)
+    )
     assert role.num_replicas == 2
     environment = {"PATH": "/usr/bin:/bin"} | ({} if head_node is None else {HEAD_NODE_VARIABLE: head_node})
     command = [role.entrypoint, *role.args]
@@ -97,10 +100,35 @@ def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
     assert words[-5:] == ["--", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
 
 
-@pytest.mark.parametrize(("nproc", "nnodes"), [(0, 1), (2, 0)])
-def test_no_ranks_is_refused(nproc: int, nnodes: int) -> None:
+@pytest.mark.parametrize(("nproc", "nnodes"), [(0, "1"), (2, "0"), (2, "0:2")])
+def test_no_ranks_is_refused(nproc: int, nnodes: str) -> None:
     with pytest.raises(ValueError, match=f"must be at least 1; got nproc = {nproc}, nnodes = {nnodes}"):
         components.train(recipe="r", nproc=nproc, nnodes=nnodes)
+
+
+@pytest.mark.parametrize("nnodes", ["", "two", "1:", ":2", "3:2", "-1", "1:2:3"])
+def test_a_number_of_nodes_that_is_none_is_refused(nnodes: str) -> None:
+    with pytest.raises(ValueError, match=f"the fewest and the most, as in 4 or 2:4; got {nnodes}$"):
+        components.train(recipe="r", nnodes=nnodes)
+
+
+def test_an_elastic_job_notices_a_lost_node_soon() -> None:
+    app = components.train(recipe="r", nnodes="1:3", max_restarts=5)
+    role = resolve(app)
+    assert (role.num_replicas, role.min_replicas) == (3, 1)
+    words = shlex.split(role.args[1])
+    parsed = torch.distributed.run.parse_args(words[words.index("trainer.agent") + 1 :])
+    assert (parsed.nnodes, parsed.max_restarts) == ("1:3", 5)
+    assert "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3" in parsed.rdzv_conf
+
+
+def test_training_gets_time_to_save_and_restarts_and_evaluation_neither() -> None:
+    train, evaluate = components.train(recipe="r"), components.evaluate(run="runs/a")
+    assert train.roles[0].env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "25"
+    assert components.train(recipe="r", grace_s=90).roles[0].env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
+    assert evaluate.roles[0].env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "5"
+    assert "--max-restarts=3" in train.roles[0].args
+    assert "--max-restarts=0" in evaluate.roles[0].args
 
 
 def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:

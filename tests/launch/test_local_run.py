@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_run import LinePrinter, _whole_lines, _without_agent_traceback
+from launch.local_run import LinePrinter, _whole_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A package `trainer` in the working folder stands before ours, so the component runs this instead of a training job.
+# A package `trainer` in the working folder stands before ours, so the component runs this instead of a training job;
+# what it lacks is found in ours.
+STAND_IN_PACKAGE = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)"
 STAND_IN_JOB = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 rank = os.environ["RANK"]
 print(f"rank {rank} of {os.environ['WORLD_SIZE']} has {os.environ['OMP_NUM_THREADS']} thread", flush=True)
+if "--save=1" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda number, frame: (time.sleep(7), print("saved", flush=True), sys.exit(75)))
 if "--fail=1" in sys.argv and rank == "1":
     sys.exit("this rank fails on purpose")
-if "--hang=1" in sys.argv:
+if "--hang=1" in sys.argv or "--save=1" in sys.argv:
     Path(f"pid_{rank}").write_text(str(os.getpid()))
     time.sleep(300)
 """
@@ -34,7 +38,7 @@ sys.exit(run_locally(components.train(*sys.argv[1:], recipe="r", nproc=2)))
 @pytest.fixture
 def job_folder(tmp_path: Path) -> Path:
     (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").touch()
+    (tmp_path / "trainer" / "__init__.py").write_text(STAND_IN_PACKAGE)
     (tmp_path / "trainer" / "train.py").write_text(STAND_IN_JOB)
     (tmp_path / "tmp").mkdir()
     return tmp_path
@@ -90,6 +94,19 @@ def test_a_signal_ends_all_ranks(job_folder: Path, number: signal.Signals) -> No
     wait_for(lambda: not any(is_alive(int(path.read_text())) for path in pid_files), "the end of both ranks")
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_ranks_that_save_get_the_time_to(job_folder: Path, number: signal.Signals, status: int) -> None:
+    """Seven seconds are more than ranks without anything to save get; ten, and TorchX would kill the agent."""
+    job = start_job(job_folder, "--save=1")
+    pid_files = [job_folder / "pid_0", job_folder / "pid_1"]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pid_files), "both ranks")
+    job.send_signal(number)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == status, err
+    assert sorted(out.splitlines())[-2:] == ["rank 1: saved", "saved"], out
+    assert f"papilio: stopped by {number.name}; the run was saved before" in err
+
+
 def printed(lines: list[str], num_columns: int | None) -> str:
     stream = io.StringIO()
     printer = LinePrinter(stream, num_columns)
@@ -135,16 +152,3 @@ def test_tables_are_not_taken_for_progress() -> None:
 
 def test_lines_cut_by_the_reader_are_joined() -> None:
     assert list(_whole_lines(["a\n", "b", "c\n", "\n", "d"])) == ["a", "bc", "", "d"]
-
-
-AGENT_TRACEBACK = ["Traceback (most recent call last):", '  File "run.py", line 1']
-
-
-def test_torchruns_traceback_is_left_out_when_a_rank_failed() -> None:
-    lines = ["[1]:my error", *AGENT_TRACEBACK, "[0]:late", "torch...ChildFailedError:", "[1]:", "rest"]
-    assert list(_without_agent_traceback(lines)) == ["[1]:my error", "[0]:late"]
-
-
-def test_torchruns_own_traceback_is_shown() -> None:
-    lines = [*AGENT_TRACEBACK, "RendezvousTimeoutError: nobody came"]
-    assert list(_without_agent_traceback(lines)) == lines

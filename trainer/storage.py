@@ -96,8 +96,15 @@ def write_json(path: str, value: Any, *, retries: RetryPolicy = DEFAULT_RETRIES)
 
 
 def read_json(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> Any:
-    """Read a JSON file."""
-    return json.loads(read_bytes(path, retries=retries))
+    """Read a JSON file.
+
+    Raises:
+        StorageError: it could not be read, or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(path, retries=retries))
+    except ValueError as error:
+        raise StorageError(f"{path} is not JSON ({error}); it is damaged, or not what its name says") from error
 
 
 def exists(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:
@@ -166,7 +173,7 @@ def require_writable(folder: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> 
 def free_bytes(folder: str) -> int | None:
     """Bytes that can still be written to a folder, which need not exist yet; None where the storage does not say."""
     local = _local_path(folder)
-    return None if local is None else free_local_bytes(local)
+    return None if local is None else attempt("look at", folder, lambda: free_local_bytes(local))
 
 
 def _local_path(path: str) -> str | None:

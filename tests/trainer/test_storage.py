@@ -100,6 +100,13 @@ def test_text_and_json(root: str) -> None:
     assert json.loads(storage.read_bytes(f"{root}/x.json")) == storage.read_json(f"{root}/x.json") == {"a": [1, 2]}
 
 
+@pytest.mark.parametrize("data", [b'{"a": ', b"\xff\xfe"])
+def test_damaged_json_is_named(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(StorageError, match=r"x\.json is not JSON \(.*\); it is damaged"):
+        storage.read_json(f"{tmp_path}/x.json")
+
+
 def test_a_range_beyond_the_end_is_an_error(root: str) -> None:
     storage.write_file(f"{root}/x.bin", lambda: [b"abc"])
     with pytest.raises(StorageError, match=r"x\.bin: 4 bytes from offset 1 were asked for, 2 are there; .* cut short"):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
 from sharding.config import ShardingConfig
+from trainer.checkpoint.config import CheckpointConfig
 
 Pooling = Literal["sum", "mean"]
 SparseOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]
@@ -89,6 +90,9 @@ class TrainConfig(_Section):
     eval_batch_size: int = Field(16384, ge=1, description="Samples of an evaluation batch over all ranks.")
     log_every_s: float = Field(2.0, ge=0, description="Seconds between progress lines.")
     log_every_steps: int = Field(100, ge=1, description="Steps between entries of metrics.jsonl and TensorBoard.")
+    stall_timeout_s: float = Field(
+        600.0, gt=0, description="End the job, naming the ranks that did not arrive, after so long without a step."
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Arithmetic of the dense part; optimizers and the loss stay fp32."
     )
@@ -113,6 +117,7 @@ class Config(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     sharding: ShardingConfig = ShardingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from data_pipeline.dataset import Dataset, open_dataset
 from sharding.config import ReplicasConfig, ShardingConfig
-from trainer.checkpoint import CheckpointError, checkpoint_dir, load_weights
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.loading import load_newest
 from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.evaluation import evaluate
 from trainer.install import check_install
 from trainer.ranks import Ranks, process_group
-from trainer.run_folder import load_run_config
+from trainer.run_folder import checkpoints_dir, load_run_config
 from trainer.runtime import configure_runtime
 from trainer.sharded_model import build_sharded_model
 from trainer.storage import read_json
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_run_config(known.run)
         with process_group() as ranks:
             evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks)
-    except (*EXPECTED_ERRORS, CheckpointError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio evaluate: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
@@ -52,7 +54,9 @@ def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks:
     check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
     model = build_sharded_model(config, dataset, ranks)
-    load_weights(model, checkpoint_dir(run_dir))
+    folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
+    if load_newest(folder, model, None, ranks) is None:
+        raise CheckpointError(f"{folder.path} holds no complete checkpoint: the run saved none; train again")
     values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
     if ranks.is_first:
         print(format_metrics({split: values}, dataset.manifest), flush=True)

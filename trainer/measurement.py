@@ -18,9 +18,10 @@ from trainer.ranks import Ranks
 class StepMeter:
     """Measures a run's training steps: call `close_window` now and then, evaluation not counted in its seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0, train_s: float = 0.0) -> None:
+        """Begin after `step` steps and `train_s` seconds of training."""
         self._windows_s: list[float] = []
-        self._latest = (0, 0.0)
+        self._latest = (step, train_s)
         self.memory_bytes = 0
 
     def close_window(self, step: int, train_s: float, *, device: torch.device, has_only_trained: bool) -> None:

@@ -108,6 +108,8 @@ class Optimizers:
             lambda params: _make_dense(params, config.dense),
         )
         self.sparse = make_sparse_optimizer(model, config.sparse)
+        self._is_row_wise = config.sparse.name == "rowwise_adagrad"
+        self._replicated = [part for _, part in self.sparse.optimizers if isinstance(part, KeyedOptimizerWrapper)]
         self.combined = CombinedOptimizer([self.sparse, self.dense])
         self._rates = [(self.sparse, config.sparse.learning_rate), (self.dense, config.dense.learning_rate)]
         self._schedule = schedule
@@ -119,6 +121,19 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor
         return factor
+
+    def table_state(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the state of a data_parallel table by name, as a fused optimizer's: [rows] or [rows, dim]."""
+        for optimizer in self._replicated:
+            state = optimizer.state.get(weight, {})
+            return {
+                name: values.view(-1) if self._is_row_wise else values for name, values in state.items() if values.dim()
+            }
+        return {}
+
+    def replicated_state(self) -> list[dict[str, torch.Tensor]]:
+        """Return the state of each data_parallel table, the count of steps with it."""
+        return [state for optimizer in self._replicated for state in optimizer.state.values()]
 
 
 def make_sparse_optimizer(model: nn.Module, config: SparseOptimizerConfig) -> CombinedOptimizer:

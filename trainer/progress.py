@@ -19,8 +19,10 @@ def progress_bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
 class ProgressPrinter:
     """Prints a line at most every `interval_s` seconds; silent on ranks other than the first."""
 
-    def __init__(self, interval_s: float, *, is_silent: bool, stream: TextIO | None = None) -> None:
+    def __init__(self, interval_s: float, *, is_silent: bool, num_done: int = 0, stream: TextIO | None = None) -> None:
+        """`num_done` was done before, by another process: it says nothing of how fast this one is."""
         self._interval_s = interval_s
+        self._num_done = num_done
         self._is_silent = is_silent
         self._stream = stream or sys.stdout
         self._begin_s = time.perf_counter()
@@ -32,7 +34,7 @@ class ProgressPrinter:
         if self._is_silent or (now_s - self._last_s < self._interval_s and done < total):
             return
         self._last_s = now_s
-        remaining_s = (now_s - self._begin_s) / max(1, done) * (total - done)
+        remaining_s = (now_s - self._begin_s) / max(1, done - self._num_done) * (total - done)
         line = f"{label:<10} {progress_bar(done, total)}  {detail}  {_duration(remaining_s)} left"
         print(line, file=self._stream, flush=True)
 

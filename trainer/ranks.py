@@ -39,6 +39,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
 
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on every rank. Collective."""
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values  # type: ignore[return-value]
+
     def slice_of(self, global_size: int) -> int:
         """Return the most samples of a global batch that one rank gets."""
         return -(-global_size // self.world_size)

@@ -13,11 +13,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.dataset import Dataset
+from trainer.checkpoint.config import CheckpointConfig
 from trainer.config import Config, OutputConfig
 from trainer.config_file import ConfigError, build_config
-from trainer.storage import make_folder, path_manager, read_json, write_json, write_text
+from trainer.storage import exists, list_folder, make_folder, read_json, write_json, write_text
 
 RUN_FORMAT_VERSION = 1
+JOB = "job.json"
 VERSIONED_PACKAGES = (
     "papilio",
     "torch",
@@ -31,29 +33,41 @@ VERSIONED_PACKAGES = (
 
 
 def choose_run_dir(config: OutputConfig, name: str) -> str:
-    """Return the folder of a new run.
+    """Return the folder of this run: the one named in the config, that of the same elastic job, or a new one.
 
-    Raises:
-        ConfigError: the folder named in the config holds a run already.
+    torchrun starts the ranks of a job anew after a failure, with the job's id the same and the time another one.
     """
-    if config.run_dir is None:
-        return os.path.join(config.runs_dir, f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
-    if path_manager.exists(os.path.join(config.run_dir, "config.json")):
-        raise ConfigError(f"output.run_dir = {config.run_dir} holds a run already; choose another folder")
-    return config.run_dir
+    if config.run_dir is not None:
+        return config.run_dir
+    job_id = _job_id()
+    for folder in sorted(list_folder(config.runs_dir), reverse=True) if job_id else ():
+        path = os.path.join(config.runs_dir, folder, JOB)
+        if folder.startswith(f"{name}-") and exists(path) and read_json(path)["id"] == job_id:
+            return os.path.join(config.runs_dir, folder)
+    return os.path.join(config.runs_dir, f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+
+
+def checkpoints_dir(run_dir: str, config: CheckpointConfig) -> str:
+    """Return where a run's checkpoints lie."""
+    return config.folder or os.path.join(run_dir, "checkpoints")
 
 
 class RunFolder:
     """Writes a run's folder; only rank 0 has one. Measurements are appended as they come."""
 
-    def __init__(self, path: str, config: Config, dataset: Dataset) -> None:
+    def __init__(self, path: str, config: Config, dataset: Dataset, step: int = 0) -> None:
+        """Begin a run, or go on with one that has done `step` steps: what was measured after them is dropped."""
         self.path = path
         make_folder(path)
         write_json(self.file("config.json"), {"format_version": RUN_FORMAT_VERSION, **config.model_dump(mode="json")})
-        write_json(self.file("versions.json"), _versions())
-        write_json(self.file("data.json"), _data_identity(dataset))
+        write_json(self.file("versions.json"), package_versions())
+        write_json(self.file("data.json"), data_identity(dataset))
+        write_json(self.file(JOB), {"id": _job_id()})
+        _drop_after(self.file("metrics.jsonl"), step)
         self._metrics = open(self.file("metrics.jsonl"), "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # open for the run
-        self._events = SummaryWriter(self.file("tensorboard")) if config.output.tensorboard else None
+        self._events = None
+        if config.output.tensorboard:
+            self._events = SummaryWriter(self.file("tensorboard"), purge_step=step + 1 if step else None)
 
     def file(self, name: str) -> str:
         """Path of a file of the folder."""
@@ -79,24 +93,38 @@ class RunFolder:
 
 
 def load_run_config(run_dir: str) -> Config:
-    """Read the config of a finished run.
+    """Read the config of a run.
 
     Raises:
         ConfigError: the folder is not a run's, or another version of Papilio wrote it.
     """
+    return build_config(_read_config(run_dir), source=os.path.join(run_dir, "config.json"))
+
+
+def read_run(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a run's config and the identity of its data set, as plain values.
+
+    Raises:
+        ConfigError: the folder is not a run's, or another version of Papilio wrote it.
+    """
+    return _read_config(run_dir), read_json(os.path.join(run_dir, "data.json"))
+
+
+def _read_config(run_dir: str) -> dict[str, Any]:
     path = os.path.join(run_dir, "config.json")
-    if not path_manager.exists(path):
+    if not exists(path):
         raise ConfigError(
             f"{run_dir} is not a run folder: it has no config.json; give the folder that training printed"
         )
-    tree = read_json(path)
+    tree: dict[str, Any] = read_json(path)
     version = tree.pop("format_version", None)
     if version != RUN_FORMAT_VERSION:
         raise ConfigError(f"{path} has format version {version}; this Papilio reads {RUN_FORMAT_VERSION}")
-    return build_config(tree, source=path)
+    return tree
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of what a run is made with."""
     versions = {"python": sys.version.split()[0]}
     for package in VERSIONED_PACKAGES:
         try:
@@ -108,7 +136,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _data_identity(dataset: Dataset) -> dict[str, Any]:
+def data_identity(dataset: Dataset) -> dict[str, Any]:
+    """Return what tells a data set from others: schema, rows, checksums of shards and vocabularies."""
     manifest = dataset.manifest
     return {
         "path": dataset.folder,
@@ -124,3 +153,20 @@ def _data_identity(dataset: Dataset) -> dict[str, Any]:
         },
         "vocabularies": {name: stats.vocabulary_crc32 for name, stats in manifest.categorical_stats.items()},
     }
+
+
+def _job_id() -> str | None:
+    """Id that torchrun gives a job and all its restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _drop_after(path: str, step: int) -> None:
+    """Drop the measurements of steps after `step`, which will be done again, and a last line that is cut off."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_text(path, "".join(kept))

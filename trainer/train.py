@@ -5,38 +5,49 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
-from data_pipeline.version import papilio_version
+from data_pipeline.order import ReadPosition
 from sharding.hardware import HardwareError
 from sharding.plan_file import PlanFileError
 from sharding.planning.errors import PlanError
 from sharding.reports.placement import describe_placement
-from trainer.checkpoint import checkpoint_dir, save_weights
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.policy import Checkpoints, RunIdentity
+from trainer.checkpoint.saver import Saver
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
-from trainer.loop import Progress, run_training
+from trainer.job_health import JobHealth, job_health
+from trainer.loop import RunContext, run_training, total_steps
 from trainer.measurement import compare
 from trainer.optimizers import Optimizers
+from trainer.preemption import watch_for_preemption
 from trainer.ranks import Ranks, process_group
-from trainer.run_folder import RunFolder, choose_run_dir
+from trainer.resume import check_can_go_on, go_on
+from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity, package_versions
+from trainer.run_progress import Progress
 from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.sharded_model import ShardedModel, build_sharded_model
-from trainer.storage import write_json
+from trainer.storage import StorageError, write_json
 from trainer.summary import Summary, format_summary
 
 EXPECTED_ERRORS = (
+    CheckpointError,
     ConfigError,
     DatasetError,
     HardwareError,
     InstallError,
     PlanError,
     PlanFileError,
+    StorageError,
     TrainingError,
 )
 
@@ -50,42 +61,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_config(known.recipe, overrides)
-        with process_group() as ranks:
-            train(config, ranks)
+        with process_group() as ranks, job_health(ranks, config.train.stall_timeout_s) as health:
+            summary = train(config, ranks, health)
     except EXPECTED_ERRORS as error:
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        # A full disk or a storage that does not answer may be well again; anything else would go wrong again.
+        return 1 if isinstance(error, StorageError) else NO_RESTART_EXIT_CODE
+    return RESUME_EXIT_CODE if summary is None else 0
 
 
-def train(config: Config, ranks: Ranks) -> Summary:
-    """Train as the config says and write the run folder. Collective; returns the summary on every rank."""
+def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summary | None:
+    """Train as the config says, from the run's newest checkpoint on if it has one, and write the run folder.
+
+    Collective; returns the summary on every rank, or None when the job was told to end and has saved.
+    """
+    health = health or JobHealth()
     dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
-    loader = _training_loader(config, dataset, ranks)
-    loader.check_first_batch()
+    _training_loader(config, dataset, ranks, ReadPosition()).check_first_batch()
     run_dir = ranks.agree_on(choose_run_dir(config.output, config.name) if ranks.is_first else None)
+    checkpoints = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
+    identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
+    check_can_go_on(checkpoints, run_dir, identity, ranks)
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
-    folder = RunFolder(run_dir, config, dataset) if ranks.is_first else None
+    start = go_on(checkpoints, config, model, optimizers, ranks)
+    health.mark(start.progress.step, "loading")
+    loader = _training_loader(config, dataset, ranks, start.progress.position)
+    folder = RunFolder(run_dir, config, dataset, start.progress.step) if ranks.is_first else None
     if folder is not None:
         folder.write_plan(model.plan.to_json())
-        print(_opening(config, loader, model, ranks, run_dir), flush=True)
+        print(_opening(config, loader, model, ranks, folder, start.progress), flush=True)
+    saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks)
+    job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
     try:
-        with no_garbage_collection():
-            progress = run_training(model, optimizers, loader, dataset, config, ranks, folder)
-        return _finish(model, dataset, config, ranks, folder, progress, run_dir)
+        with no_garbage_collection(), watch_for_preemption(ranks) as preemption:
+            around = RunContext(dataset, folder, job.checkpoints, preemption, health, start.window)
+            run_training(model, optimizers, loader, config, ranks, around, start.progress)
+        summary = None if start.progress.is_preempted else _finish(job, start.progress)
+        saver.close()
+        if summary is None and folder is not None:
+            print(_stopped(start.progress, saver, folder), flush=True)
+        return summary
+    except BaseException:
+        saver.abandon()
+        raise
     finally:
         if folder is not None:
             folder.close()
 
 
-def _training_loader(config: Config, dataset: Dataset, ranks: Ranks) -> Loader:
+@dataclass(frozen=True)
+class _Job:
+    """What the end of a run needs."""
+
+    config: Config
+    dataset: Dataset
+    model: ShardedModel
+    ranks: Ranks
+    run_dir: str
+    folder: RunFolder | None
+    checkpoints: Checkpoints
+
+
+def _training_loader(config: Config, dataset: Dataset, ranks: Ranks, start: ReadPosition) -> Loader:
     return Loader(
         dataset,
         "train",
         config.data,
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
+        start=start,
         num_epochs=config.train.epochs,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -93,36 +138,46 @@ def _training_loader(config: Config, dataset: Dataset, ranks: Ranks) -> Loader:
     )
 
 
-def _opening(config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, run_dir: str) -> str:
-    num_steps = min(len(loader), config.train.max_steps or len(loader))
+def _opening(
+    config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, folder: RunFolder, progress: Progress
+) -> str:
+    num_steps = total_steps(progress.step, loader, config)
     return (
         f"{config.name}: {config.model.architecture}, {model.num_parameters:,} weights on {ranks.world_size} rank(s) "
         f"({ranks.device.type}, {config.train.precision}); {num_steps:,} steps of "
         f"{config.train.global_batch_size:,} samples from {config.data.path}\n"
         f"{describe_placement(model.plan)}\n"
-        f"run folder: {run_dir}"
+        f"run folder: {folder.path}"
     )
 
 
-def _finish(
-    model: ShardedModel,
-    dataset: Dataset,
-    config: Config,
-    ranks: Ranks,
-    folder: RunFolder | None,
-    progress: Progress,
-    run_dir: str,
-) -> Summary:
-    """Save the weights, measure the test split, and sum up. Collective."""
-    facts = {"step": progress.step, "position": progress.position.to_dict(), "papilio_version": papilio_version()}
-    save_weights(model, checkpoint_dir(run_dir), ranks, facts)
+def _stopped(progress: Progress, saver: Saver, folder: RunFolder) -> str:
+    name = saver.latest.name if saver.latest is not None else None
+    return (
+        f"stopped by SIGTERM after step {progress.step:,} and saved as {name}; start the job again with "
+        f"--output.run_dir={folder.path} to go on"
+    )
+
+
+def _finish(job: _Job, progress: Progress) -> Summary:
+    """Save the end of the run, measure the test split, and sum up. Collective.
+
+    Raises:
+        SaveError: the final checkpoint could not be written.
+    """
+    config, dataset, model, ranks = job.config, job.dataset, job.model, job.ranks
+    if not progress.validations:
+        values = evaluate(model.module, dataset, "validation", config, ranks, show_progress=False)
+        progress.validations.append((progress.step, values))
+    job.checkpoints.save(progress.step, {**progress.to_dict(), "window": None}, "end", wait=True)
     comparison = compare(model.plan, progress.meter, ranks)
     final = {"validation": progress.validations[-1][1]}
     if dataset.manifest.splits.get("test") and dataset.manifest.splits["test"].num_rows:
         final["test"] = evaluate(model.module, dataset, "test", config, ranks, show_progress=False)
-    best_step, best = max(progress.validations, key=lambda found: found[1].auc)
+    best = progress.best_validation
+    assert best is not None
     summary = Summary(
-        run_dir=run_dir,
+        run_dir=job.run_dir,
         world_size=ranks.world_size,
         device=ranks.device.type,
         num_parameters=model.num_parameters,
@@ -132,15 +187,15 @@ def _finish(
         samples_per_s=progress.samples_per_s,
         data_wait_share=progress.wait_s / progress.train_s,
         final=final,
-        best_validation_auc=best.auc,
-        best_validation_step=best_step,
+        best_validation_auc=best[1].auc,
+        best_validation_step=best[0],
         findings=tuple(diagnose(final["validation"], "validation")),
         comparison=comparison,
     )
-    if folder is not None:
+    if job.folder is not None:
         if "test" in final:
-            folder.append("test", progress.step, final["test"].to_dict())
-        write_json(folder.file("summary.json"), summary.to_dict())
+            job.folder.append("test", progress.step, final["test"].to_dict())
+        write_json(job.folder.file("summary.json"), summary.to_dict())
         print(format_summary(summary, dataset.manifest), flush=True)
     return summary
 

@@ -6,17 +6,16 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import ReadPosition
 from sharding.initial_weights import initial_weights, initialize_tables
 from sharding.planning.errors import PlanError
+from tests.support.checkpoints import load_model, newest, save_model, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.plans import SHARDING_TYPES, make_plan
 from tests.support.reference import SparseReference, pool_bags
-from trainer.checkpoint import load_weights, save_weights
 from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
 from trainer.config_file import ConfigError, build_config
 from trainer.evaluate import evaluate_run
@@ -112,14 +111,14 @@ def train_and_save(ranks, types, optimizer, folder):
         loss, _ = model.module(slice_of(step, sizes, ranks.rank))
         loss.backward()
         optimizers.combined.step()
-    save_weights(model, folder, ranks, {})
+    save_model(ranks, model, optimizers, folder)
     return model.num_parameters
 
 
 def load_whole(ranks, sharding_type, folder):
     """All weights of a checkpoint, on one rank."""
     model, _ = shard_clicks(ranks, dict.fromkeys(EVERY_TYPE, sharding_type), optimizer_config("sgd"))
-    load_weights(model, folder)
+    load_model(ranks, model, None, folder)
     state = model.module.state_dict()
     return {k: (w.local_shards()[0].tensor if hasattr(w, "local_shards") else w).clone() for k, w in state.items()}
 
@@ -183,12 +182,12 @@ def test_a_checkpoint_of_replicas_loads_into_shards(four_ranks, one_rank, tmp_pa
 
 def load_and_save(ranks, types, source, target):
     """Take weights from a checkpoint, or new ones, and save them."""
-    model, _ = shard_clicks(ranks, types, optimizer_config("sgd"))
+    model, optimizers = shard_clicks(ranks, types, optimizer_config("sgd"))
     if source is None:
         initialize_tables(model.module, seed=99)
     else:
-        load_weights(model, source)
-    save_weights(model, target, ranks, {})
+        load_model(ranks, model, optimizers, source)
+    save_model(ranks, model, optimizers, target)
 
 
 def run_of(folder, **sections):
@@ -227,18 +226,12 @@ def test_tables_of_half_precision_train_are_saved_and_evaluated(two_ranks, tmp_p
         (metrics, printed), _ = two_ranks.run(train_and_evaluate, config)
         assert f"{metrics.auc:.4f}" in printed
         found[precision] = metrics
-    saved = dtypes_in(tmp_path / "fp16" / "checkpoint")
-    assert {weight for name, weight in saved.items() if "bags" in name} == {torch.float16}
-    assert {weight for name, weight in saved.items() if "bags" not in name} == {torch.float32}
+    saved = saved_tensors(newest(tmp_path / "fp16" / "checkpoints"))
+    assert {str(values.dtype) for name, values in saved.items() if name.endswith(".weight")} == {"float16", "float32"}
+    assert {str(saved[f"tables.t_{name}.weight"].dtype) for name in "abm"} == {"float16"}
     # Not the same run, but as good a one.
     assert found["fp16"].logloss != found["fp32"].logloss
     assert found["fp16"].logloss == pytest.approx(found["fp32"].logloss, rel=0.01)
-
-
-def dtypes_in(folder):
-    """Dtypes of the tensors in a checkpoint, by name."""
-    metadata = FileSystemReader(folder).read_metadata()
-    return {name: entry.properties.dtype for name, entry in metadata.state_dict_metadata.items()}
 
 
 def test_a_plan_that_would_change_the_training_is_refused_on_every_rank(two_ranks, tmp_path):

@@ -13,14 +13,15 @@ import torch
 from data_pipeline.dataset import open_dataset
 from data_pipeline.manifest import DatasetError
 from sharding.initial_weights import initial_weights
+from tests.support.checkpoints import load_model, newest
 from tests.support.datasets import ROWS_PER_TABLE, write_dataset
 from tests.support.reference import SparseReference, pool_bags
-from trainer.checkpoint import CheckpointError, checkpoint_dir, load_weights
+from trainer.checkpoint.format import MARKER, CheckpointError
 from trainer.config_file import ConfigError, build_config
 from trainer.evaluate import evaluate_run
 from trainer.health import TrainingError
 from trainer.models.build import build_model
-from trainer.run_folder import choose_run_dir, load_run_config
+from trainer.run_folder import load_run_config
 from trainer.train import train
 
 DIM = 8
@@ -64,7 +65,7 @@ def trained_weights(ranks, run_dir):
 
     config = load_run_config(str(run_dir))
     model = build_sharded_model(config, open_dataset(config.data.path), ranks)
-    load_weights(model, checkpoint_dir(str(run_dir)))
+    load_model(ranks, model, None, run_dir / "checkpoints")
     whole = {}
     for name, weight in model.module.state_dict().items():
         tensor = weight.local_shards()[0].tensor if hasattr(weight, "local_shards") else weight
@@ -198,7 +199,8 @@ def test_training_learns_and_leaves_a_full_run_folder(two_ranks, tmp_path):
         "plan.json",
         "metrics.jsonl",
         "tensorboard",
-        "checkpoint",
+        "checkpoints",
+        "job.json",
         "summary.json",
     }
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -298,9 +300,10 @@ def test_evaluation_refuses_what_it_cannot_read(one_rank, tmp_path):
     assert "differs from the one" in one_rank.run(evaluate_or_fail, tmp_path / "run", other, "test")[0]
     assert "no rows in split 'tset'" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "tset")[0]
     assert "is not a run folder" in one_rank.run(load_error, tmp_path)[0]
-    (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text('{"format_version": 99}')
+    marker = newest(tmp_path / "run" / "checkpoints") / MARKER
+    marker.write_text('{"crc32": 0, "checkpoint": {"format_version": 99}}')
     assert "has format version 99" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "test")[0]
-    (tmp_path / "run" / "checkpoint" / "checkpoint.json").unlink()
+    marker.unlink()
     assert "holds no complete checkpoint" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "test")[0]
 
 
@@ -308,13 +311,6 @@ def load_error(ranks, folder):
     with pytest.raises(ConfigError) as error:
         load_run_config(str(folder))
     return str(error.value)
-
-
-def test_a_run_folder_in_use_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    config = make_config("data", tmp_path)
-    with pytest.raises(ConfigError, match="holds a run already; choose another folder"):
-        choose_run_dir(config.output, config.name)
 
 
 def test_a_run_of_another_version_is_refused(tmp_path):

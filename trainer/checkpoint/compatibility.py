@@ -1,0 +1,86 @@
+"""May this job go on from that checkpoint? What may change between the runs of a job, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.checkpoint.format import CheckpointError
+
+# What a run may go on with another value of; sections, or single keys. Anything else would make another model, or
+# train on samples twice and on others not at all.
+SAFE = (
+    "train",
+    "schedule",
+    "sharding",
+    "output",
+    "checkpoint",
+    "optimizer.sparse.learning_rate",
+    "optimizer.sparse.eps",
+    "optimizer.sparse.weight_decay",
+    "optimizer.dense.learning_rate",
+    "optimizer.dense.eps",
+    "optimizer.dense.weight_decay",
+    "data.path",
+    "data.verify_checksums",
+    "data.prefetch_batches",
+    "data.shape",
+)
+# Of the identity of the data set: where it lies may change, what is in it may not.
+DATA_KEYS = ("transform_version", "schema", "num_embeddings", "splits", "vocabularies")
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return (old, new) by dotted key, of two trees of plain values; a key that is missing counts as None."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = sorted({*before, *after})
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def safe_changes(
+    old_config: Mapping[str, Any],
+    new_config: Mapping[str, Any],
+    old_data: Mapping[str, Any],
+    new_data: Mapping[str, Any],
+    where: str,
+) -> dict[str, tuple[Any, Any]]:
+    """Return what changed between two runs of a job, if it may.
+
+    Raises:
+        CheckpointError: lists what may not change; `where` names the run.
+    """
+    changed = changes(old_config, new_config)
+    refused = {key: pair for key, pair in changed.items() if not _is_safe(key)}
+    data = [key for key in DATA_KEYS if old_data.get(key) != new_data.get(key)]
+    if refused or data:
+        lines = [f"  {key} = {_shown(new)}, was {_shown(old)}" for key, (old, new) in refused.items()]
+        lines += [f"  the data set's {key}: {_first_difference(old_data.get(key), new_data.get(key))}" for key in data]
+        raise CheckpointError(
+            f"{where} cannot go on with another\n" + "\n".join(lines) + "\nPut back the old, or choose another "
+            "output.run_dir to start anew (batch size, learning rates, number of steps, sharding and ranks may change)"
+        )
+    return changed
+
+
+def _is_safe(key: str) -> bool:
+    return any(key == safe or key.startswith(f"{safe}.") for safe in SAFE)
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+
+
+def _first_difference(old: Any, new: Any) -> str:
+    differing = changes({"": old}, {"": new}) if not isinstance(old, Mapping) else changes(old, new or {})
+    key, (before, after) = next(iter(differing.items()))
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"{key + ' = ' if key else ''}{_shown(after)}, was {_shown(before)}{more}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,169 @@
+"""The checkpoints of a run: which there are, which count, which go. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_pipeline.paths import join
+from trainer.checkpoint.format import (
+    INDEX,
+    MARKER,
+    STEP_FOLDER,
+    Block,
+    CheckpointError,
+    DamagedError,
+    Index,
+    Marker,
+    copy_folder,
+)
+from trainer.checkpoint.read_blocks import read_block
+from trainer.storage import StorageError, exists, file_size, list_folder, read_bytes, remove_file, remove_folder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A complete checkpoint: its folder's name and its marker."""
+
+    name: str
+    marker: Marker
+
+    @property
+    def validation_auc(self) -> float:
+        """AUC of the validation made at its very step; NaN if there was none."""
+        found = [values["auc"] for step, values in self.marker.progress["validations"] if step == self.marker.step]
+        return found[-1] if found else math.nan
+
+
+class CheckpointFolder:
+    """The folder in which a run's checkpoints lie, local or in an object store."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Names of all checkpoints, complete or not, oldest first."""
+        return [name for name in list_folder(self.path) if STEP_FOLDER.fullmatch(name)]
+
+    def committed_names(self) -> list[str]:
+        """Names of the complete ones, oldest first."""
+        return [name for name in self.names() if exists(join(self.path, name, MARKER))]
+
+    def read_marker(self, name: str) -> Marker:
+        """Read one's marker.
+
+        Raises:
+            CheckpointError: it is damaged or of another version.
+        """
+        path = join(self.path, name, MARKER)
+        return Marker.from_json(read_bytes(path).decode(errors="replace"), path)
+
+    def committed(self) -> list[Committed]:
+        """Return the complete ones whose markers can be read, oldest first; the others are logged."""
+        found = []
+        for name in self.committed_names():
+            try:
+                found.append(Committed(name, self.read_marker(name)))
+            except CheckpointError as error:
+                logger.warning("%s", error)
+        return found
+
+    def read_index(self, name: str, marker: Marker, copy: int = 0) -> Index:
+        """Read and check the index of one copy of the model.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+        """
+        folder = copy_folder(name, copy, marker.num_copies)
+        return Index.from_json(self.read_listed(name, marker, f"{folder}/{INDEX}".removeprefix(f"{name}/")).decode())
+
+    def read_listed(self, name: str, marker: Marker, file: str) -> bytes:
+        """Read a whole file whose checksum the marker has.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+        """
+        path = join(self.path, name, file)
+        size, crc32 = marker.files[file]
+        if not exists(path):
+            raise DamagedError(f"{path} is missing")
+        raw = read_bytes(path)
+        if len(raw) != size or zlib.crc32(raw) != crc32:
+            raise DamagedError(f"{path} is damaged: its size or checksum is not what {MARKER} says")
+        return raw
+
+    def verify(self, name: str) -> Iterator[tuple[str, Block | None, str | None]]:
+        """Read everything of a checkpoint, block by block.
+
+        Yields:
+            (file or tensor, block, what is wrong with it or None), as it goes.
+
+        Raises:
+            CheckpointError: its marker is damaged or of another version.
+        """
+        marker = self.read_marker(name)
+        for file, (size, crc32) in marker.files.items():
+            yield file, None, self._what_is_wrong(name, marker, file, size, crc32)
+        for copy in range(marker.num_copies):
+            try:
+                index = self.read_index(name, marker, copy)
+            except (CheckpointError, StorageError):
+                continue  # said above
+            folder = copy_folder(join(self.path, name), copy, marker.num_copies)
+            for key, tensor in index.tensors.items():
+                for block in tensor.blocks:
+                    try:
+                        read_block(folder, key, block)
+                    except (CheckpointError, StorageError) as error:
+                        yield key, block, str(error)
+                    else:
+                        yield key, block, None
+
+    def sweep(self) -> list[str]:
+        """Remove what was never completed, and return the names; only while no job saves here."""
+        complete = set(self.committed_names())
+        swept = [name for name in self.names() if name not in complete]
+        for name in swept:
+            remove_folder(join(self.path, name))
+        return swept
+
+    def prune(self, keep_last: int, *, keep_best: bool) -> list[str]:
+        """Remove all but the newest `keep_last` and, with `keep_best`, the best; return the names removed."""
+        committed = self.committed()
+        kept = {found.name for found in committed[-keep_last:]}
+        best = best_of(committed)
+        if keep_best and best is not None:
+            kept.add(best.name)
+        removed = [found.name for found in committed if found.name not in kept]
+        for name in removed:
+            self.remove(name)
+        return removed
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, its marker first, so that it is never seen half there."""
+        remove_file(join(self.path, name, MARKER))
+        remove_folder(join(self.path, name))
+
+    def _what_is_wrong(self, name: str, marker: Marker, file: str, size: int, crc32: int | None) -> str | None:
+        path = join(self.path, name, file)
+        if not exists(path):
+            return f"{path} is missing"
+        if crc32 is not None:
+            try:
+                self.read_listed(name, marker, file)
+            except (CheckpointError, StorageError) as error:
+                return str(error)
+        elif file_size(path) != size:
+            return f"{path} has {file_size(path)} bytes, not the {size} that were written"
+        return None
+
+
+def best_of(committed: list[Committed]) -> Committed | None:
+    """Return the one with the highest validation AUC, the older of equals; None if none was validated."""
+    validated = [found for found in committed if not math.isnan(found.validation_auc)]
+    return max(validated, key=lambda found: found.validation_auc, default=None)

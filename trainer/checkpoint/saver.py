@@ -1,0 +1,221 @@
+"""Saves a training state while training goes on: a copy in host memory, written by a thread, committed last."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import warnings
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from data_pipeline.paths import join
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.dcp_storage import PartFileWriter
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import INDEX, MARKER, PLAN, Index, Marker, copy_folder
+from trainer.checkpoint.model_state import ModelState, model_state
+from trainer.checkpoint.pieces import PiecesSavePlanner
+from trainer.optimizers import Optimizers
+from trainer.ranks import Ranks
+from trainer.sharded_model import ShardedModel
+from trainer.storage import make_folder, remove_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message says where and why. Raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A save that was begun.
+
+    Attributes:
+        name: the checkpoint's folder.
+        stall_s: how long training waited for it.
+        write_s: how long writing took, beside training.
+    """
+
+    name: str
+    step: int
+    stall_s: float = 0.0
+    write_s: float = 0.0
+
+
+class Saver:
+    """Saves checkpoints of one job, one at a time; every method is collective.
+
+    The thread talks to those of the other ranks over groups of its own: collectives of two threads in one group would
+    meet each other's (a save over the training's group never ended, 4 runs of 4, torch 2.13).
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        config: CheckpointConfig,
+        model: ShardedModel,
+        optimizers: Optimizers,
+        ranks: Ranks,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._model = model
+        self._optimizers = optimizers
+        self._ranks = ranks
+        self._all = dist.new_group(backend="gloo")
+        self._copy_group = _copy_group(model, ranks)
+        # Part of every name: a name is never used again, whatever an earlier attempt left behind.
+        self._attempt = ranks.agree_on(secrets.token_hex(3) if ranks.is_first else None)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Saved] | None = None
+        self.latest: Saved | None = None
+        self.stalls_s: list[float] = []
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of the model that differ, each saved in a folder of its own."""
+        return self._model.num_copies
+
+    def save(self, marker: Marker, *, wait: bool = False) -> None:
+        """Save the state as it is now; `marker` says what it is, but for its files.
+
+        Returns when training may go on: at once after the copy, or with `wait` when it is committed.
+
+        Raises:
+            SaveError: with `wait`, it could not be written.
+        """
+        begin_s = time.perf_counter()
+        self.check(wait=True)
+        state = model_state(self._model.module, self._optimizers).snapshot()
+        saved = Saved(f"step_{marker.step:010}-{self._attempt}", marker.step)
+        self._under_way = self._executor.submit(self._write, saved, marker, state)
+        if wait or not self._config.asynchronous:
+            self.check(wait=True, reraise=wait)
+        self.stalls_s.append(time.perf_counter() - begin_s)
+
+    def check(self, *, wait: bool, reraise: bool = False) -> None:
+        """Take in how the last save ended, if it did; one that failed is a warning, or raised.
+
+        Raises:
+            SaveError: with `reraise`, it could not be written.
+        """
+        if self._under_way is None or not (wait or self._under_way.done()):
+            return
+        finished, self._under_way = self._under_way, None
+        try:
+            self.latest = finished.result()
+        except SaveError as error:
+            if reraise:
+                raise
+            if self._ranks.is_first:
+                newest = f"the newest is of step {self.latest.step:,}" if self.latest else "there is none yet"
+                logger.warning("%s; training goes on without this checkpoint (%s)", error, newest)
+
+    def close(self) -> None:
+        """Wait for the thread, after a run that went well."""
+        self.check(wait=True)
+        self._executor.shutdown()
+
+    def abandon(self) -> None:
+        """Leave the thread to itself, after an error: what it is writing is not committed."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, saved: Saved, marker: Marker, state: ModelState) -> Saved:
+        """Write and commit; runs in the thread."""
+        begin_s = time.perf_counter()
+        path = join(self._folder.path, saved.name)
+        files, error = {}, None
+        try:
+            files = self._write_files(path, marker, state)
+        except Exception as caught:  # every rank must hear of it
+            error = _first_line(caught)
+        self._agree(saved, error)
+        all_files: list[dict[str, Any] | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(all_files, files, group=self._all)
+        self._agree(saved, self._commit(path, marker, all_files) if self._ranks.is_first else None)
+        return replace(saved, write_s=time.perf_counter() - begin_s)
+
+    def _write_files(self, path: str, marker: Marker, state: ModelState) -> dict[str, tuple[int, int | None]]:
+        """Write this rank's part; returns what the marker has to list, on one rank of each copy."""
+        if self._copy_group is None:
+            return {}
+        folder = copy_folder(path, self._model.group_index, marker.num_copies)
+        index = write_tensors(state, folder, self._copy_group)
+        if index is None:
+            return {}
+        files: dict[str, tuple[int, int | None]] = {file: (size, None) for file, size in index.part_sizes().items()}
+        for file, text in ((INDEX, index.to_json()), (PLAN, self._model.plan.to_json())):
+            write_text(join(folder, file), text)
+            files[file] = (len(text.encode()), zlib.crc32(text.encode()))
+        return {join(folder, file).removeprefix(path).lstrip("/"): entry for file, entry in files.items()}
+
+    def _commit(self, path: str, marker: Marker, all_files: list[dict[str, Any] | None]) -> str | None:
+        """Write the marker, and remove what need not be kept; returns what went wrong."""
+        listed = {name: entry for files in all_files if files for name, entry in files.items()}
+        try:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_text(join(path, MARKER), replace(marker, files=listed, saved_at=now).to_json())
+        except Exception as error:  # every rank must hear of it
+            return _first_line(error)
+        try:
+            self._folder.prune(self._config.keep_last, keep_best=self._config.keep_best)
+        except OSError as error:
+            logger.warning("older checkpoints could not be removed: %s", error)
+        return None
+
+    def _agree(self, saved: Saved, error: str | None) -> None:
+        """Raise on every rank what went wrong on any, and remove what was written."""
+        errors: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(errors, error, group=self._all)
+        found = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
+        if not found:
+            return
+        path = join(self._folder.path, saved.name)
+        if self._ranks.is_first:
+            try:
+                remove_folder(path)
+            except OSError as problem:
+                logger.warning("%s could not be removed: %s", path, problem)
+        raise SaveError(f"checkpoint {path} could not be written: {found[0]}")
+
+
+def _copy_group(model: ShardedModel, ranks: Ranks) -> dist.ProcessGroup | None:
+    """Return the ranks that save one copy of the model together; None where another group saves for this one."""
+    size = ranks.world_size // model.replicas.num_groups
+    mine = None
+    for group in range(model.num_copies):
+        made = dist.new_group(list(range(group * size, (group + 1) * size)), backend="gloo")
+        if ranks.rank // size == group:
+            mine = made
+    return mine
+
+
+def write_tensors(state: ModelState, folder: str, group: dist.ProcessGroup | None) -> Index | None:
+    """Write one copy of the model into a folder; returns the index on one rank. Collective over `group`.
+
+    Raises:
+        CheckpointException: what went wrong, by rank; raised on all.
+    """
+    finished: list[Index] = []
+    make_folder(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            dict(state.tensors),
+            storage_writer=PartFileWriter(folder, state.column_starts, finished.append),
+            planner=PiecesSavePlanner(),
+            process_group=group,
+        )
+    return finished[0] if finished else None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]

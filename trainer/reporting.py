@@ -1,0 +1,122 @@
+"""What a run says of itself while it trains: losses over windows of steps, validations, on a terminal and in files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.dataset import Dataset
+from trainer.config import Config
+from trainer.evaluation import evaluate
+from trainer.health import NanWatch, diagnose
+from trainer.models.train_model import StepOutput
+from trainer.progress import ProgressPrinter
+from trainer.ranks import Ranks
+from trainer.run_folder import RunFolder
+from trainer.run_progress import Progress
+from trainer.sharded_model import ShardedModel
+
+
+class Reporter:
+    """Measures training over windows of steps, prints and writes; the decisions to do so are equal on all ranks."""
+
+    def __init__(
+        self, config: Config, ranks: Ranks, folder: RunFolder | None, num_steps: int, first_step: int = 0
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._folder = folder
+        self._num_steps = num_steps
+        self._has_evaluated = False
+        self._printer = ProgressPrinter(config.train.log_every_s, is_silent=not ranks.is_first, num_done=first_step)
+        self._nan_watch = NanWatch(ranks.device)
+        self._loss_sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        self._latest_loss = math.nan
+
+    def record(self, output: StepOutput, step: int) -> None:
+        """Take in a step's outputs; nothing waits for the device."""
+        self._nan_watch.watch(output.loss, step, output.position, output.global_batch_size)
+        share = output.global_batch_size / self._ranks.world_size
+        self._loss_sum += torch.stack([output.loss.double() * share, output.loss.new_tensor(share).double()])
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether a window of steps is full."""
+        every = self._config.train.log_every_steps
+        return progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
+
+    def check_finite(self) -> None:
+        """Stop if a loss since the last report was not finite. Collective.
+
+        Raises:
+            TrainingError: names the batch; raised on every rank.
+        """
+        self._nan_watch.check(self._ranks.group)
+
+    def window(self) -> list[list[float]]:
+        """Return the ranks' sums of losses, and of samples over ranks, since the last report. Collective."""
+        return self._ranks.gather(self._loss_sum.tolist())
+
+    def restore(self, window: list[list[float]] | None) -> None:
+        """Go on with the sums of a checkpoint; on another number of ranks the first has them all."""
+        if window is None:
+            return
+        if len(window) == self._ranks.world_size:
+            self._loss_sum.copy_(torch.tensor(window[self._ranks.rank], dtype=torch.float64))
+        elif self._ranks.is_first:
+            self._loss_sum.copy_(torch.tensor(window, dtype=torch.float64).sum(0))
+
+    def report(self, progress: Progress) -> None:
+        """Close the window: check, measure, write, print. Collective."""
+        self.check_finite()
+        dist.all_reduce(self._loss_sum, group=self._ranks.group)
+        loss_sum, weight = self._loss_sum.tolist()
+        self._loss_sum.zero_()
+        self._latest_loss = loss_sum / weight
+        wait_share = progress.wait_s / progress.train_s
+        progress.meter.close_window(
+            progress.step, progress.train_s, device=self._ranks.device, has_only_trained=not self._has_evaluated
+        )
+        if self._folder is not None:
+            self._folder.append(
+                "train",
+                progress.step,
+                {
+                    "logloss": self._latest_loss,
+                    "samples_per_s": progress.samples_per_s,
+                    "data_wait_share": wait_share,
+                    "num_samples": progress.num_samples,
+                    "position": progress.position.to_dict(),
+                },
+            )
+        self._printer.print(
+            "train",
+            progress.step,
+            self._num_steps,
+            f"step {progress.step:,}/{self._num_steps:,}  logloss {self._latest_loss:.4f} (train)  "
+            f"{progress.samples_per_s:,.0f} samples/s  data wait {wait_share:.1%} ",
+        )
+
+    def validate(self, model: ShardedModel, dataset: Dataset, progress: Progress) -> None:
+        """Evaluate on the validation split, write, print, and say loudly when the model is not learning. Collective."""
+        values = evaluate(model.module, dataset, "validation", self._config, self._ranks, show_progress=False)
+        self._has_evaluated = True
+        progress.validations.append((progress.step, values))
+        progress.findings = diagnose(values, "validation")
+        if self._folder is not None:
+            self._folder.append("validation", progress.step, _finite(values.to_dict()))
+        if self._ranks.is_first:
+            print(
+                f"validation after step {progress.step:,}: AUC {values.auc:.4f}  NE {values.ne:.4f}  "
+                f"logloss {values.logloss:.4f}  calibration {values.calibration:.3f}  ({values.num_samples:,} samples)",
+                flush=True,
+            )
+            for finding in progress.findings:
+                print(f"WARNING: NOT LEARNING: {finding}", flush=True)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {key: value for key, value in values.items() if not (isinstance(value, float) and math.isnan(value))}

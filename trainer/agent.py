@@ -36,8 +36,8 @@ from trainer.side_channel import Failure, SideChannel, host_name, open_side_chan
 LAST_WORDS_S = 6.0
 # What a rank that failed to end by itself gets between SIGTERM and SIGKILL.
 FAILED_GRACE_S = 3.0
-# For the other agents of a job that was preempted whole, to see their own ranks leave.
-FAREWELL_S = 15.0
+# For the other agents of a job that was preempted whole, to see their own ranks leave while there is a rendezvous.
+FAREWELL_S = 5.0
 POLL_S = 0.05
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # survivors die after 60 s (seen 2 times of 2 with torch 2.13.0).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # What torch's agent would log about its ranks is said here in fewer words.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     parsed = parse_args(sys.argv[1:] if arguments is None else list(arguments))  # type: ignore[no-untyped-call]
     config, command, command_arguments = config_from_args(parsed)
     store = _host_own_rendezvous(config)
@@ -100,6 +101,7 @@ class Agent(LocalElasticAgent):
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
         self._were_saved = False
+        self._is_joined = False
         self._failure = ""
 
     def run_to_the_end(self) -> int:
@@ -138,9 +140,9 @@ class Agent(LocalElasticAgent):
         )
         if worker_group.group_rank == 0:
             self._channel.forget(world_size)
-        if self._failure or self._were_saved:
+        if self._failure or self._were_saved or self._is_joined:
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
-        self._failure, self._were_saved = "", False
+        self._failure, self._were_saved, self._is_joined = "", False, False
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
 
@@ -164,7 +166,10 @@ class Agent(LocalElasticAgent):
         self._end_ranks(FAILED_GRACE_S)
 
     def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
-        """End the ranks before a restart: in health, when another host joins, with time to save."""
+        """End the ranks before a restart; those that still run, because another host joins, get time to save."""
+        if None in self._exit_statuses().values():
+            self._is_joined = True
+            say("another host joins; the ranks save and start again")
         self._end_ranks(self._grace_s)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **named: Any) -> None:
@@ -213,7 +218,7 @@ class Agent(LocalElasticAgent):
             say("all ranks saved and left, for a host is taken or one joins; going on with the hosts there are")
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        self._exit_barrier_timeout = FAREWELL_S
+        self._exit_barrier_timeout = FAREWELL_S  # of _exit_barrier, which the base class now calls
         statuses = {worker.global_rank: RESUME_EXIT_CODE for worker in worker_group.workers}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=statuses)
 
@@ -234,6 +239,9 @@ class Agent(LocalElasticAgent):
         statuses = set(self._exit_statuses().values())
         if RESUME_EXIT_CODE in statuses or (self._were_saved and not statuses - {None}):
             say("all ranks saved and left; start the job again to resume")
+            if not self._is_elastic:
+                self._exit_barrier_timeout = FAREWELL_S
+                self._exit_barrier()
             return RESUME_EXIT_CODE
         say(f"told to end by {number.name}; all ranks were ended, without saving")
         return 128 + number

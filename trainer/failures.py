@@ -96,7 +96,7 @@ def _silence_of(rank: int, sign: Sign | None) -> Failure:
     if sign is None:
         return Failure(rank, "unknown", -1, "went away before it gave a sign of life", time.time())
     error = f"went away without a word after step {sign.step:,}: killed, or its host is gone"
-    return Failure(rank, sign.host, sign.step, error, time.time())
+    return Failure(rank, sign.host, -1, error, time.time())
 
 
 def silent_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:

@@ -28,7 +28,8 @@ EXIT_TIMEOUT_S = 10.0
 class JobHealth:
     """What the training tells of itself."""
 
-    def __init__(self, watchdog: Watchdog) -> None:
+    def __init__(self, watchdog: Watchdog | None = None) -> None:
+        """Without a watchdog nobody listens."""
         self._watchdog = watchdog
 
     def mark(self, step: int, phase: str = "training") -> None:
@@ -37,7 +38,8 @@ class JobHealth:
         To be called after every step, and in long work without collectives (reading, planning, saving) at least every
         few minutes. Collectives of the group of all ranks count as moves by themselves.
         """
-        self._watchdog.mark(step, phase)
+        if self._watchdog is not None:
+            self._watchdog.mark(step, phase)
 
 
 @contextmanager

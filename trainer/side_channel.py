@@ -48,7 +48,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of a job: which rank, where, at which step (-1: none known), and one line of why."""
+    """The first failure of a job: which rank, where, at which step (-1: the error says), and one line of why."""
 
     rank: int
     host: str

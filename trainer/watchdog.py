@@ -63,14 +63,16 @@ class Watchdog:
         self._has_ended.set()
         self._thread.join(BEAT_S)
         self._phase = "failed" if has_failed else "done"
-        self._channel.publish(self._sign(has_left=True))
+        if self._channel.is_answering:
+            self._channel.publish(self._sign(has_left=True))
 
     def _run(self) -> None:
+        self._channel.publish(self._sign())
         while not self._has_ended.wait(BEAT_S):
             self._look()
             self._channel.publish(self._sign())
             if self._agent_pid is not None and os.getppid() != self._agent_pid:
-                self._end_process(f"the agent of rank {self._ranks.rank} is gone; this rank ends too")
+                self._leave_without_agent()
             elif self._idle_s() > self._stall_timeout_s:
                 self._report_stall()
             else:
@@ -112,10 +114,17 @@ class Watchdog:
         late = late_ranks(before, after, self._ranks.world_size) or [self._ranks.rank]
         host = after[late[0]].host if late[0] in after else "unknown"
         error = f"no step for {self._idle_s():.0f} s; {line}"
-        self._channel.note_failure(Failure(late[0], host, self._step, error, time.time()))
+        self._channel.note_failure(Failure(late[0], host, -1, error, time.time()))
         self._end_process(
             f"no step for {self._idle_s():.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {line}"
         )
+
+    def _leave_without_agent(self) -> NoReturn:
+        """End this rank, which nobody would start again or end."""
+        failure = Failure(self._ranks.rank, host_name(), self._step, "its agent is gone", time.time())
+        self._channel.note_failure(failure)
+        print(f"papilio: {failure}; this rank ends too", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _follow_the_first_failure(self) -> None:
         """End this rank when it is stuck after another has failed: NCCL would let it wait."""

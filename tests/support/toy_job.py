@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import LostRankError
 from trainer.job_health import JobHealth, job_health
 from trainer.preemption import Preemption, watch_for_preemption
@@ -90,6 +90,11 @@ def save(checkpoint: Path, step: int, *, is_first: bool) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except LostRankError as error:
-        sys.exit(f"toy: error: {error}")
+        print(f"toy: error: {error}", file=sys.stderr)
+        status = 1
+    except ValueError as error:
+        print(f"toy: mistake: {error}", file=sys.stderr)
+        status = 1
+    leave(status)

@@ -50,7 +50,9 @@ def _shards(sharding_type, index, table, world_size, local_world_size):
         "row_wise": lambda: _row_shards(range(world_size), rows[1], columns),
         "column_wise": lambda: [_shard((index + i) % world_size, rows, half) for i, half in enumerate(halves)],
         "table_row_wise": lambda: _row_shards(hosts[0], rows[1], columns),
-        "table_column_wise": lambda: [_shard(hosts[0][i], rows, half) for i, half in enumerate(halves)],
+        "table_column_wise": lambda: [
+            _shard(hosts[0][i % local_world_size], rows, half) for i, half in enumerate(halves)
+        ],
         "grid_shard": lambda: [s for i, half in enumerate(halves) for s in _row_shards(hosts[i], rows[1], half)],
     }
     return by_type[sharding_type]()

@@ -11,7 +11,7 @@ part starts from the whole's. From there on the optimizer is another one, as for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,9 +119,14 @@ class LoadTargets:
             pieces = [_row_wise_piece(shard, name, starts) for shard in shards]
             self._add(key, Pieces((layout.num_rows, len(starts)), dtype, pieces))
             return
-        regroupings = [_Regrouping(shard, name, saved.column_starts, layout.dim) for shard in shards]
+        # Shards of the same rows may need the same old blocks: they are read once, for all of them.
+        by_row: dict[int, list[TableShard]] = {}
+        for shard in shards:
+            by_row.setdefault(shard.row, []).append(shard)
+        old_blocks = tuple(itertools.pairwise((*saved.column_starts, layout.dim)))
+        regroupings = [_Regrouping(of_rows, name, old_blocks) for of_rows in by_row.values()]
         pieces = [regrouping.piece for regrouping in regroupings]
-        self._add(key, Pieces((layout.num_rows, len(saved.column_starts)), dtype, pieces))
+        self._add(key, Pieces((layout.num_rows, len(old_blocks)), dtype, pieces))
         self._regroupings += regroupings
         self.regrouped.append(table)
 
@@ -137,21 +142,30 @@ class LoadTargets:
 
 
 class _Regrouping:
-    """A shard's row-wise state out of that of other blocks of columns (see the head of this file)."""
+    """Row-wise states of shards of the same rows, out of those of other blocks of columns (see the head of this file).
 
-    def __init__(self, shard: TableShard, name: str, saved_starts: tuple[int, ...], num_columns: int) -> None:
-        begin, end = shard.column, shard.column + shard.weight.shape[1]
-        saved = list(enumerate(itertools.pairwise((*saved_starts, num_columns))))
-        shared = [(block, min(end, stop) - max(begin, start)) for block, (start, stop) in saved]
-        shared = [(block, columns) for block, columns in shared if columns > 0]
-        self._state = shard.states[name]
-        self._shares = torch.tensor([columns for _, columns in shared], dtype=torch.float64) / (end - begin)
-        # Old blocks that overlap a new one lie side by side.
-        values = torch.empty(len(self._state), len(shared), dtype=self._state.dtype)
-        self.piece = Piece((shard.row, shared[0][0]), values)
+    Attributes:
+        piece: where to read the old blocks to, [rows, blocks from the first needed to the last].
+    """
+
+    def __init__(self, shards: Sequence[TableShard], name: str, old_blocks: Sequence[tuple[int, int]]) -> None:
+        """`old_blocks` are (first column, end)."""
+        # shares[shard, block]: columns of the shard that are the old block's, over those of the shard.
+        shares = torch.zeros(len(shards), len(old_blocks), dtype=torch.float64)
+        for place, shard in enumerate(shards):
+            begin, end = shard.column, shard.column + shard.weight.shape[1]
+            for block, (start, stop) in enumerate(old_blocks):
+                shares[place, block] = max(0, min(end, stop) - max(begin, start)) / (end - begin)
+        needed = shares.any(0).nonzero().flatten()
+        first, last = int(needed[0]), int(needed[-1])
+        self._states = [shard.states[name] for shard in shards]
+        self._shares = shares[:, first : last + 1]
+        values = torch.empty(len(self._states[0]), last + 1 - first, dtype=self._states[0].dtype)
+        self.piece = Piece((shards[0].row, first), values)
 
     def compute(self) -> None:
-        self._state.copy_((self.piece.values.double() * self._shares).sum(1))
+        for state, shares in zip(self._states, self._shares, strict=True):
+            state.copy_((self.piece.values.double() * shares).sum(1))
 
 
 def set_step(model: nn.Module, optimizers: Optimizers, step: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_pipeline.paths import join
@@ -24,6 +25,8 @@ from trainer.checkpoint.read_blocks import read_block
 from trainer.storage import StorageError, exists, file_size, list_folder, read_bytes, remove_file, remove_folder
 
 logger = logging.getLogger(__name__)
+# Blocks read at a time to be checked: an object store answers several requests faster than one after the other.
+NUM_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class CheckpointFolder:
         """Read everything of a checkpoint, block by block.
 
         Yields:
-            (file or tensor, block, what is wrong with it or None), as it goes.
+            (file or tensor, block, what is wrong with it or None), as it goes; tensors of one copy of several are
+            named as if they lay in its folder.
 
         Raises:
             CheckpointError: its marker is damaged or of another version.
@@ -115,14 +119,9 @@ class CheckpointFolder:
             except (CheckpointError, StorageError):
                 continue  # said above
             folder = copy_folder(join(self.path, name), copy, marker.num_copies)
-            for key, tensor in index.tensors.items():
-                for block in tensor.blocks:
-                    try:
-                        read_block(folder, key, block)
-                    except (CheckpointError, StorageError) as error:
-                        yield key, block, str(error)
-                    else:
-                        yield key, block, None
+            prefix = copy_folder("", copy, marker.num_copies).lstrip("/")
+            for key, block, problem in _check_blocks(folder, index):
+                yield join(prefix, key), block, problem
 
     def sweep(self) -> list[str]:
         """Remove what was never completed, and return the names; only while no job saves here."""
@@ -132,14 +131,18 @@ class CheckpointFolder:
             remove_folder(join(self.path, name))
         return swept
 
-    def prune(self, keep_last: int, *, keep_best: bool) -> list[str]:
-        """Remove all but the newest `keep_last` and, with `keep_best`, the best; return the names removed."""
+    def surplus(self, keep_last: int, *, keep_best: bool) -> list[Committed]:
+        """Return all but the newest `keep_last` and, with `keep_best`, the best."""
         committed = self.committed()
         kept = {found.name for found in committed[-keep_last:]}
         best = best_of(committed)
         if keep_best and best is not None:
             kept.add(best.name)
-        removed = [found.name for found in committed if found.name not in kept]
+        return [found for found in committed if found.name not in kept]
+
+    def prune(self, keep_last: int, *, keep_best: bool) -> list[str]:
+        """Remove what is `surplus`; return the names removed."""
+        removed = [found.name for found in self.surplus(keep_last, keep_best=keep_best)]
         for name in removed:
             self.remove(name)
         return removed
@@ -161,6 +164,23 @@ class CheckpointFolder:
         elif file_size(path) != size:
             return f"{path} has {file_size(path)} bytes, not the {size} that were written"
         return None
+
+
+def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str | None]]:
+    """Read every block, several at a time and in the order of the files; yield its tensor, and what is wrong."""
+
+    def problem_of(item: tuple[str, Block]) -> str | None:
+        try:
+            read_block(folder, *item)
+        except (CheckpointError, StorageError) as error:
+            return str(error)
+        return None
+
+    items = [(key, block) for key, tensor in index.tensors.items() for block in tensor.blocks]
+    items.sort(key=lambda item: (item[1].file, item[1].start))
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for (key, block), problem in zip(items, pool.map(problem_of, items), strict=True):
+            yield key, block, problem
 
 
 def best_of(committed: list[Committed]) -> Committed | None:

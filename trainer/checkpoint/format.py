@@ -180,11 +180,11 @@ class Marker:
             content, crc32 = tree["checkpoint"], tree["crc32"]
         except (ValueError, KeyError, TypeError):
             raise DamagedError(f"{path} is damaged: it is not a checkpoint's marker") from None
+        if zlib.crc32(json.dumps(content, sort_keys=True).encode()) != crc32:
+            raise DamagedError(f"{path} is damaged: its checksum is wrong")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {version}; this Papilio reads {FORMAT_VERSION}")
-        if zlib.crc32(json.dumps(content, sort_keys=True).encode()) != crc32:
-            raise DamagedError(f"{path} is damaged: its checksum is wrong")
         return cls(**{**content, "files": {name: tuple(entry) for name, entry in content["files"].items()}})
 
 

@@ -161,12 +161,16 @@ def _job_id() -> str | None:
 
 
 def _drop_after(path: str, step: int) -> None:
-    """Drop the measurements of steps after `step`, which will be done again, and a last line that is cut off."""
+    """Drop what will be measured again, and a last line that is cut off.
+
+    That is all of the steps after `step`, and a test split of this very step: it is measured after the checkpoint.
+    """
     if not os.path.exists(path):
         return
     kept = []
     with open(path, encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            entry = json.loads(line) if line.endswith("\n") else None
+            if entry and (entry["step"] < step or (entry["step"] == step and entry["kind"] != "test")):
                 kept.append(line)
     write_text(path, "".join(kept))

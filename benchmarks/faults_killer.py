@@ -1,0 +1,214 @@
+"""Starts a job of `benchmarks.faults` again and again, and kills it."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.faults_evidence import Trained, read_logs, step_of
+from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.side_channel import Failure, host_name, open_side_channel
+
+END_TIMEOUT_S = 30.0
+RUN_TIMEOUT_S = 300.0
+POLL_S = 0.002
+
+
+class FaultError(RuntimeError):
+    """A job did what it must not; the message says what, with the end of its output."""
+
+
+@dataclass
+class Job:
+    """One run folder, and what happened to it.
+
+    Attributes:
+        kills: by what they hit: "save", "prune", "start-up", "training", "end".
+        survivors_end_s: how long after the kill of one rank the last other one ended.
+        stuck: ranks that did not end within 30 s after a kill.
+        damaged: committed checkpoints in which something could not be read.
+        uncommitted: folders without a marker that kills left; `swept` of them were removed by a later start.
+        not_newest: starts that went on from another checkpoint than the newest complete one.
+    """
+
+    run_dir: str
+    attempts: list[Attempt] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)
+    survivors_end_s: list[float] = field(default_factory=list)
+    stuck: int = 0
+    damaged: int = 0
+    uncommitted: int = 0
+    swept: int = 0
+    not_newest: int = 0
+
+    @property
+    def folder(self) -> CheckpointFolder:
+        """Its checkpoints."""
+        return CheckpointFolder(os.path.join(self.run_dir, "checkpoints"))
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Ranks of every attempt."""
+        return [attempt.world_size for attempt in self.attempts]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoints that an attempt finds: the newest complete one, and those that were never completed."""
+
+    newest: str | None
+    abandoned: frozenset[str]
+
+
+class Killer:
+    """Starts a job again and again, and kills it."""
+
+    def __init__(self, zygote: Zygote, recipe: str, num_steps: int, randomness: random.Random) -> None:
+        self._zygote = zygote
+        self._recipe = recipe
+        self._num_steps = num_steps
+        self._random = randomness
+
+    def run_undisturbed(self, run_dir: str, world_size: int) -> Job:
+        """Run a job to its end."""
+        job = Job(run_dir)
+        self._start(job, world_size)
+        self._wait_for_success(job)
+        return job
+
+    def run_and_kill(self, run_dir: str, world_sizes: Sequence[int], num_kills: int) -> Job:
+        """Run a job to its end, killing it so many times on the way if it lasts so long."""
+        job = Job(run_dir)
+        was_killed = True
+        while was_killed:
+            found = _what_is_there(job)
+            others = [size for size in world_sizes if [size] != job.world_sizes[-1:]] or list(world_sizes)
+            process_ids = self._start(job, self._random.choice(others))
+            if sum(job.kills.values()) < num_kills:
+                was_killed = self._kill_some_time(job, process_ids, found)
+            else:
+                self._wait_for_success(job)
+                was_killed = False
+            _look_at(job, found)
+        return job
+
+    def _start(self, job: Job, world_size: int) -> list[int]:
+        number = len(job.attempts)
+        environment = rank_environment(self._zygote.store.port, os.path.basename(job.run_dir), world_size)
+        arguments = ["--recipe", self._recipe, f"--output.run_dir={job.run_dir}"]
+        attempt = Attempt(arguments, world_size, f"{job.run_dir}.attempt_{number:03}", environment)
+        job.attempts.append(attempt)
+        return self._zygote.start(attempt)
+
+    def _wait_for_success(self, job: Job) -> None:
+        deadline_s = time.monotonic() + RUN_TIMEOUT_S
+        while len(self._zygote.ended()) < job.world_sizes[-1]:
+            if time.monotonic() > deadline_s:
+                raise FaultError(f"{job.run_dir} has not ended after {RUN_TIMEOUT_S:g} s\n{_last_words(job)}")
+            time.sleep(POLL_S)
+        self._check_success(job)
+
+    def _check_success(self, job: Job) -> None:
+        statuses = list(self._zygote.ended().values())
+        if any(statuses):
+            raise FaultError(f"{job.run_dir} was not killed, yet ended with {statuses}\n{_last_words(job)}")
+
+    def _kill_some_time(self, job: Job, process_ids: list[int], found: Found) -> bool:
+        """Kill at a random moment; returns whether the job had not ended before."""
+        if not self._wait_for_moment(job, process_ids):
+            self._wait_for_success(job)
+            return False
+        victims = process_ids if self._random.random() < 0.5 else [self._random.choice(process_ids)]
+        killed = [process_id for process_id in victims if _kill(process_id)]
+        begin_s = time.monotonic()
+        self._note_death(job, process_ids.index(victims[0]))
+        while len(self._zygote.ended()) < len(process_ids) and time.monotonic() < begin_s + END_TIMEOUT_S:
+            time.sleep(POLL_S)
+        if len(victims) < len(process_ids):
+            job.survivors_end_s.append(time.monotonic() - begin_s)
+        ended = self._zygote.ended()
+        stuck = [process_id for process_id in process_ids if process_id not in ended]
+        job.stuck += len(stuck)
+        for process_id in stuck:
+            _kill(process_id)
+        while len(self._zygote.ended()) < len(process_ids):
+            time.sleep(POLL_S)
+        if not killed or not any(self._zygote.ended().values()):
+            return False  # it had just ended
+        job.kills[self._what_was_hit(job, found)] += 1
+        return True
+
+    def _wait_for_moment(self, job: Job, process_ids: list[int]) -> bool:
+        """Wait for some part of a save, or for some time; False if all ranks end before."""
+        num_saves, after_s, seen = 0, 0.0, set(job.folder.names())
+        if self._random.random() < 0.5:
+            num_saves, after_s = self._random.choice([1, 1, 2, 3]), self._random.expovariate(1 / 0.03)
+        else:
+            after_s = self._random.uniform(0, 4)
+        deadline_s = time.monotonic() + after_s
+        while num_saves or time.monotonic() < deadline_s:
+            if len(self._zygote.ended()) == len(process_ids):
+                return False
+            new = set(job.folder.names()) - seen
+            if num_saves and new:
+                seen |= new
+                num_saves -= 1
+                deadline_s = time.monotonic() + after_s
+            time.sleep(POLL_S)
+        return True
+
+    def _note_death(self, job: Job, rank: int) -> None:
+        """Say who died, as our agent does."""
+        channel = open_side_channel(job.attempts[-1].environment)
+        channel.note_failure(Failure(rank, host_name(), -1, "killed by SIGKILL", time.time()))
+
+    def _what_was_hit(self, job: Job, found: Found) -> str:
+        """Say what the last attempt was doing when it was killed, from what it left."""
+        now, trained = _what_is_there(job), read_logs(job.attempts[-1])
+        newest_step = step_of(now.newest) if now.newest is not None else 0
+        left = now.abandoned - found.abandoned
+        if any(step_of(name) > newest_step for name in left):
+            return "save"
+        if left:
+            return "prune"
+        if newest_step == self._num_steps:
+            return "end"
+        return "training" if trained.steps else "start-up"
+
+
+def _what_is_there(job: Job) -> Found:
+    committed = job.folder.committed_names()
+    return Found(committed[-1] if committed else None, frozenset(job.folder.names()).difference(committed))
+
+
+def _look_at(job: Job, found: Found) -> None:
+    """See what the last attempt did with the checkpoints that it found, and what it left."""
+    trained: Trained = read_logs(job.attempts[-1])
+    if trained.steps or trained.resumed:
+        job.not_newest += trained.resumed != found.newest
+    now = _what_is_there(job)
+    job.swept += len(found.abandoned - now.abandoned)
+    job.uncommitted += len(now.abandoned - found.abandoned)
+    for name in job.folder.committed_names():
+        job.damaged += any(wrong for _, _, wrong in job.folder.verify(name))
+
+
+def _kill(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 9)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _last_words(job: Job) -> str:
+    words = []
+    for rank in range(job.attempts[-1].world_size):
+        with open(job.attempts[-1].output_path(rank), encoding="utf-8", errors="replace") as file:
+            words.append(f"--- rank {rank}:\n{file.read()[-3000:]}")
+    return "\n".join(words)

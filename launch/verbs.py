@@ -108,6 +108,38 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+
+    def add(action: str, summary: str) -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        added = actions.add_parser(action, help=summary, description=description, allow_abbrev=False)
+        added.add_argument("run", metavar="RUN", help="a run folder, or the folder of its checkpoints; also s3://...")
+        return added
+
+    which = "a checkpoint's name, its step, latest or best"
+    listing = add("list", "the checkpoints of a run, newest last")
+    shown = add("show", "everything about one checkpoint")
+    shown.add_argument("name", nargs="?", default="latest", metavar="NAME", help=f"{which} (default: latest)")
+    shown.add_argument("--all", action="store_true", help="list every table, however many")
+    for each in (listing, shown):
+        each.add_argument("--json", action="store_true", help="print JSON instead")
+    verify = add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
+    verify.add_argument("names", nargs="*", metavar="NAME", help=f"{which} (default: latest)")
+    verify.add_argument("--all", action="store_true", help="all complete ones")
+    prune = add("prune", "remove old checkpoints")
+    prune.add_argument("--keep-last", type=int, required=True, metavar="K", help="newest ones to keep")
+    prune.add_argument("--keep-best", action="store_true", help="keep the one of the best validation AUC, too")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    export = add("export-dense", "write plain tensors, a safetensors file a table, that any tool reads")
+    export.add_argument("name", nargs="?", default="latest", metavar="NAME", help=f"{which} (default: latest)")
+    export.add_argument("--output", required=True, metavar="DIR", help="a new folder; also s3://...")
+    export.add_argument(
+        "--tables", nargs="+", default=[], metavar="PATTERN", help="tables, with * and ? (default: all); quote them"
+    )
+    export.add_argument("--optimizer", action="store_true", help="the optimizers' states, too")
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -184,5 +216,12 @@ VERBS = (
         "papilio evaluate --run runs/quickstart --data datasets/quickstart --split test",
         _evaluate_arguments,
         "launch.local_jobs:run_evaluate",
+    ),
+    Verb(
+        "checkpoint",
+        "list, show, verify, prune or export the checkpoints of a run",
+        "papilio checkpoint list runs/quickstart",
+        _checkpoint_arguments,
+        "launch.checkpoint_jobs:run_checkpoint",
     ),
 )

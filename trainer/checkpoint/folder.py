@@ -111,8 +111,8 @@ class CheckpointFolder:
             CheckpointError: its marker is damaged or of another version.
         """
         marker = self.read_marker(name)
-        for file, (size, crc32) in marker.files.items():
-            yield file, None, self._what_is_wrong(name, marker, file, size, crc32)
+        for file in marker.files:
+            yield file, None, self._what_is_wrong(name, marker, file)
         for copy in range(marker.num_copies):
             try:
                 index = self.read_index(name, marker, copy)
@@ -152,18 +152,27 @@ class CheckpointFolder:
         remove_file(join(self.path, name, MARKER))
         remove_folder(join(self.path, name))
 
-    def _what_is_wrong(self, name: str, marker: Marker, file: str, size: int, crc32: int | None) -> str | None:
+    def first_problem(self, found: Committed) -> str | None:
+        """Say which of its files is missing or of another size, if any; nothing is read."""
+        problems = (self._wrong_size(found.name, file, size) for file, (size, _) in found.marker.files.items())
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _what_is_wrong(self, name: str, marker: Marker, file: str) -> str | None:
+        size, crc32 = marker.files[file]
+        if crc32 is None:
+            return self._wrong_size(name, file, size)
+        try:
+            self.read_listed(name, marker, file)
+        except (CheckpointError, StorageError) as error:
+            return str(error)
+        return None
+
+    def _wrong_size(self, name: str, file: str, size: int) -> str | None:
         path = join(self.path, name, file)
         if not exists(path):
             return f"{path} is missing"
-        if crc32 is not None:
-            try:
-                self.read_listed(name, marker, file)
-            except (CheckpointError, StorageError) as error:
-                return str(error)
-        elif file_size(path) != size:
-            return f"{path} has {file_size(path)} bytes, not the {size} that were written"
-        return None
+        found = file_size(path)
+        return None if found == size else f"{path} has {found:,} bytes, not the {size:,} that were written"
 
 
 def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str | None]]:

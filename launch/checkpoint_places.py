@@ -1,0 +1,134 @@
+"""Which checkpoints a command line means: RUN is a folder of several kinds, NAME a name, a step, or a role."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from data_pipeline.paths import join
+from launch.usage import UsageError
+from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
+from trainer.checkpoint.format import MARKER, STEP_FOLDER, CheckpointError
+from trainer.storage import exists, list_folder, read_json
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+LATEST, BEST = "latest", "best"
+MAX_NAMED = 5
+
+
+def find_folder(run: str) -> CheckpointFolder:
+    """Return the folder of a run's checkpoints; `run` is the run's folder, or that of the checkpoints itself.
+
+    Raises:
+        UsageError: it is neither; names the runs near by.
+    """
+    run = run.rstrip("/") or "/"
+    if exists(join(run, CONFIG)):
+        return CheckpointFolder(_configured(read_json(join(run, CONFIG))) or join(run, CHECKPOINTS))
+    names = list_folder(run)
+    if any(STEP_FOLDER.fullmatch(name) for name in names):
+        return CheckpointFolder(run)
+    if CHECKPOINTS in names:
+        return CheckpointFolder(join(run, CHECKPOINTS))
+    if exists(join(run, MARKER)):
+        parent, _, name = run.rpartition("/")
+        raise UsageError(f"{run} is one checkpoint; write {parent or '.'} {name}")
+    raise UsageError(_no_run(run, is_there=bool(names)))
+
+
+def find_checkpoint(folder: CheckpointFolder, word: str) -> str:
+    """Return the name of the complete checkpoint that a word means: its name or the beginning, its step, a role.
+
+    Raises:
+        CheckpointError: there is none such.
+    """
+    names = folder.committed_names()
+    if not names:
+        raise CheckpointError(_none_complete(folder))
+    if word == LATEST:
+        return names[-1]
+    if word == BEST:
+        return _best_name(folder)
+    if word in names:
+        return word
+    if word in folder.names():
+        raise CheckpointError(
+            f"{join(folder.path, word)} was never completed (it has no {MARKER}): it is being saved now, or its save "
+            "was cut off"
+        )
+    step = int(word) if word.isdecimal() else None
+    meant = [name for name in names if name.startswith(word) or _step(name) == step]
+    if len(meant) == 1 or (meant and step is not None):
+        return meant[-1]
+    nearest = meant or difflib.get_close_matches(word, names, 1) or names[-MAX_NAMED:]
+    question = "did you mean" if len(nearest) == 1 else "there are"
+    raise CheckpointError(f"there is no checkpoint {word} in {folder.path}; {question} {_listed(nearest)}")
+
+
+def complete_ones(folder: CheckpointFolder) -> list[Committed]:
+    """Return the complete checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    committed = folder.committed()
+    if not committed:
+        raise CheckpointError(_none_complete(folder))
+    return committed
+
+
+def _best_name(folder: CheckpointFolder) -> str:
+    best = best_of(folder.committed())
+    if best is None:
+        raise CheckpointError(
+            f"no checkpoint in {folder.path} was validated at its own step, so none is the best; name one, or latest"
+        )
+    return best.name
+
+
+def _none_complete(folder: CheckpointFolder) -> str:
+    incomplete = len(folder.names())
+    found = f"{incomplete} incomplete" if incomplete else "none at all"
+    return f"{folder.path} holds no complete checkpoint ({found}); the config's checkpoint.every_steps makes them"
+
+
+def _configured(config: Any) -> str | None:
+    """Folder of the checkpoints where the run's config names one."""
+    section = config.get("checkpoint") if isinstance(config, dict) else None
+    return section.get("folder") if isinstance(section, dict) else None
+
+
+def _step(name: str) -> int:
+    return int(name[len("step_") :].partition("-")[0])
+
+
+def _no_run(run: str, *, is_there: bool) -> str:
+    if is_there:
+        inside = _runs_in(run)
+        if inside:
+            return f"{run} is a folder of runs; give one of them: {_listed([join(run, name) for name in inside])}"
+        wrong = f"{run} is no run folder: it has neither {CONFIG} nor checkpoints"
+    else:
+        wrong = f"{run} does not exist" if not exists(run) else f"{run} is empty, or a file"
+    parent, slash, base = run.rpartition("/")
+    parent = parent if slash else "."
+    near = _runs_in(parent)
+    if not near:
+        return f"{wrong}; give the folder that `papilio train` printed"
+    nearest = difflib.get_close_matches(base, near, 1) or near
+    paths = [join(parent, name) if slash else name for name in nearest]
+    return f"{wrong}; " + (f"did you mean {paths[0]}?" if len(paths) == 1 else f"near by are {_listed(paths)}")
+
+
+def _runs_in(folder: str) -> list[str]:
+    try:
+        return [name for name in list_folder(folder) if exists(join(folder, name, CONFIG))]
+    except OSError:  # forbidden, or a file
+        return []
+
+
+def _listed(names: list[str]) -> str:
+    """The last of these, which are the newest."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[-MAX_NAMED:]) + more

@@ -241,7 +241,7 @@ class Agent(LocalElasticAgent):
             say("all ranks saved and left; start the job again to resume")
             if not self._is_elastic:
                 self._exit_barrier_timeout = FAREWELL_S
-                self._exit_barrier()
+                self._exit_barrier()  # type: ignore[no-untyped-call]
             return RESUME_EXIT_CODE
         say(f"told to end by {number.name}; all ranks were ended, without saving")
         return 128 + number

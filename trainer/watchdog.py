@@ -74,7 +74,7 @@ class Watchdog:
             if self._agent_pid is not None and os.getppid() != self._agent_pid:
                 self._leave_without_agent()
             elif self._idle_s() > self._stall_timeout_s:
-                self._report_stall()
+                self._end_if_stalled()
             else:
                 self._follow_the_first_failure()
 
@@ -104,20 +104,23 @@ class Watchdog:
             has_left=has_left,
         )
 
-    def _report_stall(self) -> NoReturn:
+    def _end_if_stalled(self) -> None:
         before = self._channel.signs(self._ranks.world_size)
         if self._has_ended.wait(SILENCE_S):
-            sys.exit()
-        self._channel.publish(self._sign())
+            return
+        self._look()
+        if self._idle_s() < self._stall_timeout_s:  # it moves after all
+            return
+        own = self._sign()
+        self._channel.publish(own)
         after = self._channel.signs(self._ranks.world_size)
-        line = describe_stall(before, after, self._ranks, self._sign(), time.time())
-        late = late_ranks(before, after, self._ranks.world_size) or [self._ranks.rank]
-        host = after[late[0]].host if late[0] in after else "unknown"
-        error = f"no step for {self._idle_s():.0f} s; {line}"
-        self._channel.note_failure(Failure(late[0], host, -1, error, time.time()))
-        self._end_process(
-            f"no step for {self._idle_s():.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {line}"
-        )
+        late = late_ranks(before, after, self._ranks.world_size)
+        what = describe_stall(late, after, own, self._ranks.world_size, time.time())
+        line = f"nothing has moved for {own.idle_s:.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {what}"
+        culprit = late[0] if late else self._ranks.rank
+        host = after[culprit].host if culprit in after else "unknown"
+        self._channel.note_failure(Failure(culprit, host, -1, line, time.time()))
+        self._end_process(line)
 
     def _leave_without_agent(self) -> NoReturn:
         """End this rank, which nobody would start again or end."""
@@ -159,16 +162,18 @@ def late_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int)
     return sorted(behind)
 
 
-def describe_stall(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, own: Sign, now_unix_s: float) -> str:
+def describe_stall(late: list[int], signs: dict[int, Sign], own: Sign, world_size: int, now_unix_s: float) -> str:
     """Say which ranks have not arrived, with their last signs, and which wait for them."""
-    late = late_ranks(before, after, ranks.world_size)
-    if not after:
-        return f"at step {own.step:,}, {own.phase}; the store with the other ranks' signs does not answer"
+    here = f"after step {own.step:,} ({own.phase})"
+    if world_size == 1:
+        return f"the only rank stands still {here}"
+    if not signs:
+        return f"rank {own.rank} stands {here}; the store with the other ranks' signs does not answer"
     if not late:
-        return f"all {ranks.world_size} ranks stand still after step {own.step:,}, {own.phase}"
-    next_step = max(sign.step for sign in after.values()) + 1
-    told = "; ".join(_describe_late(rank, after.get(rank), next_step, now_unix_s) for rank in late)
-    waiting = [rank for rank in range(ranks.world_size) if rank not in late]
+        return f"all {world_size} ranks stand still {here}"
+    next_step = max(sign.step for sign in signs.values()) + 1
+    told = "; ".join(_describe_late(rank, signs.get(rank), next_step, now_unix_s) for rank in late)
+    waiting = [rank for rank in range(world_size) if rank not in late]
     return f"{told}; {describe_ranks(waiting)} wait{'s' if len(waiting) == 1 else ''}" if waiting else told
 
 

@@ -1,0 +1,93 @@
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests.support.signs import sign_of
+from trainer.side_channel import Failure, SideChannel, open_side_channel
+
+
+def failure_of(rank: int) -> Failure:
+    return Failure(rank, f"host-{rank}", 1_200 + rank, f"ValueError: {rank}", 1e9)
+
+
+def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    writer = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    reader = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    assert reader.signs(3) == {}
+    writer.publish(sign_of(2, 5))
+    writer.publish(sign_of(0, 6))
+    writer.publish(sign_of(2, 7, has_left=True))
+    assert reader.signs(3) == {0: sign_of(0, 6), 2: sign_of(2, 7, has_left=True)}
+    assert reader.signs(1) == {0: sign_of(0, 6)}
+
+
+def test_the_first_failure_stands(tmp_path: Path) -> None:
+    one = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    other = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    assert other.first_failure() is None
+    assert one.note_failure(failure_of(1)) == failure_of(1)
+    assert other.note_failure(failure_of(0)) == failure_of(1)
+    assert other.first_failure() == one.first_failure() == failure_of(1)
+
+
+def test_a_new_round_forgets(tmp_path: Path) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    channel = SideChannel(dist.PrefixStore("p", store))
+    channel.publish(sign_of(0, 6))
+    channel.note_failure(failure_of(0))
+    channel.forget(2)
+    assert channel.signs(2) == {}
+    assert channel.first_failure() is None
+
+
+def test_failures_read_as_a_sentence() -> None:
+    assert str(failure_of(2)) == "rank 2 (host host-2) failed first, at step 1,202: ValueError: 2"
+    assert str(Failure(2, "h", -1, "killed by SIGKILL", 0.0)) == "rank 2 (host h) failed first: killed by SIGKILL"
+
+
+def test_without_a_store_all_is_silence() -> None:
+    channel = SideChannel(None)
+    channel.publish(sign_of(0, 6))
+    assert channel.signs(2) == {}
+    assert channel.first_failure() is None
+    assert channel.note_failure(failure_of(1)) == failure_of(1)
+    assert not channel.is_answering
+
+
+def environment_of(port: int) -> dict[str, str]:
+    return {
+        "PET_RDZV_ENDPOINT": f"localhost:{port}",
+        "TORCHELASTIC_RUN_ID": "j",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }
+
+
+def test_a_store_that_dies_is_silence_too() -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    channel = open_side_channel(environment_of(server.port))
+    channel.publish(sign_of(0, 6))
+    assert (channel.is_answering, channel.signs(1)) == (True, {0: sign_of(0, 6)})
+    del server
+    begin_s = time.monotonic()
+    assert channel.signs(1) == {}
+    assert not channel.is_answering
+    assert channel.note_failure(failure_of(1)) == failure_of(1)
+    assert time.monotonic() - begin_s < 30
+
+
+def test_rounds_do_not_read_each_other() -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment = environment_of(server.port)
+    open_side_channel(environment).note_failure(failure_of(1))
+    assert open_side_channel(environment).first_failure() == failure_of(1)
+    assert open_side_channel({**environment, "MASTER_PORT": "2"}).first_failure() is None
+    plain = {"TORCHELASTIC_RUN_ID": "j", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port)}
+    open_side_channel({**plain, "TORCHELASTIC_RESTART_COUNT": "0"}).note_failure(failure_of(0))
+    assert open_side_channel({**plain, "TORCHELASTIC_RESTART_COUNT": "1"}).first_failure() is None
+
+
+def test_outside_a_job_the_channel_is_mute() -> None:
+    assert not open_side_channel({}).is_answering
+    assert not open_side_channel({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).is_answering

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -301,7 +302,8 @@ def test_evaluation_refuses_what_it_cannot_read(one_rank, tmp_path):
     assert "no rows in split 'tset'" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "tset")[0]
     assert "is not a run folder" in one_rank.run(load_error, tmp_path)[0]
     marker = newest(tmp_path / "run" / "checkpoints") / MARKER
-    marker.write_text('{"crc32": 0, "checkpoint": {"format_version": 99}}')
+    content = json.dumps({"format_version": 99})
+    marker.write_text(f'{{"crc32": {zlib.crc32(content.encode())}, "checkpoint": {content}}}')
     assert "has format version 99" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "test")[0]
     marker.unlink()
     assert "holds no complete checkpoint" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "test")[0]

@@ -76,7 +76,8 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _first_difference(old: Any, new: Any) -> str:
     differing = changes({"": old}, {"": new}) if not isinstance(old, Mapping) else changes(old, new or {})
-    key, (before, after) = next(iter(differing.items()))
+    # The number of rows says more than the checksums of the files.
+    key, (before, after) = min(differing.items(), key=lambda change: (not change[0].endswith("num_rows"), change[0]))
     more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
     return f"{key + ' = ' if key else ''}{_shown(after)}, was {_shown(before)}{more}"
 

@@ -1,0 +1,314 @@
+"""Runs that end and go on: bit for bit what they would have been, or refused with the differences."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.checkpoints import newest, saved_tensors
+from tests.support.datasets import write_dataset
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import CheckpointError
+from trainer.config_file import build_config
+from trainer.storage import StorageError
+from trainer.train import train
+
+EVERY_3 = {"every_steps": 3, "every_minutes": None, "keep_last": 100}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """403 samples to train on: 20 steps of 20 and one of 3 an epoch."""
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def make_config(data, run_dir, **sections):
+    tree = {
+        "name": "small",
+        "seed": 4,
+        "data": {"path": str(data), "shuffle_block_rows": 8},
+        "model": {"embedding_dim": 8, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]},
+        "optimizer": {"sparse": {"name": "rowwise_adagrad", "learning_rate": 0.1}, "dense": {"name": "adam"}},
+        "schedule": {"warmup_steps": 5, "decay_start_step": 10, "decay_steps": 20},
+        "train": {"global_batch_size": 20, "log_every_steps": 5, "eval_batch_size": 64, "epochs": 2},
+        "checkpoint": EVERY_3,
+        "output": {"run_dir": str(run_dir), "tensorboard": False},
+    }
+    for name, changes in sections.items():
+        tree[name] = {**tree.get(name, {}), **changes} if isinstance(changes, dict) else changes
+    return build_config(tree, source="test")
+
+
+def run(ranks, config):
+    """Train; return what was printed and logged, or the error."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    logging.getLogger("trainer").addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(log):
+            train(config, ranks)
+    except (CheckpointError, StorageError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        logging.getLogger("trainer").removeHandler(handler)
+    return log.getvalue()
+
+
+def stop_after(ranks, config, step):
+    """Train until just after `step`, where the whole job dies without a word."""
+    import trainer.loop
+
+    class Dead(BaseException):
+        pass
+
+    def due(self, current, **_):
+        if current > step:
+            raise Dead
+        return original(self, current, **_)
+
+    original = trainer.loop.Checkpoints.due
+    trainer.loop.Checkpoints.due = due
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Dead):
+            train(config, ranks)
+    finally:
+        trainer.loop.Checkpoints.due = original
+
+
+def metric_lines(run_dir):
+    """What was measured, but for times."""
+    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "data_wait_share")} for line in lines]
+
+
+def final_tensors(run_dir):
+    return saved_tensors(newest(Path(run_dir, "checkpoints")))
+
+
+def assert_same_runs(found, expected):
+    tensors = final_tensors(found)
+    assert tensors.keys() == final_tensors(expected).keys()
+    for key, values in final_tensors(expected).items():
+        np.testing.assert_array_equal(tensors[key], values, err_msg=key)
+    assert metric_lines(found) == metric_lines(expected)
+
+
+@pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "data_parallel", "grid_shard"])
+def test_a_run_that_died_ends_as_one_that_did_not(two_ranks, data, tmp_path, sharding_type):
+    """Died in the middle of a report's window, at the end of an epoch, and before the first checkpoint."""
+    sections = {"sharding": {"types": [sharding_type]}}
+    two_ranks.run(run, make_config(data, tmp_path / "whole", **sections))
+    config = make_config(data, tmp_path / "dead", **sections)
+    for step in (1, 8, 21, 32):
+        two_ranks.run(stop_after, config, step)
+    printed = two_ranks.run(run, config)[0]
+    assert "going on after step 30, saved " in printed
+    assert_same_runs(tmp_path / "dead", tmp_path / "whole")
+
+
+def test_another_number_of_ranks_trains_on_the_same_samples(request, data, tmp_path):
+    request.getfixturevalue("two_ranks").run(run, make_config(data, tmp_path / "whole"))
+    config = make_config(data, tmp_path / "moved")
+    for pool, step in (("two_ranks", 8), ("one_rank", 17), ("four_ranks", 29)):
+        request.getfixturevalue(pool).run(stop_after, config, step)
+    printed = request.getfixturevalue("two_ranks").run(run, config)[0]
+    assert "(every_steps) on 4 rank(s)" in printed
+    found, expected = final_tensors(tmp_path / "moved"), final_tensors(tmp_path / "whole")
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=0, atol=1e-5, err_msg=key)
+    positions = [line.get("position") for line in metric_lines(tmp_path / "moved")]
+    assert positions == [line.get("position") for line in metric_lines(tmp_path / "whole")]
+
+
+def test_synchronous_saves_are_the_same(one_rank, data, tmp_path):
+    for name, is_asynchronous in (("beside", True), ("between", False)):
+        checkpoint = {**EVERY_3, "asynchronous": is_asynchronous}
+        one_rank.run(run, make_config(data, tmp_path / name, checkpoint=checkpoint))
+    assert_same_runs(tmp_path / "beside", tmp_path / "between")
+    names = [
+        [name[:15] for name in CheckpointFolder(str(tmp_path / run / "checkpoints")).committed_names()]
+        for run in ("beside", "between")
+    ]
+    assert names[0] == names[1] == [f"step_{step:010}" for step in [*range(3, 43, 3)]]
+
+
+def test_the_newest_and_the_best_are_kept(one_rank, data, tmp_path):
+    checkpoint = {"every_steps": 3, "keep_last": 2}
+    train_section = {"evaluate_every_steps": 7}
+    one_rank.run(run, make_config(data, tmp_path / "run", checkpoint=checkpoint, train=train_section))
+    validations = [line for line in metric_lines(tmp_path / "run") if line["kind"] == "validation"]
+    best = max(validations, key=lambda line: line["auc"])["step"]
+    steps = [int(name[5:15]) for name in CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()]
+    assert steps == sorted({best, 39, 42})
+
+
+def damage(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(raw[: len(raw) // 2])
+    else:
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut short", "deleted"])
+@pytest.mark.parametrize(
+    "file", ["rank_00000_part_00000.bin", "rank_00001_part_00000.bin", "index.json", "checkpoint.json"]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(two_ranks, data, tmp_path, file, how):
+    if (file, how) == ("checkpoint.json", "deleted"):
+        pytest.skip("without its marker it is none")
+    config = make_config(data, tmp_path / "run", train={"max_steps": 9})
+    two_ranks.run(run, config)
+    path = newest(tmp_path / "run" / "checkpoints") / file
+    damage(path, how)
+    printed = two_ranks.run(run, config)[0]
+    assert f"checkpoint {path.parent.name} is damaged and left out: {path} is " in printed
+    assert "going on after step 6, saved" in printed
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew(one_rank, data, tmp_path):
+    config = make_config(data, tmp_path / "run", train={"max_steps": 6})
+    one_rank.run(run, config)
+    for path in (tmp_path / "run" / "checkpoints").glob("*/index.json"):
+        damage(path, "flipped")
+    message = one_rank.run(run, config)[0]
+    assert "CheckpointError: all 2 checkpoint(s) in" in message
+    assert "restore one from a backup, or choose another output.run_dir to start anew" in message
+
+
+def test_one_of_another_version_is_refused_not_skipped(one_rank, data, tmp_path):
+    config = make_config(data, tmp_path / "run", train={"max_steps": 6})
+    one_rank.run(run, config)
+    marker = newest(tmp_path / "run" / "checkpoints") / "checkpoint.json"
+    tree = json.loads(marker.read_text())
+    tree["checkpoint"]["format_version"] = 3
+    tree["crc32"] = zlib.crc32(json.dumps(tree["checkpoint"], sort_keys=True).encode())
+    marker.write_text(json.dumps(tree))
+    assert "checkpoint.json has format version 3; this Papilio reads 2" in one_rank.run(run, config)[0]
+
+
+def test_what_was_never_completed_is_invisible_and_swept(one_rank, data, tmp_path):
+    config = make_config(data, tmp_path / "run", train={"max_steps": 6})
+    one_rank.run(run, config)
+    latest = newest(tmp_path / "run" / "checkpoints")
+    (latest / "checkpoint.json").unlink()
+    assert "going on after step 3, saved" in one_rank.run(run, config)[0]
+    assert not latest.exists()
+
+
+def test_another_job_in_the_folder_is_refused_with_the_differences(one_rank, data, tmp_path):
+    one_rank.run(run, make_config(data, tmp_path / "run", train={"max_steps": 3}))
+    other = make_config(data, tmp_path / "run", seed=5, model={"embedding_dim": 16})
+    message = one_rank.run(run, other)[0]
+    assert message.startswith(
+        f"CheckpointError: the run in {tmp_path / 'run' / 'checkpoints'} cannot go on with another\n"
+    )
+    assert "\n  model.embedding_dim = 16, was 8\n  seed = 5, was 4\n" in message
+    assert "choose another output.run_dir to start anew" in message
+
+
+def test_other_data_are_refused(one_rank, data, tmp_path):
+    one_rank.run(run, make_config(data, tmp_path / "run", train={"max_steps": 3}))
+    rows = {"train": 404, "validation": 90, "test": 60}
+    other = write_dataset(tmp_path / "other", split_rows=rows)
+    message = one_rank.run(run, make_config(other, tmp_path / "run"))[0]
+    assert "the data set's splits: " in message
+    assert "train.num_rows = 404, was 403, and " in message
+
+
+def test_what_may_change_is_taken_and_recorded(one_rank, data, tmp_path):
+    one_rank.run(run, make_config(data, tmp_path / "run", train={"max_steps": 9}))
+    changed = make_config(
+        data,
+        tmp_path / "run",
+        train={"global_batch_size": 40},
+        optimizer={"dense": {"name": "adam", "learning_rate": 0.01}},
+    )
+    printed = one_rank.run(run, changed)[0]
+    assert "  changed: train.global_batch_size = 40, was 20" in printed
+    history = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()[-1].marker.progress["history"]
+    assert [entry["step"] for entry in history] == [0, 9]
+    assert history[1]["changes"]["optimizer.dense.learning_rate"] == [0.02, 0.01]
+    # 180 samples were done. The first epoch goes on with samples 180 to 200, five batches of 40 and one of 3: 7 steps.
+    lines = [line for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
+    assert (lines[-1]["step"], lines[-1]["num_samples"]) == (9 + 7 + 11, 806)
+
+
+def test_a_finished_run_has_nothing_left_to_do(one_rank, data, tmp_path):
+    config = make_config(data, tmp_path / "run")
+    one_rank.run(run, config)
+    before = final_tensors(tmp_path / "run")
+    assert "going on after step 42" in one_rank.run(run, config)[0]
+    for key, values in final_tensors(tmp_path / "run").items():
+        np.testing.assert_array_equal(values, before[key])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 806
+
+
+def preempt(ranks, config, step):
+    """Train, with SIGTERM to the last rank after `step`; what is printed."""
+    import trainer.loop
+
+    def record(self, output, current):
+        if current == step and ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, output, current)
+
+    original = trainer.loop.Reporter.record
+    trainer.loop.Reporter.record = record
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            summary = train(config, ranks)
+    finally:
+        trainer.loop.Reporter.record = original
+    return summary is None, out.getvalue()
+
+
+def test_sigterm_to_one_rank_saves_and_stops_all(two_ranks, data, tmp_path):
+    sections = {"train": {"epochs": 20}, "checkpoint": {"every_steps": 200, "every_minutes": None, "keep_best": False}}
+    two_ranks.run(run, make_config(data, tmp_path / "whole", **sections))
+    config = make_config(data, tmp_path / "told", **sections)
+    answers = two_ranks.run(preempt, config, 11)
+    assert [is_stopped for is_stopped, _ in answers] == [True, True]
+    printed = answers[0][1]
+    assert "stopped by SIGTERM after step " in printed
+    assert f"start the job again with --output.run_dir={tmp_path / 'told'} to go on" in printed
+    assert "(preemption)" in two_ranks.run(run, config)[0]
+    assert_same_runs(tmp_path / "told", tmp_path / "whole")
+
+
+def test_a_save_that_fails_does_not_end_the_training(one_rank, data, tmp_path):
+    config = make_config(data, tmp_path / "run", checkpoint={**EVERY_3, "asynchronous": False}, train={"max_steps": 10})
+    answers = one_rank.run(run_with_a_full_disk, config, 7)
+    assert "could not be written: rank 0: " in answers[0]
+    assert "training goes on without this checkpoint (the newest is of step 6)" in answers[0]
+    steps = [int(name[5:15]) for name in CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()]
+    assert steps == [3, 6, 10], "that of step 9 was removed"
+
+
+def run_with_a_full_disk(ranks, config, begin_step):
+    """Train on a disk that is full when step 9 is saved."""
+    import errno
+
+    from trainer.checkpoint import saver
+
+    def make_folder(path):
+        if "step_0000000009" in path:
+            raise StorageError(f"could not write {path}: no space left", errno.ENOSPC)
+        original(path)
+
+    original = saver.make_folder
+    saver.make_folder = make_folder
+    try:
+        return run(ranks, config)
+    finally:
+        saver.make_folder = original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Summary:
     best_validation_step: int
     findings: tuple[str, ...]
     comparison: Comparison | None = None
+    checkpoint_stalls_s: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -52,6 +54,7 @@ def format_summary(summary: Summary, manifest: Manifest) -> str:
         "for data",
         f" model      {summary.num_parameters:,} weights",
         *_comparison_lines(summary.comparison),
+        *_checkpoint_lines(summary.checkpoint_stalls_s),
         "",
         *_metric_lines(summary.final, manifest),
         "",
@@ -71,6 +74,15 @@ def _comparison_lines(found: Comparison | None) -> Sequence[str]:
         f"({found.step_error:+.0%}, hardware {found.hardware})",
         f" memory     {found.measured_bytes / MIB:,.0f} MiB on rank {found.rank}, the fullest; predicted "
         f"{found.predicted_bytes / MIB:,.0f} ({found.memory_error:+.0%})",
+    ]
+
+
+def _checkpoint_lines(stalls_s: Sequence[float]) -> Sequence[str]:
+    if not stalls_s:
+        return []
+    return [
+        f" saved      {len(stalls_s)} checkpoint(s); training waited {statistics.median(stalls_s):.2f} s for each "
+        f"(median), {sum(stalls_s):.1f} s in all"
     ]
 
 

@@ -191,6 +191,7 @@ def _finish(job: _Job, progress: Progress) -> Summary:
         best_validation_step=best[0],
         findings=tuple(diagnose(final["validation"], "validation")),
         comparison=comparison,
+        checkpoint_stalls_s=tuple(job.checkpoints.stalls_s),
     )
     if job.folder is not None:
         if "test" in final:

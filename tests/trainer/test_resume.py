@@ -312,3 +312,30 @@ def run_with_a_full_disk(ranks, config, begin_step):
         return run(ranks, config)
     finally:
         saver.make_folder = original
+
+
+def run_with(ranks, config, environment):
+    """Train in a process that began before the S3 service did."""
+    os.environ.update(environment)
+    return run(ranks, config)
+
+
+def test_checkpoints_lie_in_an_object_store(two_ranks, one_rank, s3, data, tmp_path):
+    """Through failing requests, cut uploads and lost answers; and loaded on another number of ranks."""
+    folder = s3.url("runs/a/checkpoints")
+    checkpoint = {"every_steps": 5, "every_minutes": None, "keep_last": 2, "keep_best": False, "folder": folder}
+    config = make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 12})
+    s3.faults.fail(2, "PUT")
+    s3.faults.truncate(1)
+    two_ranks.run(run_with, config, s3.environment)
+    keys = [entry["Key"] for entry in s3.client.list_objects_v2(Bucket=s3.bucket)["Contents"]]
+    assert {key.split("/")[3][:15] for key in keys} == {"step_0000000010", "step_0000000012"}
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    s3.faults.fail(3, "GET")
+    config = make_config(data, tmp_path / "run", checkpoint=checkpoint)
+    printed = one_rank.run(run_with, config, s3.environment)[0]
+    assert "going on after step 12, saved" in printed
+    two_ranks.run(run, make_config(data, tmp_path / "whole"))
+    found, expected = metric_lines(tmp_path / "run")[-1], metric_lines(tmp_path / "whole")[-1]
+    assert found["kind"] == expected["kind"] == "test"
+    assert found["logloss"] == pytest.approx(expected["logloss"], abs=1e-6)

@@ -42,6 +42,7 @@ class Checkpoints:
             is_report: the ranks have just met for a report, so that asking rank 0 for the time costs little.
             is_best: this step's validation is the best so far.
         """
+        self._saver.check(wait=False)
         if is_best and self._config.keep_best:
             return "best"
         if self._config.every_steps is not None and step % self._config.every_steps == 0:
@@ -80,8 +81,3 @@ class Checkpoints:
     def stalls_s(self) -> list[float]:
         """How long training waited for each save."""
         return self._saver.stalls_s
-
-    @property
-    def latest_name(self) -> str | None:
-        """Folder of the latest checkpoint that was committed."""
-        return None if self._saver.latest is None else self._saver.latest.name

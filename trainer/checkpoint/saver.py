@@ -29,6 +29,8 @@ from trainer.storage import make_folder, remove_folder, write_text
 
 logger = logging.getLogger(__name__)
 
+MIB = 1 << 20
+
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the message says where and why. Raised on every rank."""
@@ -36,17 +38,17 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that was begun.
+    """A checkpoint that was committed.
 
     Attributes:
-        name: the checkpoint's folder.
-        stall_s: how long training waited for it.
+        name: its folder.
+        num_bytes: size of its files (known to the first rank).
         write_s: how long writing took, beside training.
     """
 
     name: str
     step: int
-    stall_s: float = 0.0
+    num_bytes: int = 0
     write_s: float = 0.0
 
 
@@ -97,9 +99,11 @@ class Saver:
         state = model_state(self._model.module, self._optimizers).snapshot()
         saved = Saved(f"step_{marker.step:010}-{self._attempt}", marker.step)
         self._under_way = self._executor.submit(self._write, saved, marker, state)
-        if wait or not self._config.asynchronous:
-            self.check(wait=True, reraise=wait)
         self.stalls_s.append(time.perf_counter() - begin_s)
+        if wait or not self._config.asynchronous:
+            self._under_way.exception()
+            self.stalls_s[-1] = time.perf_counter() - begin_s
+            self.check(wait=True, reraise=wait)
 
     def check(self, *, wait: bool, reraise: bool = False) -> None:
         """Take in how the last save ended, if it did; one that failed is a warning, or raised.
@@ -112,6 +116,8 @@ class Saver:
         finished, self._under_way = self._under_way, None
         try:
             self.latest = finished.result()
+            if self._ranks.is_first:
+                print(self._told(self.latest), flush=True)
         except SaveError as error:
             if reraise:
                 raise
@@ -123,6 +129,9 @@ class Saver:
         """Wait for the thread, after a run that went well."""
         self.check(wait=True)
         self._executor.shutdown()
+        for group in (self._copy_group, self._all):
+            if group is not None:
+                dist.destroy_process_group(group)
 
     def abandon(self) -> None:
         """Leave the thread to itself, after an error: what it is writing is not committed."""
@@ -140,8 +149,10 @@ class Saver:
         self._agree(saved, error)
         all_files: list[dict[str, Any] | None] = [None] * self._ranks.world_size
         dist.all_gather_object(all_files, files, group=self._all)
-        self._agree(saved, self._commit(path, marker, all_files) if self._ranks.is_first else None)
-        return replace(saved, write_s=time.perf_counter() - begin_s)
+        listed = {name: entry for files in all_files if files for name, entry in files.items()}
+        self._agree(saved, self._commit(path, replace(marker, files=listed)) if self._ranks.is_first else None)
+        num_bytes = sum(size for size, _ in listed.values())
+        return replace(saved, num_bytes=num_bytes, write_s=time.perf_counter() - begin_s)
 
     def _write_files(self, path: str, marker: Marker, state: ModelState) -> dict[str, tuple[int, int | None]]:
         """Write this rank's part; returns what the marker has to list, on one rank of each copy."""
@@ -157,12 +168,17 @@ class Saver:
             files[file] = (len(text.encode()), zlib.crc32(text.encode()))
         return {join(folder, file).removeprefix(path).lstrip("/"): entry for file, entry in files.items()}
 
-    def _commit(self, path: str, marker: Marker, all_files: list[dict[str, Any] | None]) -> str | None:
+    def _told(self, saved: Saved) -> str:
+        return (
+            f"checkpoint of step {saved.step:,}: {saved.num_bytes / MIB:,.1f} MiB written in {saved.write_s:.1f} s, "
+            f"training waited {self.stalls_s[-1]:.2f} s"
+        )
+
+    def _commit(self, path: str, marker: Marker) -> str | None:
         """Write the marker, and remove what need not be kept; returns what went wrong."""
-        listed = {name: entry for files in all_files if files for name, entry in files.items()}
         try:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(join(path, MARKER), replace(marker, files=listed, saved_at=now).to_json())
+            write_text(join(path, MARKER), replace(marker, saved_at=now).to_json())
         except Exception as error:  # every rank must hear of it
             return _first_line(error)
         try:

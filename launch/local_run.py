@@ -91,7 +91,7 @@ def run_locally(app: specs.AppDef) -> int:
 
     Returns:
         The exit status: 0 when the job succeeded, 1 when it failed, 75 when it was told to end (but not by Ctrl-C) and
-        saved, so that the same command resumes it; else 128 + the number of the signal that ended it.
+        saved, so that it can be resumed; else 128 + the number of the signal that ended it.
     """
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
     printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
@@ -152,7 +152,7 @@ class Agent(LocalElasticAgent):
             self._let_ranks_end(*first)
             if self._have_saved():
                 return self._after_saving(worker_group)
-            self._tell_failure(first[1])
+            self._tell_failure()
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -228,8 +228,8 @@ class Agent(LocalElasticAgent):
         failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign, time.time())
         self._failure = str(self._channel.note_failure(failure))
 
-    def _tell_failure(self, status: int) -> None:
-        if status == NO_RESTART_EXIT_CODE:
+    def _tell_failure(self) -> None:
+        if NO_RESTART_EXIT_CODE in self._exit_statuses().values():
             self._remaining_restarts = 0
         if self._remaining_restarts > 0:
             most = self._worker_group.spec.max_restarts
@@ -247,8 +247,11 @@ class Agent(LocalElasticAgent):
         return 128 + number
 
     def _status_after_rendezvous_error(self, error: Exception) -> int:
-        cause = error.__cause__ or error
-        say(f"error: {self._failure + '; ' if self._failure else ''}the hosts do not find each other: {cause}")
+        if isinstance(error, RendezvousClosedError):
+            what = "another host's agent ended the job"
+        else:
+            what = f"the hosts do not find each other: {error.__cause__ or error}"
+        say(f"error: {self._failure + '; ' if self._failure else ''}{what}")
         return RESUME_EXIT_CODE if self._were_saved else 1
 
 

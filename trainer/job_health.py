@@ -36,7 +36,7 @@ class JobHealth:
         """Say that this rank moves; costs a fraction of a microsecond.
 
         To be called after every step, and in long work without collectives (reading, planning, saving) at least every
-        few minutes. Collectives of the group of all ranks count as moves by themselves.
+        few minutes. Collectives count as moves by themselves.
         """
         if self._watchdog is not None:
             self._watchdog.mark(step, phase)

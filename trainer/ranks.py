@@ -12,7 +12,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+STALL_TIMEOUT_S = 600.0
+# By how much a collective outwaits the watchdog, which ends a rank that stalls and, unlike it, knows who is late.
+WATCHDOG_LEAD_S = 120.0
 
 T = TypeVar("T")
 
@@ -72,9 +74,10 @@ def cores_of_rank(cores: Sequence[int], local_rank: int, local_world_size: int) 
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
+def process_group(stall_timeout_s: float = STALL_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the job that torchrun's variables describe, or be a job of one; NCCL with GPUs, else gloo.
 
+    `stall_timeout_s` is the watchdog's (trainer/job_health.py); collectives wait somewhat longer.
     After an error no further collective is run: the group is torn down and the error goes on.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,10 +91,11 @@ def process_group() -> Iterator[Ranks]:
         # Before gloo starts its threads: they inherit it.
         pin_to_cores(local_rank, local_world_size)
     backend = "cuda:nccl,cpu:gloo" if has_gpu else "gloo"
+    timeout = timedelta(seconds=stall_timeout_s + WATCHDOG_LEAD_S)
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     group = dist.group.WORLD
     assert group is not None
     try:

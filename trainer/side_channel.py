@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Sign:
     """A rank's sign of life: where its training stands.
 
-    `count` grows with every sign; `num_collectives` is how many the rank has entered in the group of all ranks;
+    `count` grows with every sign; `num_collectives` is how many the rank has begun;
     `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come.
     """
 

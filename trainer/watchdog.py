@@ -7,12 +7,15 @@ which ranks have not arrived, prints this rank's stack and ends the process, so 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
 from typing import NoReturn
+
+import torch.distributed as dist
 
 from trainer.failures import one_line, silent_ranks
 from trainer.ranks import Ranks
@@ -88,7 +91,12 @@ class Watchdog:
         return time.monotonic() - self._moved_s
 
     def _num_collectives(self) -> int:
-        return int(self._ranks.group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+        """Collectives begun in all groups of this process. Torch has no public name for either."""
+        count = 0
+        for group in list(dist.distributed_c10d._world.pg_map):
+            with contextlib.suppress(RuntimeError):  # a backend that does not count
+                count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        return count
 
     def _sign(self, *, has_left: bool = False) -> Sign:
         self._count += 1

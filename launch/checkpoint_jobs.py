@@ -141,13 +141,14 @@ def _verify(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     names = folder.committed_names() if namespace.all else [find_checkpoint(folder, word) for word in words]
     if not names:
         complete_ones(folder)
-    reports = [verify_checkpoint(folder, name) for name in names]
-    for report in reports:
-        print("\n".join(report.lines()))
-    damaged = sum(bool(report.damage) for report in reports)
-    if damaged:
-        print(f"{damaged} of {len(reports)} damaged: training resumes from the newest that is sound")
-    return int(damaged > 0)
+    num_damaged = 0
+    for name in names:
+        report = verify_checkpoint(folder, name)
+        print("\n".join(report.lines(_columns())), flush=True)
+        num_damaged += bool(report.damage)
+    if num_damaged:
+        print(f"{num_damaged} of {len(names)} damaged; training resumes from the newest that is sound")
+    return int(num_damaged > 0)
 
 
 def _prune(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
@@ -190,7 +191,7 @@ def _export(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     name = find_checkpoint(folder, namespace.name)
     export = plan_export(folder, name, table_patterns=namespace.tables, with_optimizer=namespace.optimizer)
     begin_s = time.perf_counter()
-    with Progress(f"export {name}", export.num_bytes, "B", is_shown=True) as progress:
+    with Progress(f"export {name}", export.num_bytes, "B", is_shown=True, is_kept=False) as progress:
         export.write(namespace.output, progress.advance)
     seconds = time.perf_counter() - begin_s
     speed = text.rate(export.num_bytes, seconds)

@@ -19,15 +19,18 @@ from trainer.checkpoint.format import Marker
 
 # Reasons to save, as short as a column wants them, and in words.
 REASONS = {
-    "every_steps": ("steps", "as every so many steps"),
-    "every_minutes": ("minutes", "as every so many minutes"),
-    "best": ("best", "for its validation, the best so far"),
+    "every_steps": ("steps", "for checkpoint.every_steps"),
+    "every_minutes": ("minutes", "for checkpoint.every_minutes"),
+    "best": ("best", "for the best validation so far"),
     "preemption": ("preempted", "when the job was told to end"),
     "end": ("end", "at the end of the run"),
 }
 # More tables than this are listed with `--all` only.
 MAX_TABLES = 32
 NUM_LARGEST = 12
+MAX_NAMED = 4
+# Keeps a name and its version in one line.
+GLUE = "\N{NO-BREAK SPACE}"
 LABEL_WIDTH = 12
 
 
@@ -86,7 +89,7 @@ def describe(found: Committed, roles: str, now: datetime, columns: int) -> list[
     progress = marker.progress
     versions = {"papilio": marker.papilio_version, **marker.versions}
     paragraphs = {
-        "saved": f"{_time(marker)} UTC ({age(marker, now)} ago), {_reason(marker)}, by {_ranks(marker.world_size)}",
+        "saved": f"{_time(marker)} UTC ({age(marker, now)} ago) by {_ranks(marker.world_size)}, {_reason(marker)}",
         "size": _total(marker),
         "position": f"step {marker.step:,}; {_position(marker)}",
         "trained": f"{progress['num_samples']:,} samples in {_duration(progress['train_s'])}, "
@@ -94,9 +97,7 @@ def describe(found: Committed, roles: str, now: datetime, columns: int) -> list[
         "validated": _validations(marker),
         "optimizers": _optimizers(marker.config),
         "data": _data(marker.data),
-        "versions": ", ".join(
-            f"{name} {v}" for name, v in {"papilio": marker.papilio_version, **marker.versions}.items()
-        ),
+        "versions": ", ".join(f"{name}{GLUE}{version}" for name, version in versions.items()),
     }
     head = f"{found.name}  {roles}".rstrip()
     return [head, "", *(line for label, text in paragraphs.items() for line in paragraph(label, text, columns))]
@@ -141,7 +142,10 @@ def describe_tensors(contents: Contents, columns: int, *, show_all: bool) -> lis
         states = sum(map(num_bytes, rest)) - weights
         cells.append([f"{len(rest)} smaller", "", "", "", size(weights), size(states), "--all lists each"])
     cells.append(_dense_cells(contents))
-    return [line[:columns] for line in align(cells, [name in LEFT_ALIGNED for name in TABLE_HEADINGS])]
+    lines = align(cells, [name in LEFT_ALIGNED for name in TABLE_HEADINGS])
+    lines = [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in lines]
+    blocks = _column_blocks(contents)
+    return [*lines, *(["", *textwrap.wrap(blocks, columns)] if blocks else [])]
 
 
 def describe_removal(found: Committed, now: datetime) -> list[str]:
@@ -166,10 +170,9 @@ def age(marker: Marker, now: datetime) -> str:
 
 def paragraph(label: str, text: str, columns: int) -> list[str]:
     """Return a labelled text in lines."""
-    indent = " " * (LABEL_WIDTH + 2)
-    return textwrap.wrap(
-        text, columns, initial_indent=f"  {label:<{LABEL_WIDTH}}", subsequent_indent=indent, break_on_hyphens=False
-    )
+    first, others = f"  {label:<{LABEL_WIDTH}}", " " * (LABEL_WIDTH + 2)
+    lines = textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+    return [line.replace(GLUE, " ") for line in lines]
 
 
 def joined(sections: Iterable[Sequence[str]]) -> str:
@@ -284,15 +287,35 @@ def _state(named: NamedTensor) -> str:
     state = named.name.rpartition(".")[2]
     if starts is None:
         return state
-    return f"{state} of rows" + (f" in columns from {_and(list(map(str, starts)))}" if len(starts) > 1 else "")
+    if len(starts) == 1:
+        return f"{state} by row"
+    return f"{state} by row, {len(starts)} blocks"
+
+
+def _column_blocks(contents: Contents) -> str | None:
+    """Say where blocks of columns begin that have a state of their own, by tables alike."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for table, tensors in contents.tables.items():
+        starts = next((named.tensor.column_starts for named in tensors if named.tensor.column_starts is not None), (0,))
+        if len(starts) > 1:
+            alike.setdefault(starts, []).append(table)
+    if not alike:
+        return None
+    told = []
+    for starts, tables in alike.items():
+        which = ", ".join(tables) if len(tables) <= MAX_NAMED else f"{len(tables)} tables"
+        begins = (
+            ", ".join(map(str, starts)) if len(starts) <= MAX_NAMED else f"{starts[0]}, {starts[1]}, ... {starts[-1]}"
+        )
+        told.append(f"{begins} ({which})" if len(alike) > 1 else begins)
+    return f"blocks: of columns, each with a value of its own for a row; they begin at column {'; '.join(told)}"
 
 
 def _dense_cells(contents: Contents) -> list[str]:
-    values = sum(math.prod(named.tensor.shape) for named in contents.dense)
     dtypes = ", ".join(sorted({named.tensor.dtype for named in contents.dense}))
     states = sorted({named.name.rpartition(".")[2] for named in contents.dense_optimizer})
     told = [size(num_bytes(contents.dense_optimizer)), ", ".join(states)] if states else ["-", ""]
-    return ["dense part", f"{values:,} values", "", dtypes, size(num_bytes(contents.dense)), *told]
+    return ["dense part", "", "", dtypes, size(num_bytes(contents.dense)), *told]
 
 
 def _and(words: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from data_pipeline.progress import Progress
@@ -12,8 +14,11 @@ from sharding.reports.figures import size
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import MARKER, Block, CheckpointError
 
-# Rows of a tensor that are told one by one; of more, the first and the last.
-MAX_TOLD = 4
+# Tensors of a damaged file that are told one by one, and blocks of a tensor; of more, what they belong to.
+MAX_TENSORS = 8
+MAX_PLACES = 4
+TABLE_KEY = re.compile(r"(?:group_\d+/)?tables\.(.+?)(?:\.row_wise)?\.[a-z_0-9]+")
+OTHER_PARTS = {"dense": "the dense part", "dense_optimizer": "the dense optimizer"}
 
 
 @dataclass
@@ -33,13 +38,17 @@ class Report:
     seconds: float
     damage: Mapping[str, Damage]
 
-    def lines(self) -> list[str]:
+    def lines(self, columns: int) -> list[str]:
         """Return it in lines, one where all is well."""
         verdict = "DAMAGED" if self.damage else "sound"
         lines = [f"{self.name}  {verdict}: {size(self.num_bytes)} read in {rate(self.num_bytes, self.seconds)}"]
         for file, damage in self.damage.items():
             lines.append(f"  {damage.problem or f'{file} holds other bytes than were written'}")
-            lines += [f"    {key}, {_rows(blocks)}" for key, blocks in damage.blocks.items()]
+            if len(damage.blocks) <= MAX_TENSORS:
+                lines += [f"    {key} {_places(blocks)}".rstrip() for key, blocks in damage.blocks.items()]
+            else:
+                told = f"concerns {len(damage.blocks)} tensors: {', '.join(_owners(damage.blocks))}"
+                lines += textwrap.wrap(told, columns, initial_indent="    ", subsequent_indent="      ")
         return lines
 
 
@@ -52,7 +61,7 @@ def verify_checkpoint(folder: CheckpointFolder, name: str) -> Report:
         marker = folder.read_marker(name)
     except CheckpointError as error:
         return Report(name, 0, time.perf_counter() - begin_s, {MARKER: Damage(str(error))})
-    with Progress(f"verify {name}", marker.num_bytes, "B", is_shown=True) as progress:
+    with Progress(f"verify {name}", marker.num_bytes, "B", is_shown=True, is_kept=False) as progress:
         for what, block, problem in folder.verify(name):
             file = what if block is None else f"{what[: what.find('/') + 1]}{block.file}"
             has_been_read = block is not None or marker.files[what][1] is not None
@@ -69,11 +78,18 @@ def verify_checkpoint(folder: CheckpointFolder, name: str) -> Report:
     return Report(name, num_read, time.perf_counter() - begin_s, damage)
 
 
-def _rows(blocks: list[Block]) -> str:
-    """Say which rows, and columns where a block has not all of them."""
-    told = [
-        f"rows {block.offsets[0]:,} to {block.offsets[0] + block.sizes[0]:,}" if block.offsets else "its only value"
+def _places(blocks: list[Block]) -> str:
+    """Say which rows and columns as NumPy does: [0:512, 0:8]."""
+    places = [
+        f"[{', '.join(f'{first}:{first + number}' for first, number in zip(block.offsets, block.sizes, strict=True))}]"
         for block in sorted(blocks, key=lambda block: block.offsets)
+        if block.offsets
     ]
-    told = list(dict.fromkeys(told))
-    return "; ".join(told if len(told) <= MAX_TOLD else [told[0], f"{len(told) - 2} more", told[-1]])
+    return " ".join(places if len(places) <= MAX_PLACES else [places[0], f"... {len(places) - 2} more ...", places[-1]])
+
+
+def _owners(keys: Iterable[str]) -> list[str]:
+    """Return the tables of tensors, and the parts of the model that are not tables."""
+    found = [(key, TABLE_KEY.fullmatch(key)) for key in keys]
+    owners = [match[1] if match else OTHER_PARTS[key.rpartition("/")[2].partition(".")[0]] for key, match in found]
+    return list(dict.fromkeys(owners))

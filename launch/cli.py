@@ -1,6 +1,6 @@
 """The `papilio` command: finds the verb, parses its arguments, imports its job and runs it.
 
-Exit status: 0 done, 1 the job failed, 2 the command line is wrong, 75 told to end and saved (the same command resumes),
+Exit status: 0 done, 1 the job failed, 2 the command line is wrong, 75 told to end and saved, to be resumed,
 130 and 143 interrupted and terminated.
 """
 
@@ -75,13 +75,13 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
         if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
             importlib.import_module("trainer.install").check_install()
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
-            raise
-        return _fail(f"papilio {verb.name}", str(error), 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # as under `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except (ValueError, OSError) as error:
+        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            raise
+        return _fail(f"papilio {verb.name}", str(error), 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         return _fail(f"papilio {verb.name}", "interrupted", 130)
 

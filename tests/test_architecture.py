@@ -32,7 +32,19 @@ PROBE = "launch.fbgemm_probe"
 # Bytes are apart from policy: these alone know iopath, by which any storage is reached.
 KNOW_IOPATH = {"data_pipeline.paths", "trainer.s3_storage", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
-JOBS_OF_LAUNCH = {"data_pipeline.preprocess", "data_pipeline.generate", "sharding.reports.diff"}
+JOBS_OF_LAUNCH = {
+    "data_pipeline.generate",
+    "data_pipeline.paths",
+    "data_pipeline.preprocess",
+    "data_pipeline.progress",
+    "sharding.reports.diff",
+    "sharding.reports.figures",
+    "trainer.checkpoint.contents",
+    "trainer.checkpoint.export",
+    "trainer.checkpoint.folder",
+    "trainer.checkpoint.format",
+    "trainer.storage",
+}
 
 
 def module_name(path: Path) -> str:

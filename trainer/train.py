@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
 from trainer.job_health import JobHealth, job_health
@@ -84,6 +85,7 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
     check_can_go_on(checkpoints, run_dir, identity, ranks)
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
+    settle_gradient_buckets(model, optimizers, dataset, ranks)
     start = go_on(checkpoints, config, model, optimizers, ranks)
     health.mark(start.progress.step, "loading")
     loader = _training_loader(config, dataset, ranks, start.progress.position)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.config import KernelName, ShardingTypeName
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class PlanFileError(ValueError):
@@ -89,6 +89,7 @@ class MemoryUse(_Section):
     activations_bytes: int = 0
     input_bytes: int = 0
     dense_bytes: int = 0
+    checkpoint_bytes: int = 0
     framework_bytes: int = 0
     host_bytes: int = 0
 

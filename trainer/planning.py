@@ -56,6 +56,7 @@ def describe_job(config: Config, dataset: Dataset, model: nn.Module) -> Job:
         communication=config.sharding.communication,
         prefetch_batches=config.data.prefetch_batches,
         sparse_weight_decay=config.optimizer.sparse.weight_decay,
+        copies_to_save=config.checkpoint.asynchronous,
     )
 
 

@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_config(known.recipe, overrides)
-        with process_group() as ranks, job_health(ranks, config.train.stall_timeout_s) as health:
+        with (
+            process_group(config.train.stall_timeout_s) as ranks,
+            job_health(ranks, config.train.stall_timeout_s) as health,
+        ):
             summary = train(config, ranks, health)
     except EXPECTED_ERRORS as error:
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)

@@ -89,6 +89,7 @@ class Job:
         dense_optimizer: a key of DENSE_STATE_BYTES.
         communication: precision between ranks.
         prefetch_batches: batches that each rank's loader holds ready.
+        copies_to_save: checkpoints are written from a copy of weights and optimizer state in host memory.
     """
 
     tables: tuple[Table, ...]
@@ -101,6 +102,7 @@ class Job:
     communication: CommunicationConfig = field(default_factory=CommunicationConfig)
     prefetch_batches: int = 4
     sparse_weight_decay: float = 0.0
+    copies_to_save: bool = False
 
 
 @dataclass(frozen=True)

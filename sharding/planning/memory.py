@@ -42,6 +42,9 @@ def shard_bytes(option: Option, job: Job, cluster: Cluster) -> NDArray[np.float6
     if option.kernel == "dense":
         # The gradient of the whole table, and its copy in DDP's bucket.
         use[_PLACE["gradients_bytes"]] = 2 * 4 * option.shard_rows * option.shard_columns
+    if job.copies_to_save and cluster.hardware.device == "cpu":
+        # On a GPU the copy is in the host's memory, which has room for what its GPUs hold.
+        use[_PLACE["checkpoint_bytes"]] = weights + state
     num_bags, num_ids = bags_and_ids_of_shard(option, job, cluster)
     copies = EXCHANGE_BUFFERS
     if option.num_row_shards > 1 and cluster.hardware.device == "cpu":

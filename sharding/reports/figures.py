@@ -27,6 +27,7 @@ MEMORY_NAMES = {
     "activations_bytes": "activations",
     "input_bytes": "input",
     "dense_bytes": "dense",
+    "checkpoint_bytes": "copy to save",
     "framework_bytes": "framework",
 }
 

@@ -83,7 +83,7 @@ def test_another_version_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ("[]", "has format version None"), ('{"format_version": 2}', "is damaged .papilio_version")],
+    [("{", "is damaged"), ("[]", "has format version None"), ('{"format_version": 3}', "is damaged .papilio_version")],
 )
 def test_a_damaged_file_is_refused(text, message):
     with pytest.raises(PlanFileError, match=message):

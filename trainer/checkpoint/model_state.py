@@ -31,6 +31,10 @@ class ModelState:
     tensors: dict[str, Pieces]
     column_starts: dict[str, tuple[int, ...]]
 
+    def in_blocks(self) -> ModelState:
+        """Return the same values, cut into blocks to write."""
+        return ModelState({key: pieces.in_blocks() for key, pieces in self.tensors.items()}, self.column_starts)
+
     def snapshot(self) -> ModelState:
         """Return a copy in host memory that training does not change."""
         return ModelState({key: pieces.snapshot() for key, pieces in self.tensors.items()}, self.column_starts)

@@ -61,10 +61,14 @@ class Pieces:
         assert index.offset is not None
         return self._by_offsets[index.offset].values.detach()
 
+    def in_blocks(self) -> Pieces:
+        """Return the same values, cut into blocks."""
+        return Pieces(self.shape, self.dtype, [block for piece in self.pieces for block in row_blocks(piece)])
+
     def snapshot(self) -> Pieces:
-        """Return a copy in host memory that training does not change, cut into blocks."""
+        """Return a copy in host memory that training does not change."""
         pieces = [Piece(piece.offsets, piece.values.detach().to("cpu", copy=True)) for piece in self.pieces]
-        return Pieces(self.shape, self.dtype, [block for piece in pieces for block in row_blocks(piece)])
+        return Pieces(self.shape, self.dtype, pieces)
 
 
 class PiecesSavePlanner(DefaultSavePlanner):

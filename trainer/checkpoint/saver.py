@@ -96,11 +96,14 @@ class Saver:
         """
         begin_s = time.perf_counter()
         self.check(wait=True)
-        state = model_state(self._model.module, self._optimizers).snapshot()
+        state = model_state(self._model.module, self._optimizers)
+        has_to_wait = wait or not self._config.asynchronous
+        if not has_to_wait:
+            state = state.snapshot()
         saved = Saved(f"step_{marker.step:010}-{self._attempt}", marker.step)
         self._under_way = self._executor.submit(self._write, saved, marker, state)
         self.stalls_s.append(time.perf_counter() - begin_s)
-        if wait or not self._config.asynchronous:
+        if has_to_wait:
             self._under_way.exception()
             self.stalls_s[-1] = time.perf_counter() - begin_s
             self.check(wait=True, reraise=wait)
@@ -225,7 +228,7 @@ def write_tensors(state: ModelState, folder: str, group: dist.ProcessGroup | Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(
-            dict(state.tensors),
+            state.in_blocks().tensors,
             storage_writer=PartFileWriter(folder, state.column_starts, finished.append),
             planner=PiecesSavePlanner(),
             process_group=group,

@@ -65,6 +65,7 @@ COLUMNS = (
     "unequal tensors",
     "largest difference: tensors, metrics",
     "other ranks ended after, s: median, most",
+    "told to end",
     "stuck",
 )
 
@@ -237,6 +238,7 @@ def _row(kind: str, verdicts: Sequence[Verdict]) -> str:
         sum(v.difference.num_unequal for v in verdicts),
         f"{worst.difference.tensor:.1e}, {max(v.difference.metric for v in verdicts):.1e}",
         f"{statistics.median(ends_s):.1f}, {max(ends_s):.1f}" if ends_s else "",
+        sum(job.told_to_end for job in jobs),
         sum(job.stuck for job in jobs),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -51,6 +51,12 @@ def read_logs(attempt: Attempt) -> Trained:
     return Trained(next(iter(resumed), None), next(iter(marks), None), steps, attempt.world_size)
 
 
+def joined_ranks(attempt: Attempt) -> list[int]:
+    """Return the ranks of an attempt that came so far as to join the others."""
+    paths = [attempt.samples_path(rank) for rank in range(attempt.world_size)]
+    return [rank for rank, path in enumerate(paths) if os.path.exists(path) and os.path.getsize(path)]
+
+
 def lineage(attempts: list[Trained], num_steps: int) -> list[list[int]]:
     """Return the samples of every step that the last attempt's model was trained with, over all ranks.
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.faults_evidence import Trained, read_logs, step_of
+from benchmarks.faults_evidence import Trained, joined_ranks, read_logs, step_of
 from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
+from trainer.agent import LAST_WORDS_S
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.side_channel import Failure, host_name, open_side_channel
 
 END_TIMEOUT_S = 30.0
-RUN_TIMEOUT_S = 300.0
+RUN_TIMEOUT_S = 900.0
 POLL_S = 0.002
 
 
@@ -30,7 +32,8 @@ class Job:
     Attributes:
         kills: by what they hit: "save", "prune", "start-up", "training", "end".
         survivors_end_s: how long after the kill of one rank the last other one ended.
-        stuck: ranks that did not end within 30 s after a kill.
+        told_to_end: ranks that a kill in start-up left waiting for all to join; our agent ends them after 6 s.
+        stuck: others that did not end by themselves within 30 s after a kill.
         damaged: committed checkpoints in which something could not be read.
         uncommitted: folders without a marker that kills left; `swept` of them were removed by a later start.
         not_newest: starts that went on from another checkpoint than the newest complete one.
@@ -40,6 +43,7 @@ class Job:
     attempts: list[Attempt] = field(default_factory=list)
     kills: Counter[str] = field(default_factory=Counter)
     survivors_end_s: list[float] = field(default_factory=list)
+    told_to_end: int = 0
     stuck: int = 0
     damaged: int = 0
     uncommitted: int = 0
@@ -77,8 +81,7 @@ class Killer:
     def run_undisturbed(self, run_dir: str, world_size: int) -> Job:
         """Run a job to its end."""
         job = Job(run_dir)
-        self._start(job, world_size)
-        self._wait_for_success(job)
+        self._wait_for_success(job, self._start(job, world_size))
         return job
 
     def run_and_kill(self, run_dir: str, world_sizes: Sequence[int], num_kills: int) -> Job:
@@ -92,7 +95,7 @@ class Killer:
             if sum(job.kills.values()) < num_kills:
                 was_killed = self._kill_some_time(job, process_ids, found)
             else:
-                self._wait_for_success(job)
+                self._wait_for_success(job, process_ids)
                 was_killed = False
             _look_at(job, found)
         return job
@@ -105,15 +108,9 @@ class Killer:
         job.attempts.append(attempt)
         return self._zygote.start(attempt)
 
-    def _wait_for_success(self, job: Job) -> None:
-        deadline_s = time.monotonic() + RUN_TIMEOUT_S
-        while len(self._zygote.ended()) < job.world_sizes[-1]:
-            if time.monotonic() > deadline_s:
-                raise FaultError(f"{job.run_dir} has not ended after {RUN_TIMEOUT_S:g} s\n{_last_words(job)}")
-            time.sleep(POLL_S)
-        self._check_success(job)
-
-    def _check_success(self, job: Job) -> None:
+    def _wait_for_success(self, job: Job, process_ids: list[int]) -> None:
+        if not self._wait_until_ended(process_ids, time.monotonic() + RUN_TIMEOUT_S):
+            raise FaultError(f"{job.run_dir} has not ended after {RUN_TIMEOUT_S:g} s\n{_last_words(job)}")
         statuses = list(self._zygote.ended().values())
         if any(statuses):
             raise FaultError(f"{job.run_dir} was not killed, yet ended with {statuses}\n{_last_words(job)}")
@@ -121,26 +118,40 @@ class Killer:
     def _kill_some_time(self, job: Job, process_ids: list[int], found: Found) -> bool:
         """Kill at a random moment; returns whether the job had not ended before."""
         if not self._wait_for_moment(job, process_ids):
-            self._wait_for_success(job)
+            self._wait_for_success(job, process_ids)
             return False
         victims = process_ids if self._random.random() < 0.5 else [self._random.choice(process_ids)]
-        killed = [process_id for process_id in victims if _kill(process_id)]
+        for process_id in victims:
+            _kill(process_id, signal.SIGKILL)
         begin_s = time.monotonic()
         self._note_death(job, process_ids.index(victims[0]))
-        while len(self._zygote.ended()) < len(process_ids) and time.monotonic() < begin_s + END_TIMEOUT_S:
-            time.sleep(POLL_S)
+        self._let_others_end(job, process_ids, begin_s)
         if len(victims) < len(process_ids):
             job.survivors_end_s.append(time.monotonic() - begin_s)
-        ended = self._zygote.ended()
-        stuck = [process_id for process_id in process_ids if process_id not in ended]
-        job.stuck += len(stuck)
-        for process_id in stuck:
-            _kill(process_id)
-        while len(self._zygote.ended()) < len(process_ids):
-            time.sleep(POLL_S)
-        if not killed or not any(self._zygote.ended().values()):
+        if not any(self._zygote.ended().values()):
             return False  # it had just ended
         job.kills[self._what_was_hit(job, found)] += 1
+        return True
+
+    def _let_others_end(self, job: Job, process_ids: list[int], begin_s: float) -> None:
+        """Give the other ranks 30 s; those that still wait for all to join are told to end, as our agent tells all."""
+        if not self._wait_until_ended(process_ids, begin_s + LAST_WORDS_S):
+            waiting = [
+                process_id
+                for rank, process_id in enumerate(process_ids)
+                if process_id not in self._zygote.ended() and rank not in joined_ranks(job.attempts[-1])
+            ]
+            job.told_to_end += sum(_kill(process_id, signal.SIGTERM) for process_id in waiting)
+        if not self._wait_until_ended(process_ids, begin_s + END_TIMEOUT_S):
+            left = [process_id for process_id in process_ids if process_id not in self._zygote.ended()]
+            job.stuck += sum(_kill(process_id, signal.SIGKILL) for process_id in left)
+            self._wait_until_ended(process_ids, time.monotonic() + END_TIMEOUT_S)
+
+    def _wait_until_ended(self, process_ids: list[int], deadline_s: float) -> bool:
+        while len(self._zygote.ended()) < len(process_ids):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(POLL_S)
         return True
 
     def _wait_for_moment(self, job: Job, process_ids: list[int]) -> bool:
@@ -198,9 +209,9 @@ def _look_at(job: Job, found: Found) -> None:
         job.damaged += any(wrong for _, _, wrong in job.folder.verify(name))
 
 
-def _kill(process_id: int) -> bool:
+def _kill(process_id: int, number: signal.Signals) -> bool:
     try:
-        os.kill(process_id, 9)
+        os.kill(process_id, number)
     except ProcessLookupError:
         return False
     return True

@@ -162,7 +162,7 @@ def _be_rank(attempt: Attempt, rank: int) -> None:
 
 
 def _note_what_is_trained(path: str) -> None:
-    """Write a line for the checkpoint loaded, one for the saver's mark in folder names, and one for each step."""
+    """Write a line when all ranks have joined, for the checkpoint loaded, for the saver's mark, and for each step."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def note(**entry: Any) -> None:
@@ -170,6 +170,11 @@ def _note_what_is_trained(path: str) -> None:
 
     _note_loading(note)
     samples: list[list[int]] = []
+    train = trainer.train.train
+
+    def join_and_train(*arguments: Any) -> Any:
+        note(joined=True)
+        return train(*arguments)
 
     def note_batch(module: nn.Module, inputs: tuple[Batch]) -> None:
         if module.training:
@@ -188,6 +193,7 @@ def _note_what_is_trained(path: str) -> None:
         samples.clear()
         note(step=step, samples=trained)
 
+    setattr(trainer.train, "train", join_and_train)  # noqa: B010  # as below
     setattr(trainer.train, "run_training", run_and_note)  # noqa: B010  # mypy forbids plain assignment
     setattr(Reporter, "record", record_and_note)  # noqa: B010  # as above
 

@@ -136,6 +136,9 @@ def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter) -> int:
 def _exit_status(agent_status: int, received: signal.Signals | None) -> int:
     has_saved = agent_status == RESUME_EXIT_CODE
     if received is None:
+        if agent_status < 0:
+            name = signal.Signals(-agent_status).name
+            print(f"papilio: the agent of the ranks was killed by {name}; they end by themselves", file=sys.stderr)
         return agent_status if has_saved else int(agent_status != 0)
     if agent_status == 0:  # the job had just ended
         return 0

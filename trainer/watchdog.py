@@ -8,16 +8,16 @@ which ranks have not arrived, prints this rank's stack and ends the process, so 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from trainer.failures import one_line, silent_ranks
+from trainer.failures import silent_ranks
 from trainer.ranks import Ranks
 from trainer.side_channel import Failure, SideChannel, Sign, host_name
 
@@ -72,11 +72,11 @@ class Watchdog:
     def _run(self) -> None:
         self._channel.publish(self._sign())
         while not self._has_ended.wait(BEAT_S):
-            self._look()
-            self._channel.publish(self._sign())
             if self._agent_pid is not None and os.getppid() != self._agent_pid:
                 self._leave_without_agent()
-            elif self._idle_s() > self._stall_timeout_s:
+            self._look()
+            self._channel.publish(self._sign())
+            if self._idle_s() > self._stall_timeout_s:
                 self._end_if_stalled()
             else:
                 self._follow_the_first_failure()
@@ -149,10 +149,9 @@ class Watchdog:
 
     def _end_process(self, line: str) -> NoReturn:
         print(f"papilio: {line}", file=sys.stderr, flush=True)
-        try:
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        except (OSError, ValueError) as error:
-            print(f"papilio: no stack can be shown: {one_line(error)}", file=sys.stderr, flush=True)
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        print(f"Stack of rank {self._ranks.rank} (most recent call last):\n{stack}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

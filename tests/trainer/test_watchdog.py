@@ -73,7 +73,7 @@ def test_a_rank_that_does_not_arrive_is_named_and_the_job_starts_again(tmp_path:
         agent.kill()
     assert "rank 1 has not arrived at step 12: last sign step " in agent.output
     assert "; rank 0 waits" in agent.output
-    assert "most recent call first" in agent.output
+    assert "(most recent call last):" in agent.output
     assert "toy begins at step 10 on 2" in agent.output
 
 
@@ -93,7 +93,7 @@ def test_a_single_rank_without_a_store_is_ended_with_its_stack() -> None:
     )
     assert done.returncode == 1
     assert "(train.stall_timeout_s = 0.2): the only rank stands still after step 7 (saving)" in done.stderr
-    assert 'File "<string>", line 7 in <module>' in done.stderr
+    assert 'File "<string>", line 7, in <module>' in done.stderr
 
 
 MOVES = """

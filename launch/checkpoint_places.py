@@ -62,8 +62,8 @@ def find_checkpoint(folder: CheckpointFolder, word: str) -> str:
     if len(meant) == 1 or (meant and step is not None):
         return meant[-1]
     nearest = meant or difflib.get_close_matches(word, names, 1) or names[-MAX_NAMED:]
-    question = "did you mean" if len(nearest) == 1 else "there are"
-    raise CheckpointError(f"there is no checkpoint {word} in {folder.path}; {question} {_listed(nearest)}")
+    hint = f"did you mean {nearest[0]}?" if len(nearest) == 1 else f"there are {_listed(nearest)}"
+    raise CheckpointError(f"there is no checkpoint {word} in {folder.path}; {hint}")
 
 
 def complete_ones(folder: CheckpointFolder) -> list[Committed]:

@@ -1,0 +1,432 @@
+"""`papilio checkpoint` on a real run: 2 ranks, killed and gone on with on 1 rank with another learning rate."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from launch import checkpoint_text, cli
+from tests.support.checkpoints import saved_tensors
+from tests.support.datasets import ROWS_PER_TABLE, write_dataset
+from trainer.config_file import build_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = [5, 10, 15, 20]
+RUN_WITHOUT_TORCH = """
+import json, sys
+from launch.cli import main
+statuses = [main(words) for words in json.loads(sys.argv[1])]
+heavy = {"torch", "torchrec", "fbgemm_gpu", "torchx", "boto3"}
+print(json.dumps([statuses, sorted({name.partition(".")[0] for name in sys.modules} & heavy)]))
+"""
+
+
+def make_config(data, run_dir, max_steps, learning_rate, types):
+    return build_config(
+        {
+            "name": "small",
+            "seed": 4,
+            "data": {"path": str(data), "shuffle_block_rows": 8},
+            "model": {"embedding_dim": 8, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]},
+            "optimizer": {"sparse": {"learning_rate": learning_rate}, "dense": {"name": "sgd", "learning_rate": 0.1}},
+            "train": {"global_batch_size": 20, "max_steps": max_steps, "evaluate_every_steps": 5},
+            "sharding": {"types": types, "min_partition": 4},
+            "checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 100},
+            "output": {"run_dir": str(run_dir), "tensorboard": False},
+        },
+        source="test",
+    )
+
+
+def run_train(ranks, config):
+    from trainer.train import train
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(config, ranks)
+
+
+@pytest.fixture(scope="module")
+def original(one_rank, two_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint_jobs")
+    data = write_dataset(folder / "data")
+    two_ranks.run(run_train, make_config(data, folder / "runs" / "first", 15, 0.1, ["column_wise"]))
+    one_rank.run(run_train, make_config(data, folder / "runs" / "first", 20, 0.05, ["table_wise"]))
+    return folder / "runs" / "first"
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    """A copy of the run's folder."""
+    shutil.copytree(original, tmp_path / "runs" / "first")
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def papilio(capsys, monkeypatch):
+    """`papilio checkpoint` with these words, on a terminal of so many columns: status, output, errors."""
+
+    def call(*words, columns=80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        status = cli.main(["checkpoint", *map(str, words)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def folders(run):
+    """Folders of the checkpoints, oldest first."""
+    return sorted((run / "checkpoints").iterdir())
+
+
+def marker_of(folder):
+    return json.loads((folder / "checkpoint.json").read_text())["checkpoint"]
+
+
+def aucs(run):
+    """Validation AUC by step, as the run's own log of measurements has them."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["auc"] for line in lines if line["kind"] == "validation"}
+
+
+def num_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.name != "checkpoint.json")
+
+
+def flip(path, position=None):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2 if position is None else position] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_list_has_a_line_for_each_checkpoint_and_fits(papilio, run, columns):
+    shutil.copytree(folders(run)[0], run / "checkpoints" / "step_0000000025-abcdef")
+    (run / "checkpoints" / "step_0000000025-abcdef" / "checkpoint.json").unlink()
+    flip(folders(run)[0] / "checkpoint.json")
+    status, out, _ = papilio("list", run, columns=columns)
+    table = [line for line in out.splitlines() if line.startswith(("name", "step_"))]
+    assert status == 0 and all(len(line) <= columns for line in table)
+    best = max(STEPS[1:], key=lambda step: aucs(run)[step])
+    for line, folder, step in zip(table[1:], folders(run), [*STEPS, 25], strict=True):
+        assert line.startswith(folder.name)
+        if step in STEPS[1:]:
+            assert f"{aucs(run)[step]:.4f}" in line
+            assert ("newest" in line, "best" in line.split()[-1]) == (step == 20, step == best)
+            assert ("2026" in line) == (columns == 120) or marker_of(folder)["saved_at"][:4] != "2026"
+    assert table[1].endswith("damaged") and table[5].endswith("incomplete")
+    assert "the next start of the job removes what was cut off" in out
+
+
+def test_list_for_machines(papilio, run):
+    (folders(run)[0] / "checkpoint.json").unlink()
+    entries = json.loads(papilio("list", run, "--json")[1])
+    assert entries[0] == {"name": folders(run)[0].name, "status": "incomplete"}
+    for entry, folder, step in zip(entries[1:], folders(run)[1:], STEPS[1:], strict=True):
+        assert (entry["name"], entry["step"], entry["num_bytes"]) == (folder.name, step, num_bytes(folder))
+        assert entry["validation_auc"] == aucs(run)[step]
+        assert entry["world_size"] == (2 if step <= 15 else 1)
+    assert [entry["is_newest"] for entry in entries[1:]] == [False, False, True]
+
+
+def test_a_run_is_found_by_several_of_its_folders(papilio, run, tmp_path):
+    expected = papilio("list", run)[1].splitlines()[2:]
+    assert papilio("list", run / "checkpoints")[1].splitlines()[2:] == expected
+    shutil.move(run / "checkpoints", tmp_path / "elsewhere")
+    config = json.loads((run / "config.json").read_text())
+    config["checkpoint"]["folder"] = str(tmp_path / "elsewhere")
+    (run / "config.json").write_text(json.dumps(config))
+    assert papilio("list", run)[1].splitlines()[2:] == expected
+
+
+def test_a_run_in_an_object_store(papilio, run, s3, tmp_path):
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file():
+            s3.client.put_object(Bucket=s3.bucket, Key=f"r/{path.relative_to(run)}", Body=path.read_bytes())
+    for place in (f"s3://{s3.bucket}/r", f"s3://{s3.bucket}/r/checkpoints"):
+        assert papilio("list", place)[1].count("step_") == 4
+    status, out, _ = papilio("verify", f"s3://{s3.bucket}/r", "--all")
+    assert status == 0 and out.count("sound") == 4
+    assert papilio("export-dense", f"s3://{s3.bucket}/r", "5", "--output", tmp_path / "out")[0] == 0
+    assert papilio("prune", f"s3://{s3.bucket}/r", "--keep-last", "1")[0] == 0
+    assert papilio("list", f"s3://{s3.bucket}/r")[1].count("step_") == 1
+
+
+def test_a_wrong_run_names_those_near_by(papilio, run):
+    (run.parent / "data").mkdir()
+    status, _, error = papilio("list", run.parent / "frist")
+    assert status == 2 and error.count("\n") == 1
+    assert f"{run.parent}/frist does not exist; did you mean {run}?" in error
+    assert f"is a folder of runs; give one of them: {run}" in papilio("list", run.parent)[2]
+    assert "data does not exist" not in papilio("list", run.parent / "data")[2]
+    one = folders(run)[0]
+    assert f"{one} is one checkpoint; write {one.parent} {one.name}" in papilio("list", one)[2]
+    assert "no storage is known for gs://b/r" in papilio("list", "gs://b/r")[2]
+
+
+def test_a_run_without_checkpoints(papilio, run):
+    shutil.rmtree(run / "checkpoints")
+    assert papilio("list", run)[:2] == (0, f"no checkpoints in {run}/checkpoints yet\n")
+    status, _, error = papilio("show", run)
+    assert status == 1
+    assert "holds no complete checkpoint (none at all); the config's checkpoint.every_steps makes them" in error
+
+
+@pytest.mark.parametrize(
+    ("word", "step"), [("latest", 20), ("best", None), ("10", 10), ("step_0000000015", 15), ("step_0000000005-", 5)]
+)
+def test_checkpoints_are_named_in_several_ways(papilio, run, word, step):
+    step = step or max(aucs(run), key=lambda step: aucs(run)[step])
+    assert json.loads(papilio("show", run, word, "--json")[1])["step"] == step
+
+
+def test_a_wrong_name_gives_the_nearest(papilio, run):
+    (folders(run)[0] / "checkpoint.json").unlink()
+    names = [folder.name for folder in folders(run)]
+    status, _, error = papilio("show", run, names[0])
+    assert status == 1 and f"{names[0]} was never completed (it has no checkpoint.json)" in error
+    assert (
+        f"there is no checkpoint {names[1]}x in {run}/checkpoints; did you mean {names[1]}?"
+        in (papilio("show", run, f"{names[1]}x")[2])
+    )
+    assert f"there are {', '.join(names[1:])}" in papilio("show", run, "7")[2]
+    assert f"there are {', '.join(names[1:])}" in papilio("verify", run, "step_")[2]
+
+
+def test_no_checkpoint_is_the_best_without_validations(papilio, run):
+    for folder in folders(run):
+        tree = marker_of(folder)
+        tree["progress"]["validations"] = []
+        write_marker(folder, tree)
+    assert "was validated at its own step, so none is the best; name one, or latest" in papilio("show", run, "best")[2]
+    assert "validated   never" in papilio("show", run)[1]
+
+
+def write_marker(folder, tree):
+    from trainer.checkpoint.format import Marker
+
+    (folder / "checkpoint.json").write_text(Marker(**tree).to_json())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_show_tells_everything_and_fits(papilio, run, columns):
+    status, out, _ = papilio("show", run, columns=columns)
+    assert status == 0 and max(map(len, out.splitlines())) <= columns
+    words = " ".join(out.split())
+    tree = marker_of(folders(run)[-1])
+    assert "by 1 rank" in words and "step 20; epoch 0, sample 400 of 403" in words
+    assert f"after step 20: AUC {aucs(run)[20]:.4f}" in words
+    assert "tables rowwise_adagrad (learning rate 0.05), dense part sgd (learning rate 0.1)" in words
+    assert "403 train, 90 validation and 60 test samples; 6 shards" in words
+    assert f"torch {tree['versions']['torch']}" in words
+    assert "plan 1 rank (" in words and "3 table_wise" in words
+    assert "from the start on 2 ranks" in words and "from step 15 on 1 rank" in words
+    assert "optimizer.sparse.learning_rate = 0.05, was 0.1" in words
+    for name, rows in ROWS_PER_TABLE.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"t_{name} ")]
+        assert line.split()[1:6] == [str(rows), "8", "float32", *checkpoint_text.size(rows * 32).split()]
+
+
+def test_show_tells_which_columns_have_row_wise_states_of_their_own(papilio, run):
+    out = papilio("show", run, "5")[1]
+    assert "sum by row, 2 blocks" in out
+    assert "blocks: of columns, each with a value of its own for a row; they begin at column\n0, 4" in out
+    assert "by row, " not in papilio("show", run, "20")[1]
+
+
+def test_show_of_many_tables_lists_the_largest(papilio, run, monkeypatch):
+    monkeypatch.setattr(checkpoint_text, "MAX_TABLES", 2)
+    monkeypatch.setattr(checkpoint_text, "NUM_LARGEST", 1)
+    out = papilio("show", run)[1]
+    assert "t_a " in out and "t_b " not in out and "2 smaller" in out
+    assert "t_b " in papilio("show", run, "--all")[1]
+
+
+def test_show_for_machines_has_all_of_the_marker_and_the_tensors(papilio, run):
+    tree = json.loads(papilio("show", run, "5", "--json")[1])
+    folder = folders(run)[0]
+    marker = marker_of(folder)
+    assert {key: tree[key] for key in marker} == marker
+    arrays = saved_tensors(folder)
+    assert {key: (of["dtype"], tuple(of["shape"]), of["num_bytes"]) for key, of in tree["tensors"][0].items()} == {
+        key: (str(array.dtype), array.shape, array.nbytes) for key, array in arrays.items()
+    }
+
+
+def test_a_damaged_plan_does_not_hide_the_rest(papilio, run):
+    flip(folders(run)[-1] / "plan.json")
+    status, out, _ = papilio("show", run)
+    assert status == 0 and "plan.json is damaged" in " ".join(out.split())
+
+
+def test_verify_reads_the_newest_unless_told_otherwise(papilio, run):
+    names = [folder.name for folder in folders(run)]
+    status, out, _ = papilio("verify", run)
+    assert status == 0 and out.startswith(f"{names[-1]}  sound: {checkpoint_text.size(num_bytes(folders(run)[-1]))} ")
+    assert [line.split()[0] for line in papilio("verify", run, "5", "best", "15")[1].splitlines()][::2] == names[::2][
+        :2
+    ]
+    assert [line.split()[0] for line in papilio("verify", run, "--all")[1].splitlines()] == names
+    assert "--all and names exclude each other" in papilio("verify", run, "5", "--all")[2]
+
+
+PART = "rank_00001_part_00000.bin"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        (PART, flip, [f"{PART} holds other bytes than were written\n    "]),
+        (PART, lambda path: path.write_bytes(path.read_bytes()[:-4]), [f"{PART} has ", " bytes, not the ", "\n    "]),
+        (PART, lambda path: path.write_bytes(path.read_bytes() + b"x"), [f"{PART} has ", " bytes, not the "]),
+        (PART, Path.unlink, [f"{PART} is missing\n    "]),
+        ("index.json", flip, ["index.json is damaged: its size or checksum is not what checkpoint.json says"]),
+        ("index.json", Path.unlink, ["index.json is missing"]),
+        ("plan.json", flip, ["plan.json is damaged: its size or checksum is not what checkpoint.json says"]),
+        ("checkpoint.json", flip, ["checkpoint.json is damaged"]),
+        (
+            "checkpoint.json",
+            lambda path: path.write_bytes(b""),
+            ["checkpoint.json is damaged: it is not a checkpoint's"],
+        ),
+    ],
+)
+def test_verify_names_what_is_damaged(papilio, run, file, damage, said):
+    folder = folders(run)[0]
+    damage(folder / file)
+    status, out, _ = papilio("verify", run, "--all")
+    assert status == 1
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{folder.name}  DAMAGED: ")
+    assert sum("sound" in line for line in lines[1:-1]) == 3
+    assert lines[-1] == "1 of 4 damaged; training resumes from the newest that is sound"
+    report = out[: out.index(folders(run)[1].name)]
+    assert all(words in report for words in said)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_flipped_byte_is_found_and_its_tensor_named(papilio, run, seed):
+    """The tensor that a byte belongs to is looked up in index.json by the format's description alone."""
+    generator = np.random.default_rng(seed)
+    folder = folders(run)[0]
+    index = json.loads((folder / "index.json").read_text())
+    number = int(generator.integers(len(index["files"])))
+    path = folder / index["files"][number]
+    position = int(generator.integers(path.stat().st_size))
+    (owner,) = [
+        key
+        for key, entry in index["tensors"].items()
+        for *_, file, start, length, _ in entry["blocks"]
+        if file == number and start <= position < start + length
+    ]
+    flip(path, position)
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1
+    assert out.splitlines()[1:3] == [
+        f"  {path.name} holds other bytes than were written",
+        *[line for line in out.splitlines() if line.startswith(f"    {owner}")],
+    ]
+
+
+def test_a_file_of_many_tensors_is_told_by_tables(papilio, run):
+    (folders(run)[-1] / "rank_00000_part_00000.bin").unlink()
+    out = papilio("verify", run)[1]
+    assert f"concerns {len(saved_keys(run))} tensors: t_a, t_b, t_m, the dense part" in " ".join(out.split())
+
+
+def saved_keys(run):
+    return json.loads((folders(run)[-1] / "index.json").read_text())["tensors"]
+
+
+def test_prune_keeps_what_it_is_told_to(papilio, run):
+    names = [folder.name for folder in folders(run)]
+    best = names[max(range(4), key=lambda i: aucs(run)[STEPS[i]])]
+    sizes = dict(zip(names, map(num_bytes, folders(run)), strict=True))
+    kept = {names[-1], best}
+    _, out, _ = papilio("prune", run, "--keep-last", "1", "--keep-best", "--dry-run")
+    freed = checkpoint_text.size(sum(sizes[name] for name in names if name not in kept))
+    assert [line.split("  ")[0] for line in out.splitlines()[:-1]] == [
+        "would stay" if name in kept else "would go" for name in names
+    ]
+    assert out.splitlines()[-1] == f"{freed} would be freed; nothing was removed"
+    assert len(folders(run)) == 4
+    status, out, _ = papilio("prune", run, "--keep-last", "1", "--keep-best")
+    assert status == 0 and out.splitlines()[-1] == f"{freed} freed"
+    assert {folder.name for folder in folders(run)} == kept
+    assert papilio("prune", run, "--keep-last", "1", "--keep-best")[1].splitlines()[-1] == "0 B freed"
+
+
+def test_prune_never_leaves_a_run_without_a_sound_checkpoint(papilio, run):
+    status, _, error = papilio("prune", run, "--keep-last", "0")
+    assert status == 2 and "--keep-last 0 would leave no complete checkpoint to resume from; keep 1 or more" in error
+    (folders(run)[-1] / "rank_00000_part_00000.bin").unlink()
+    status, _, error = papilio("prune", run, "--keep-last", "1")
+    assert status == 1 and "nothing was removed, since none of what would stay is sound: " in error
+    assert "rank_00000_part_00000.bin is missing" in error
+    assert len(folders(run)) == 4
+    assert papilio("prune", run, "--keep-last", "2")[0] == 0
+    assert len(folders(run)) == 2
+
+
+def test_export_writes_what_the_index_says(papilio, run, tmp_path):
+    status, out, _ = papilio(
+        "export-dense", run, "5", "--output", tmp_path / "out", "--optimizer", "--tables", "t_[ab]"
+    )
+    assert status == 0
+    assert out.startswith(f"{tmp_path}/out: 3 files, ")
+    arrays = saved_tensors(folders(run)[0])
+    for table in ("t_a", "t_b"):
+        found = load_file(tmp_path / "out" / f"{table}.safetensors")
+        assert sorted(found) == ["row_wise.sum", "weight"]
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, arrays[f"tables.{table}.{name}"])
+    assert not (tmp_path / "out" / "t_m.safetensors").exists()
+    status, _, error = papilio("export-dense", run, "--output", tmp_path / "out")
+    assert status == 1 and "out exists and is not empty; choose another --output, or remove it" in error
+
+
+def test_nothing_of_it_imports_torch(run, tmp_path):
+    commands = [["list"], ["show"], ["verify"], ["prune", "--keep-last", "2"], ["export-dense", "--output", "out"]]
+    words = json.dumps([["checkpoint", action, str(run), *rest] for action, *rest in commands])
+    command = [sys.executable, "-c", RUN_WITHOUT_TORCH, words]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0] * 5, []]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: ACTION"),
+        (["lst", "r"], "invalid choice: 'lst'"),
+        (["list"], "the following arguments are required: RUN"),
+        (["prune", "r"], "the following arguments are required: --keep-last"),
+        (["verify", "r", "--al"], "unknown argument --al"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["checkpoint", *words])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172800, "2 days")],
+)
+def test_ages_are_told_in_the_unit_that_suits_them(run, seconds, said):
+    from trainer.checkpoint.format import Marker
+
+    marker = Marker(**{**marker_of(folders(run)[0]), "saved_at": "2026-01-01T00:00:00+00:00"})
+    assert checkpoint_text.age(marker, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)) == said

@@ -376,6 +376,15 @@ def test_prune_never_leaves_a_run_without_a_sound_checkpoint(papilio, run):
     assert len(folders(run)) == 2
 
 
+def test_prune_leaves_and_names_what_is_not_complete(papilio, run):
+    (folders(run)[0] / "checkpoint.json").unlink()
+    flip(folders(run)[1] / "checkpoint.json")
+    status, out, _ = papilio("prune", run, "--keep-last", "1")
+    assert status == 0 and len(folders(run)) == 3
+    assert f"{folders(run)[0]} is incomplete and was left; the next start of the job removes it" in out
+    assert f"{folders(run)[1]} is damaged and was left; remove it by hand if nobody needs it" in out
+
+
 def test_export_writes_what_the_index_says(papilio, run, tmp_path):
     status, out, _ = papilio(
         "export-dense", run, "5", "--output", tmp_path / "out", "--optimizer", "--tables", "t_[ab]"

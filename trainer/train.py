@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.failures import LostRankError
 from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job_health(ranks, config.train.stall_timeout_s) as health,
         ):
             summary = train(config, ranks, health)
+    except LostRankError as error:
+        print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
+        return 1
     except EXPECTED_ERRORS as error:
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
         # A full disk or a storage that does not answer may be well again; anything else would go wrong again.
@@ -207,4 +212,9 @@ def _finish(job: _Job, progress: Progress) -> Summary:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status not in (0, RESUME_EXIT_CODE):
+        # After an error, groups and threads may wait for ranks that are gone; and nothing is left to be done.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -22,10 +22,16 @@ from sharding.reports.figures import size
 from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.export import plan_export
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
-from trainer.checkpoint.format import PLAN, CheckpointError, Index, Marker, copy_folder
+from trainer.checkpoint.format import MARKER, PLAN, CheckpointError, DamagedError, Index, Marker, copy_folder
+from trainer.storage import StorageError, exists
 
 MIN_COLUMNS = 80
-INCOMPLETE, DAMAGED = "incomplete", "damaged"
+INCOMPLETE, DAMAGED, OTHER_VERSION = "incomplete", "damaged", "other version"
+EXPLANATIONS = {
+    INCOMPLETE: "being saved now, or cut off; the next start of the job removes what was cut off",
+    DAMAGED: "the marker cannot be read; `papilio checkpoint verify` says why",
+    OTHER_VERSION: "another Papilio wrote it in a format that this one does not read",
+}
 
 
 def run_checkpoint(namespace: argparse.Namespace) -> int:
@@ -44,10 +50,8 @@ def _list(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     print(text.describe_total(committed, others, folder.path))
     if committed or others:
         print("\n" + "\n".join(text.format_list(committed, others, text.utc_now(), _columns())))
-    if INCOMPLETE in others.values():
-        print("\nincomplete: being saved now, or cut off; the next start of the job removes what was cut off")
-    if DAMAGED in others.values():
-        print("\ndamaged: the marker cannot be read; `papilio checkpoint show` says why")
+    for status in dict.fromkeys(others.values()):
+        print(f"\n{status}: {EXPLANATIONS[status]}")
     return 0
 
 
@@ -61,8 +65,13 @@ def _survey(folder: CheckpointFolder) -> tuple[list[Committed], dict[str, str]]:
                 committed.append(Committed(name, folder.read_marker(name)))
             else:
                 others[name] = INCOMPLETE
-        except CheckpointError:
+        except DamagedError:
             others[name] = DAMAGED
+        except CheckpointError:
+            others[name] = OTHER_VERSION
+        except StorageError:
+            if exists(join(folder.path, name, MARKER)):  # else training removed it just now
+                raise
     return committed, others
 
 
@@ -98,14 +107,15 @@ def _show(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
 
 
 def _plan(folder: CheckpointFolder, name: str, marker: Marker, columns: int) -> list[str]:
-    path = copy_folder("", 0, marker.num_copies).lstrip("/")
+    """Return the plan it was saved under; one that cannot be read hides nothing else."""
+    file = join(copy_folder("", 0, marker.num_copies).lstrip("/"), PLAN)
     try:
-        raw = folder.read_listed(name, marker, join(path, PLAN))
-        return text.describe_plan(
-            plan_from_json(raw.decode(errors="replace"), join(folder.path, name, path, PLAN)), columns
-        )
-    except (CheckpointError, PlanFileError) as error:
+        plan = plan_from_json(folder.read_listed(name, marker, file).decode(), join(folder.path, name, file))
+    except CheckpointError as error:
         return text.paragraph("plan", str(error), columns)
+    except PlanFileError:  # its checksum is right
+        return text.paragraph("plan", "in the format of another Papilio; plan.json in its folder has it", columns)
+    return text.describe_plan(plan, columns)
 
 
 def _tensors_json(indices: list[Index]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def test_list_has_a_line_for_each_checkpoint_and_fits(papilio, run, columns):
             assert ("2026" in line) == (columns == 120) or marker_of(folder)["saved_at"][:4] != "2026"
     assert table[1].endswith("damaged") and table[5].endswith("incomplete")
     assert "the next start of the job removes what was cut off" in out
+
+
+def test_list_tells_damage_from_another_version(papilio, run):
+    write_marker(folders(run)[0], {**marker_of(folders(run)[0]), "format_version": 99})
+    flip(folders(run)[1] / "checkpoint.json")
+    lines = papilio("list", run)[1].splitlines()
+    assert lines[3].endswith("other version") and lines[4].endswith("damaged")
+    assert "other version: another Papilio wrote it in a format that this one does not read" in lines
+    assert "damaged: the marker cannot be read; `papilio checkpoint verify` says why" in lines
 
 
 def test_list_for_machines(papilio, run):
@@ -265,6 +275,16 @@ def test_a_damaged_plan_does_not_hide_the_rest(papilio, run):
     flip(folders(run)[-1] / "plan.json")
     status, out, _ = papilio("show", run)
     assert status == 0 and "plan.json is damaged" in " ".join(out.split())
+
+
+def test_a_plan_of_another_version_does_not_hide_the_rest(papilio, run):
+    folder = folders(run)[-1]
+    (folder / "plan.json").write_text('{"format_version": 0}')
+    tree = marker_of(folder)
+    tree["files"]["plan.json"] = [21, zlib.crc32(b'{"format_version": 0}')]
+    write_marker(folder, tree)
+    status, out, _ = papilio("show", run)
+    assert status == 0 and "plan        in the format of another Papilio; plan.json in its folder has it" in out
 
 
 def test_verify_reads_the_newest_unless_told_otherwise(papilio, run):

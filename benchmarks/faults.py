@@ -188,7 +188,7 @@ def _killer(folder: str, size: Size, world_sizes: tuple[int, ...], zygote: Zygot
     types = TYPES_OF_FIXED_RANKS if len(world_sizes) == 1 else TYPES_OF_CHANGING_RANKS
     name = "fixed" if len(world_sizes) == 1 else CHANGING
     recipe = write_recipe(os.path.join(folder, f"{name}.toml"), os.path.join(folder, "data"), size, types)
-    return Killer(zygote, recipe, size.num_steps, randomness)
+    return Killer(zygote, recipe, size, randomness)
 
 
 def _undisturbed(killer: Killer, folder: str, size: Size, world_sizes: tuple[int, ...]) -> Expected:

@@ -21,7 +21,11 @@ SAMPLE_SCALE = 1 / 4096
 class Size:
     """How much there is to train.
 
-    `rows` are those of the tables; the last batch of an epoch has 3 samples, fewer than 4 ranks.
+    Attributes:
+        rows: of the tables.
+        train_samples: so many that the last batch of an epoch has 3 samples, fewer than 4 ranks.
+        every_steps: steps between saves.
+        longest_wait_s: kills that are not aimed at saves come at most so long after a start.
     """
 
     rows: dict[str, int]
@@ -30,6 +34,7 @@ class Size:
     epochs: int
     dim: int
     every_steps: int
+    longest_wait_s: float = 4.0
 
     @property
     def num_steps(self) -> int:
@@ -38,7 +43,7 @@ class Size:
 
 
 FULL = Size({"a": 150_000, "b": 90_000, MULTI_HOT: 40_000, "d": 50}, 2_003, 25, 4, 32, 7)
-SHORT = Size({"a": 60_000, "b": 40_000, MULTI_HOT: 20_000, "d": 50}, 1_003, 25, 3, 16, 7)
+SHORT = Size({"a": 60_000, "b": 40_000, MULTI_HOT: 20_000, "d": 50}, 1_003, 25, 2, 16, 7, 2.0)
 # Tables cut into columns cannot go to another number of ranks without another trajectory of row-wise Adagrad.
 TYPES_OF_FIXED_RANKS = {"a": "row_wise", "b": "table_wise", MULTI_HOT: "column_wise", "d": "data_parallel"}
 TYPES_OF_CHANGING_RANKS = {"a": "row_wise", "b": "table_wise", MULTI_HOT: "table_wise", "d": "data_parallel"}

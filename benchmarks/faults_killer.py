@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.faults_data import Size
 from benchmarks.faults_evidence import Trained, joined_ranks, read_logs, step_of
 from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
 from trainer.agent import LAST_WORDS_S
@@ -72,10 +73,10 @@ class Found:
 class Killer:
     """Starts a job again and again, and kills it."""
 
-    def __init__(self, zygote: Zygote, recipe: str, num_steps: int, randomness: random.Random) -> None:
+    def __init__(self, zygote: Zygote, recipe: str, size: Size, randomness: random.Random) -> None:
         self._zygote = zygote
         self._recipe = recipe
-        self._num_steps = num_steps
+        self._size = size
         self._random = randomness
 
     def run_undisturbed(self, run_dir: str, world_size: int) -> Job:
@@ -160,7 +161,7 @@ class Killer:
         if self._random.random() < 0.5:
             num_saves, after_s = self._random.choice([1, 1, 2, 3]), self._random.expovariate(1 / 0.03)
         else:
-            after_s = self._random.uniform(0, 4)
+            after_s = self._random.uniform(0, self._size.longest_wait_s)
         deadline_s = time.monotonic() + after_s
         while num_saves or time.monotonic() < deadline_s:
             if len(self._zygote.ended()) == len(process_ids):
@@ -187,7 +188,7 @@ class Killer:
             return "save"
         if left:
             return "prune"
-        if newest_step == self._num_steps:
+        if newest_step == self._size.num_steps:
             return "end"
         return "training" if trained.steps else "start-up"
 

@@ -17,6 +17,7 @@ from trainer.checkpoint.format import MARKER, Block, CheckpointError
 # Tensors of a damaged file that are told one by one, and blocks of a tensor; of more, what they belong to.
 MAX_TENSORS = 8
 MAX_PLACES = 4
+GROUP = re.compile(r"group_\d+/")
 TABLE_KEY = re.compile(r"(?:group_\d+/)?tables\.(.+?)(?:\.row_wise)?\.[a-z_0-9]+")
 OTHER_PARTS = {"dense": "the dense part", "dense_optimizer": "the dense optimizer"}
 
@@ -63,7 +64,7 @@ def verify_checkpoint(folder: CheckpointFolder, name: str) -> Report:
         return Report(name, 0, time.perf_counter() - begin_s, {MARKER: Damage(str(error))})
     with Progress(f"verify {name}", marker.num_bytes, "B", is_shown=True, is_kept=False) as progress:
         for what, block, problem in folder.verify(name):
-            file = what if block is None else f"{what[: what.find('/') + 1]}{block.file}"
+            file = what if block is None else _group(what) + block.file
             has_been_read = block is not None or marker.files[what][1] is not None
             num_bytes = block.length if block is not None else marker.files[what][0]
             progress.advance(num_bytes if has_been_read else 0)
@@ -76,6 +77,12 @@ def verify_checkpoint(folder: CheckpointFolder, name: str) -> Report:
             else:
                 found.blocks.setdefault(what, []).append(block)
     return Report(name, num_read, time.perf_counter() - begin_s, damage)
+
+
+def _group(what: str) -> str:
+    """Return the folder of a tensor's copy of the model, where there are several."""
+    match = GROUP.match(what)
+    return match[0] if match else ""
 
 
 def _places(blocks: list[Block]) -> str:

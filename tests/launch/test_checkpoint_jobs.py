@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from launch import checkpoint_text, cli
-from tests.support.checkpoints import saved_tensors
+from tests.support.checkpoints import saved_tensors, write_checkpoint
 from tests.support.datasets import ROWS_PER_TABLE, write_dataset
 from trainer.config_file import build_config
 
@@ -360,6 +360,18 @@ def test_a_file_of_many_tensors_is_told_by_tables(papilio, run):
     (folders(run)[-1] / "rank_00000_part_00000.bin").unlink()
     out = papilio("verify", run)[1]
     assert f"concerns {len(saved_keys(run))} tensors: t_a, t_b, t_m, the dense part" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_verify_names_the_copy_of_the_model_that_is_damaged(papilio, tmp_path, copy):
+    """Groups with tables of their own; a table with a slash in its name."""
+    copies = [{"tables.t_a/b.weight": np.zeros((2, 4), "float32")} for _ in range(2)]
+    flip(write_checkpoint(tmp_path, copies, num_copies=2) / f"group_{copy}" / "r.bin")
+    status, out, _ = papilio("verify", tmp_path)
+    assert status == 1 and out.splitlines()[1:3] == [
+        f"  group_{copy}/r.bin holds other bytes than were written",
+        f"    group_{copy}/tables.t_a/b.weight [0:2, 0:4]",
+    ]
 
 
 def saved_keys(run):

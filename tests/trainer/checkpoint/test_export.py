@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.support.checkpoints import NAME, load_model, newest, save_model
+from tests.support.checkpoints import NAME, load_model, newest, save_model, write_checkpoint
 from tests.support.clicks import DIM, EVERY_TYPE, TABLES, optimizer_config, shard_clicks, train_steps
 from trainer.checkpoint import whole_tensors
 from trainer.checkpoint.export import DENSE_FILE, DENSE_OPTIMIZER_FILE, MANIFEST, plan_export
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import INDEX, MARKER, Block, CheckpointError, DamagedError, Index, Marker, SavedTensor
+from trainer.checkpoint.format import INDEX, Block, CheckpointError, DamagedError, SavedTensor
 from trainer.checkpoint.whole_tensors import stream_tensor
 from trainer.storage import StorageError
 
@@ -184,30 +184,6 @@ def test_a_table_larger_than_memory_is_streamed(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert (num_bytes, crc32) == (values.nbytes, zlib.crc32(values))
     assert peak < 6 * mib
-
-
-def write_checkpoint(folder, tensors, num_copies=1):
-    """Write a checkpoint by hand, each tensor one block; tensors of copies by number where there are several."""
-    path = Path(folder, NAME.format(7))
-    files = {}
-    for copy in range(num_copies):
-        part = path / f"group_{copy}" if num_copies > 1 else path
-        part.mkdir(parents=True)
-        entries, raw = {}, b""
-        for key, values in (tensors[copy] if num_copies > 1 else tensors).items():
-            data = values.tobytes()
-            block = Block((0,) * values.ndim, values.shape, "r.bin", len(raw), len(data), zlib.crc32(data))
-            entries[key] = SavedTensor(str(values.dtype), values.shape, (block,))
-            raw += data
-        (part / "r.bin").write_bytes(raw)
-        index = Index(entries).to_json()
-        (part / INDEX).write_text(index)
-        prefix = f"group_{copy}/" if num_copies > 1 else ""
-        files[f"{prefix}{INDEX}"] = (len(index), zlib.crc32(index.encode()))
-        files[f"{prefix}r.bin"] = (len(raw), None)
-    marker = Marker("test", 7, "2026-01-01T00:00:00+00:00", "end", num_copies, 1, files, {}, {}, {}, {})
-    (path / MARKER).write_text(marker.to_json())
-    return path
 
 
 TABLE = {"tables.t_a.weight": np.arange(12, dtype="float32").reshape(3, 4)}

@@ -60,7 +60,7 @@ def train(
         omp_threads: threads of each rank inside a CPU operator
         max_retries: how often the scheduler starts the job again after a failure, where it can
         rdzv_port: port on the first node where the nodes meet; unused with one node
-        max_restarts: how often the ranks are started again in place after a failure; joining and leaving nodes are free
+        max_restarts: failures after which the ranks are started again in place; an hour without one clears the count
         grace_s: seconds that ranks get to save when they are told to end; less than the scheduler gives
     """
     command = ["trainer.train", "--recipe", recipe, *overrides]

@@ -39,6 +39,8 @@ FAILED_GRACE_S = 3.0
 # For the other agents of a job that was preempted whole, to see their own ranks leave while there is a rendezvous.
 FAREWELL_S = 5.0
 POLL_S = 0.05
+# Ranks that ran for so long have proved that they can: restarts are counted anew.
+PROVEN_S = 3_600.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -103,6 +105,7 @@ class Agent(LocalElasticAgent):
         self._were_saved = False
         self._is_joined = False
         self._failure = ""
+        self._started_s = time.monotonic()
 
     def run_to_the_end(self) -> int:
         """Run the ranks, restarting them as allowed, and return this process's exit status."""
@@ -143,6 +146,7 @@ class Agent(LocalElasticAgent):
         if self._failure or self._were_saved or self._is_joined:
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
         self._failure, self._were_saved, self._is_joined = "", False, False
+        self._started_s = time.monotonic()
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
 
@@ -229,10 +233,12 @@ class Agent(LocalElasticAgent):
         self._failure = str(self._channel.note_failure(failure))
 
     def _tell_failure(self) -> None:
+        most = self._worker_group.spec.max_restarts
+        if time.monotonic() - self._started_s > PROVEN_S:
+            self._remaining_restarts = most
         if NO_RESTART_EXIT_CODE in self._exit_statuses().values():
             self._remaining_restarts = 0
         if self._remaining_restarts > 0:
-            most = self._worker_group.spec.max_restarts
             say(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
 
     def _status_after(self, number: signal.Signals) -> int:

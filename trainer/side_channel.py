@@ -6,12 +6,11 @@ the agent that found it dead. Nothing here is collective, and a store that does 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from threading import Thread
@@ -114,22 +113,17 @@ class SideChannel:
         store = self._store
         if store is None:
             return silence
-        answer: Future[T] = Future()
+        answers: list[T] = []
 
-        def run() -> None:
-            try:
-                answer.set_result(question(store))
-            except Exception as error:  # the store is gone, or cut off
-                answer.set_exception(error)
+        def put() -> None:
+            with contextlib.suppress(dist.DistError, RuntimeError, ValueError):  # the store is gone, or cut off
+                answers.append(question(store))
 
-        Thread(target=run, name="side_channel", daemon=True).start()
-        try:
-            found = answer.result(ANSWER_TIMEOUT_S)
-            self.is_answering = True
-        except (FutureTimeoutError, dist.DistError, RuntimeError, ValueError):
-            self.is_answering = False
-            return silence
-        return found
+        thread = Thread(target=put, name="side_channel", daemon=True)
+        thread.start()
+        thread.join(ANSWER_TIMEOUT_S)
+        self.is_answering = bool(answers)
+        return answers[0] if answers else silence
 
 
 def open_side_channel(environment: Mapping[str, str] = os.environ) -> SideChannel:

@@ -107,6 +107,19 @@ def test_ranks_that_save_get_the_time_to(job_folder: Path, number: signal.Signal
     assert f"papilio: stopped by {number.name}; the run was saved before" in err
 
 
+def test_a_killed_agent_is_reported(job_folder: Path) -> None:
+    job = start_job(job_folder, "--hang=1")
+    pid_files = [job_folder / "pid_0", job_folder / "pid_1"]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pid_files), "both ranks")
+    (agent,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(agent), signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "papilio: the agent of the ranks was killed by SIGKILL" in err
+    for path in pid_files:  # real ranks watch for their agent's end; these do not
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
 def printed(lines: list[str], num_columns: int | None) -> str:
     stream = io.StringIO()
     printer = LinePrinter(stream, num_columns)

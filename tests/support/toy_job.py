@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--save-s", type=float, default=0.0)
     parser.add_argument("--stall-timeout-s", type=float, default=60.0)
-    parser.add_argument("--event", default="", help="kind:rank:step, once")
+    parser.add_argument("--event", default="", help="kind:rank:step")
+    parser.add_argument("--times", type=int, default=1, help="how often the event happens")
     options = parser.parse_args()
     with (
         process_group() as ranks,
@@ -66,11 +67,13 @@ def train(options: argparse.Namespace, ranks: Ranks, health: JobHealth, preempti
 
 
 def happen(options: argparse.Namespace, rank: int, step: int) -> None:
-    """Let the event of the options happen, the first time."""
+    """Let the event of the options happen, the first times."""
     kind, _, place = options.event.partition(":")
-    if place != f"{rank}:{step}" or (options.folder / "has_happened").exists():
+    happened = options.folder / "happened"
+    count = len(happened.read_text()) if happened.exists() else 0
+    if place != f"{rank}:{step}" or count == options.times:
         return
-    (options.folder / "has_happened").touch()
+    happened.write_text("x" * (count + 1))
     if kind == "raise":
         raise ValueError("this rank fails on purpose")
     if kind == "sleep":

@@ -46,6 +46,18 @@ def test_a_killed_rank_is_named_to_all_and_the_job_goes_on(tmp_path: Path, start
     assert step_of(tmp_path) == 40
 
 
+@pytest.mark.parametrize(
+    ("launcher", "status", "num_starts"), [("trainer.agent", 1, 2), ("tests.support.forgiving_agent", 0, 3)]
+)
+def test_restarts_are_counted_unless_the_ranks_ran_for_long(
+    start: Callable[..., AgentProcess], launcher: str, status: int, num_starts: int
+) -> None:
+    agent = start("--event=SIGKILL:1:12", "--times=2", max_restarts=1, launcher=launcher)
+    assert agent.wait() == status, agent.output
+    assert agent.output.count("toy begins") == num_starts
+    assert agent.output.count("restarting, restart 1 of 1") == num_starts - 1
+
+
 def test_an_error_is_told_once_with_the_rank_that_made_it(start: Callable[..., AgentProcess]) -> None:
     agent = start("--event=raise:1:12")
     assert agent.wait() == 1

@@ -12,11 +12,11 @@ from trainer.ranks import Ranks
 
 
 def steps_until_agreed(ranks: Ranks, signalled_rank: int, signal_step: int) -> tuple[int, object, object]:
-    """Take 200 steps at most, with a signal to one rank; return the step agreed upon and the handlers around it."""
+    """Take 60 steps at most, with a signal to one rank; return the step agreed upon and the handlers around it."""
     before = signal.getsignal(signal.SIGTERM)
     agreed = -1
     with watch_for_preemption(ranks) as preemption:
-        for step in range(1, 201):
+        for step in range(1, 61):
             if ranks.rank == signalled_rank and step == signal_step:
                 os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(0.005 * (1 + ranks.rank))  # ranks of different speed

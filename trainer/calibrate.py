@@ -27,10 +27,12 @@ from sharding.planning.job import Cluster
 from trainer.calibration.dense import measure_dense, measure_memory
 from trainer.calibration.shapes import CalibrationStep, calibration_steps
 from trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
+from trainer.exit_codes import leave
 from trainer.install import InstallError, check_install
+from trainer.job_health import job_health
 from trainer.measurement import process_memory_bytes
 from trainer.optimizers import CPU_SPARSE_OPTIMIZERS
-from trainer.ranks import Ranks, process_group
+from trainer.ranks import STALL_TIMEOUT_S, Ranks, process_group
 from trainer.runtime import configure_runtime, no_garbage_collection
 
 # What is shown at the end, of the many figures in the file.
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")
     try:
         check_install()
-        with process_group() as ranks:
+        with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
             hardware = calibrate(ranks, options.output, is_quick=options.quick, is_fresh=options.fresh)
             if ranks.is_first:
                 print(describe(hardware, ranks.local_world_size), flush=True)
@@ -233,4 +235,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

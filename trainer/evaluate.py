@@ -14,8 +14,10 @@ from trainer.checkpoint.loading import load_newest
 from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.evaluation import evaluate
+from trainer.exit_codes import leave
 from trainer.install import check_install
-from trainer.ranks import Ranks, process_group
+from trainer.job_health import job_health
+from trainer.ranks import STALL_TIMEOUT_S, Ranks, process_group
 from trainer.run_folder import checkpoints_dir, load_run_config
 from trainer.runtime import configure_runtime
 from trainer.sharded_model import build_sharded_model
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_run_config(known.run)
-        with process_group() as ranks:
+        with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
             evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks)
     except EXPECTED_ERRORS as error:
         print(f"papilio evaluate: error: {error}", file=sys.stderr, flush=True)
@@ -116,4 +118,4 @@ def check_same_columns(dataset: Dataset, trained_on: dict[str, object], run_dir:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -90,7 +90,8 @@ def run_training(
         progress.is_preempted = run.preemption.is_agreed(progress.step) and progress.step < num_steps
         is_best = is_validation_due and progress.is_best_now
         reason = run.checkpoints.due(progress.step, is_report=is_report, is_best=is_best)
-        if reason or progress.is_preempted:
+        # The end of the run is saved by itself.
+        if (reason and progress.step < num_steps) or progress.is_preempted:
             model.average_replicas(progress.step, before_use=True)
             _save(run.checkpoints, reporter, progress, "preemption" if progress.is_preempted else str(reason))
     batches.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from sharding.reports.placement import describe_placement
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.policy import Checkpoints, RunIdentity
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.saver import SaveError, Saver
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import LostRankError
 from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose
@@ -48,11 +47,15 @@ EXPECTED_ERRORS = (
     DatasetError,
     HardwareError,
     InstallError,
+    LostRankError,
     PlanError,
     PlanFileError,
+    SaveError,
     StorageError,
     TrainingError,
 )
+# A lost host comes back, a full disk is emptied, a storage answers again; anything else would go wrong again.
+PASSING_ERRORS = (LostRankError, SaveError, StorageError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,13 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job_health(ranks, config.train.stall_timeout_s) as health,
         ):
             summary = train(config, ranks, health)
-    except LostRankError as error:
-        print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
-        return 1
     except EXPECTED_ERRORS as error:
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
-        # A full disk or a storage that does not answer may be well again; anything else would go wrong again.
-        return 1 if isinstance(error, StorageError) else NO_RESTART_EXIT_CODE
+        return 1 if isinstance(error, PASSING_ERRORS) else NO_RESTART_EXIT_CODE
     return RESUME_EXIT_CODE if summary is None else 0
 
 
@@ -164,7 +163,7 @@ def _opening(
 def _stopped(progress: Progress, saver: Saver, folder: RunFolder) -> str:
     name = saver.latest.name if saver.latest is not None else None
     return (
-        f"stopped by SIGTERM after step {progress.step:,} and saved as {name}; start the job again with "
+        f"stopped after step {progress.step:,} and saved as {name}; start the job again with "
         f"--output.run_dir={folder.path} to go on"
     )
 
@@ -212,9 +211,4 @@ def _finish(job: _Job, progress: Progress) -> Summary:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status not in (0, RESUME_EXIT_CODE):
-        # After an error, groups and threads may wait for ranks that are gone; and nothing is left to be done.
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    leave(main())

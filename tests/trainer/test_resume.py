@@ -16,10 +16,12 @@ from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.saver import SaveError
 from trainer.config_file import build_config
 from trainer.storage import StorageError
 from trainer.train import train
 
+SGD = {"dense": {"name": "sgd", "learning_rate": 0.1}}
 EVERY_3 = {"every_steps": 3, "every_minutes": None, "keep_last": 100}
 
 
@@ -54,7 +56,7 @@ def run(ranks, config):
     try:
         with contextlib.redirect_stdout(log):
             train(config, ranks)
-    except (CheckpointError, StorageError) as error:
+    except (CheckpointError, SaveError, StorageError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         logging.getLogger("trainer").removeHandler(handler)
@@ -280,7 +282,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(two_ranks, data, tmp_path):
     answers = two_ranks.run(preempt, config, 11)
     assert [is_stopped for is_stopped, _ in answers] == [True, True]
     printed = answers[0][1]
-    assert "stopped by SIGTERM after step " in printed
+    assert "stopped after step " in printed
     assert f"start the job again with --output.run_dir={tmp_path / 'told'} to go on" in printed
     assert "(preemption)" in two_ranks.run(run, config)[0]
     assert_same_runs(tmp_path / "told", tmp_path / "whole")
@@ -339,3 +341,88 @@ def test_checkpoints_lie_in_an_object_store(two_ranks, one_rank, s3, data, tmp_p
     found, expected = metric_lines(tmp_path / "run")[-1], metric_lines(tmp_path / "whole")[-1]
     assert found["kind"] == expected["kind"] == "test"
     assert found["logloss"] == pytest.approx(expected["logloss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [{"sync_every_steps": 4}, {"independent_tables": True}])
+def test_replicated_groups_go_on_too(four_ranks, data, tmp_path, replicas):
+    """Averaged groups save one copy of the tables, independent ones a copy each."""
+    sharding = {"types": ["table_wise", "row_wise"], "replicas": {"num_groups": 2, **replicas}}
+    train_section = {"epochs": 1}
+    four_ranks.run(run, make_config(data, tmp_path / "whole", sharding=sharding, train=train_section))
+    config = make_config(data, tmp_path / "dead", sharding=sharding, train=train_section)
+    four_ranks.run(stop_after, config, 10)
+    assert "going on after step 9, saved " in four_ranks.run(run, config)[0]
+    assert metric_lines(tmp_path / "dead") == metric_lines(tmp_path / "whole")
+    whole, dead = (newest(tmp_path / name / "checkpoints") for name in ("whole", "dead"))
+    folders = ["group_0", "group_1"] if "independent_tables" in replicas else ["."]
+    for folder in folders:
+        for key, values in saved_tensors(whole / folder).items():
+            np.testing.assert_array_equal(saved_tensors(dead / folder)[key], values, err_msg=key)
+
+
+def test_it_saves_by_the_clock_at_reports(two_ranks, data, tmp_path):
+    checkpoint = {"every_steps": None, "every_minutes": 1e-6, "keep_last": 100, "keep_best": False}
+    two_ranks.run(run, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"epochs": 1}))
+    found = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()
+    assert [(entry.marker.step, entry.marker.saved_for) for entry in found] == [
+        *((step, "every_minutes") for step in (5, 10, 15, 20)),
+        (21, "end"),
+    ]
+
+
+def nan_run(ranks, config):
+    from trainer.health import TrainingError
+
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(TrainingError, match="is NaN or infinite"):
+        train(config, ranks)
+
+
+def test_what_is_saved_is_finite_when_a_run_ends_in_nan(two_ranks, tmp_path):
+    data = write_dataset(tmp_path / "data", dense_scale=1e30)
+    two_ranks.run(nan_run, make_config(data, tmp_path / "run", checkpoint={"every_steps": 1}, optimizer=SGD))
+    names = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed_names()
+    assert len(names) <= 2, "the loss is not finite after one step or two"
+    for name in names:
+        tensors = saved_tensors(tmp_path / "run" / "checkpoints" / name)
+        assert all(np.isfinite(values).all() for values in tensors.values())
+
+
+def save_nan(ranks, config):
+    """Train with a table that gets a NaN which no batch looks up."""
+    import trainer.loop
+
+    def due(self, current, **keywords):
+        if current == 3:
+            from sharding.table_shards import local_table_shards
+
+            local_table_shards(self._saver._model.module)[0].weight[-1, 0] = float("nan")
+        return original(self, current, **keywords)
+
+    original = trainer.loop.Checkpoints.due
+    trainer.loop.Checkpoints.due = due
+    try:
+        return run(ranks, config)
+    finally:
+        trainer.loop.Checkpoints.due = original
+
+
+def test_a_table_with_nan_is_not_committed(one_rank, data, tmp_path):
+    checkpoint = {**EVERY_3, "asynchronous": False}
+    message = one_rank.run(
+        save_nan, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 5})
+    )[0]
+    assert "holds NaN or infinite values, from which nothing can go on" in message
+    assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(two_ranks, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for sections in (
+        {"output": {"run_dir": str(tmp_path / "file" / "run")}},
+        {"checkpoint": {"folder": str(tmp_path / "file" / "saved")}},
+    ):
+        first, second = two_ranks.run(run, make_config(data, tmp_path / "run", **sections))
+        assert first == second
+        assert first.startswith("StorageError: could not ")
+        assert "a part of the path is a file, not a folder; correct the path" in first
+    assert not (tmp_path / "run").exists()

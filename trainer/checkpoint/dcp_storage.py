@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from data_pipeline.paths import join
-from trainer.checkpoint.format import PART_BYTES, ROW_WISE_KEY, Block, Index, SavedTensor
+from trainer.checkpoint.format import PART_BYTES, ROW_WISE_KEY, Block, CheckpointError, Index, SavedTensor
 from trainer.checkpoint.read_blocks import read_block
 from trainer.storage import write_file
 
@@ -92,7 +92,13 @@ class PartFileWriter(StorageWriter):
             start = 0
             for item in items:
                 assert item.tensor_data is not None
-                raw = raw_bytes(planner.resolve_data(item))
+                values = planner.resolve_data(item)
+                assert isinstance(values, torch.Tensor)
+                if values.is_floating_point() and not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{item.index.fqn} holds NaN or infinite values, from which nothing can go on"
+                    )
+                raw = raw_bytes(values)
                 chunk = item.tensor_data.chunk
                 place = (tuple(chunk.offsets), tuple(chunk.sizes))
                 blocks.append(Block(*place, file, start, len(raw), zlib.crc32(raw)))
@@ -171,7 +177,7 @@ class PartFileReader(StorageReader):
             planner.commit_tensor(item, target)
 
 
-def raw_bytes(values: Any) -> memoryview:
+def raw_bytes(values: torch.Tensor) -> memoryview:
     """Return a tensor's values as bytes, without a copy where they lie in host memory one after the other."""
     flat = values.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy())

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.paths import join
 from trainer.checkpoint.config import CheckpointConfig
@@ -147,6 +148,8 @@ class Saver:
         files, error = {}, None
         try:
             files = self._write_files(path, marker, state)
+        except CheckpointException as failed:  # DCP's own, of every rank; no Exception to Python
+            error = _first_line(next(cause for cause, _ in failed.failures.values()))
         except Exception as caught:  # every rank must hear of it
             error = _first_line(caught)
         self._agree(saved, error)

@@ -409,7 +409,7 @@ def save_nan(ranks, config):
 def test_a_table_with_nan_is_not_committed(one_rank, data, tmp_path):
     checkpoint = {**EVERY_3, "asynchronous": False}
     message = one_rank.run(
-        save_nan, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 5})
+        save_nan, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 4})
     )[0]
     assert "holds NaN or infinite values, from which nothing can go on" in message
     assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == []

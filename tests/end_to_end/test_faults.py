@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.faults import TOLERANCE, run_jobs
-from benchmarks.faults_data import SHORT
+from benchmarks.faults_data import SHORT, Size
+from benchmarks.faults_evidence import Trained, lineage, lost_and_repeated
 
 FIXED, CHANGING = [2], [2, 1]
 NUM_KILLS = 6
@@ -39,3 +40,26 @@ def test_on_other_numbers_of_ranks_everything_is_close(verdicts):
     difference = verdicts["changing"].difference
     assert difference.structure is None
     assert max(difference.tensor, difference.metric) <= TOLERANCE, difference
+
+
+def attempt(mark, resumed, samples_of_steps):
+    """Logs of an attempt on two ranks, of which the second has the last sample of each step."""
+    steps = {step: {0: samples[:-1], 1: samples[-1:]} for step, samples in samples_of_steps.items()}
+    return Trained(resumed, mark, steps, world_size=2)
+
+
+def test_samples_are_counted_along_the_checkpoints_that_attempts_went_on_from():
+    """Two epochs of 5 samples in steps of 3 and 2; the model of attempt b was never gone on from."""
+    size = Size({}, train_samples=5, batch_size=3, epochs=2, dim=4, every_steps=1)
+    begun = attempt("a", None, {0: [0, 1, 2], 1: [3, 4], 2: [4, 2, 0]})
+    dead_end = attempt("b", "step_0000000001-a", {1: [4, 3], 2: [3, 3, 3]})
+    ended = attempt("c", "step_0000000002-a", {2: [4, 2, 0], 3: [1, 3]})
+    steps = lineage([begun, dead_end, ended], size.num_steps)
+    assert steps == [[0, 1, 2], [3, 4], [0, 2, 4], [1, 3]]
+    assert lost_and_repeated(steps, size) == (0, 0)
+    wrong = attempt("c", "step_0000000002-a", {2: [4, 2, 2], 3: [1, 4]})
+    assert lost_and_repeated(lineage([begun, dead_end, wrong], size.num_steps), size) == (2, 2)
+    cut_off = attempt("c", "step_0000000002-a", {2: [4, 2, 0]})
+    cut_off.steps[3] = {0: [1]}
+    with pytest.raises(ValueError, match=r"step 3 was trained by ranks \[0\] of 2 only"):
+        lineage([begun, cut_off], size.num_steps)

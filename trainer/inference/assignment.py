@@ -108,7 +108,7 @@ def _undominated(sizes: Doubles, costs: Doubles, among: NDArray[np.int64], max_s
     bins = (spread * (max_states - 2)).astype(np.int64)
     is_last = np.append(bins[1:] != bins[:-1], True)
     is_last[0] = True
-    return kept[is_last]
+    return np.asarray(kept[is_last])
 
 
 def _trace(steps: Sequence[_Step], state: int, order: Sequence[int]) -> tuple[int, ...]:

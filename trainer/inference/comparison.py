@@ -74,7 +74,7 @@ class Differences(_Figures):
 
 
 class Comparison(_Figures):
-    """Two models on the same samples; `auc_difference_error` is one standard error of the paired difference (DeLong)."""
+    """Two models on the same samples; `auc_difference_error` is a standard error of the paired difference (DeLong)."""
 
     num_samples: int
     label_rate: float
@@ -210,7 +210,7 @@ def _check(reference: Floats, candidate: Floats, clicks: NDArray[np.bool_]) -> N
 
 
 def _mean_covariance(values: Doubles) -> Doubles:
-    return np.atleast_2d(np.cov(values)) / values.shape[1]
+    return np.asarray(np.atleast_2d(np.cov(values)) / values.shape[1])
 
 
 def _quality(auc: float, losses: Doubles, probabilities: Doubles, clicks: NDArray[np.bool_]) -> Quality:

@@ -15,6 +15,11 @@ SparseOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "part
 DenseOptimizerName = Literal["sgd", "adagrad", "adam", "adamw"]
 
 
+def table_name(feature: str) -> str:
+    """Name of the table that a feature looks up."""
+    return f"t_{feature}"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

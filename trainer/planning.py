@@ -8,7 +8,6 @@ import os
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from data_pipeline.dataset import Dataset
@@ -21,6 +20,7 @@ from sharding.planning.errors import PlanError
 from sharding.planning.job import Cluster, DenseWork, Job, Table
 from sharding.planning.make import make_plan
 from trainer.config import Config
+from trainer.models.cross_net import LowRankCrossNet
 from trainer.models.dlrm import DotInteraction
 from trainer.ranks import Ranks
 

@@ -7,7 +7,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from tests.support.reference import dcnv2_logits, dlrm_logits, pool_bags
 from trainer.models.dcn import DLRMDCNv2
-from trainer.models.dlrm import DLRM, DenseAndDots, DotInteraction, make_pairs
+from trainer.models.dlrm import DLRM, DotInteraction
+from trainer.models.interaction import DenseAndDots, make_pairs
 from trainer.models.mlp import make_mlp
 from trainer.models.pooled import PooledFeatures
 

@@ -27,8 +27,7 @@ from sharding.planning.job import Cluster, DenseWork, Job, Table
 from sharding.planning.options import Option
 from sharding.planning.planner import chosen_options, prepare, solve, write_plan
 from sharding.planning.search import Failure
-from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
-from trainer.models.build import table_name
+from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig, table_name
 from trainer.models.dlrm import DLRM
 from trainer.models.train_model import TrainModel
 from trainer.optimizers import Optimizers, fuse_sparse_optimizer

@@ -12,18 +12,13 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from data_pipeline.dataset import Dataset
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, table_name
 from trainer.config_file import ConfigError
 from trainer.models.dcn import DLRMDCNv2
 from trainer.models.dlrm import DLRM
 
 POOLING_TYPES = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
-
-
-def table_name(feature: str) -> str:
-    """Name of the table that a feature looks up."""
-    return f"t_{feature}"
 
 
 def table_configs(config: ModelConfig, num_embeddings: Mapping[str, int]) -> list[EmbeddingBagConfig]:

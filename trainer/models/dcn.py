@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from trainer.models.cross_net import LowRankCrossNet
 from trainer.models.mlp import make_mlp
 from trainer.models.pooled import PooledFeatures
 

@@ -4,7 +4,7 @@
 
 Variants in turn, medians of the rounds, rates as shares of the same round's dd on the same disk (bs=16M, conv=fsync).
 Cold reads are of files that the system was asked to forget (posix_fadvise DONTNEED), which needs no rights; warm ones
-follow at once. Then 4 ranks load what 2 have saved, table-wise into column-wise, and count the bytes they read.
+follow at once. Then 4 ranks load what 2 have saved under another plan, and count the bytes they read.
 `--folder` needs up to 10 GB at a time; nothing is left in it.
 """
 
@@ -60,7 +60,8 @@ def main() -> None:
         rows = round(options.gib * GIB / NUM_TABLES / ROW_BYTES)
         write_data(os.path.join(folder, "data"), Size(dict.fromkeys("abcdefgh", rows), 20_480, 2_048, 1, DIM, 1))
         found = list(_run(folder, "measure", 2, "table_wise", options.rounds))
-        found += _run(folder, "reshard", 4, "column_wise", 1)
+        for kind in ("column_wise", "row_wise"):
+            found += [{**entry, "kind": kind} for entry in _run(folder, "reshard", 4, kind, 1)]
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
@@ -115,10 +116,9 @@ def _print_rates(found: list[dict[str, Any]]) -> None:
 
 
 def _print_costs(found: list[dict[str, Any]]) -> None:
-    print(
-        "\n| asynchronous save | stall, s | written after, s | step before, ms | step meanwhile, ms | steps meanwhile "
-    )
-    print("| cost to training in all, s | extra memory a rank, MiB |\n|---|---|---|---|---|---|---|---|")
+    columns = ["asynchronous save", "stall, s", "written after, s", "step before, ms", "step meanwhile, ms"]
+    columns += ["steps meanwhile", "cost to training in all, s", "extra memory a rank, MiB"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for variant in ("papilio_async", "dcp_async"):
         entries = [entry for entry in found if entry["variant"] == variant]
         if not entries:
@@ -139,11 +139,11 @@ def _print_costs(found: list[dict[str, Any]]) -> None:
 
 
 def _print_resharding(found: list[dict[str, Any]]) -> None:
-    print("\n| 2 ranks, table-wise -> 4 ranks, column-wise | bytes needed, MB | bytes read, MB | times | seconds |")
+    print("\n| 2 ranks, table_wise -> 4 ranks | bytes needed, MB | bytes read, MB | times | seconds |")
     print("|---|---|---|---|---|")
     for entry in found:
         needed, read = entry["needed_bytes"], entry["read_bytes"]
-        label = f"{entry['variant'].removesuffix('_reshard')} ({entry['what']})"
+        label = f"{entry['kind']}: {entry['variant'].removesuffix('_reshard')} ({entry['what']})"
         print(f"| {label} | {needed / 1e6:,.0f} | {read / 1e6:,.0f} | {read / needed:.2f} | {entry['read_s']:.1f} |")
 
 

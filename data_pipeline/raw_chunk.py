@@ -33,11 +33,17 @@ class RawChunk:
 
 def encode_numbers(values: NDArray[Any], missing: NDArray[np.bool_] | None, column: CategoricalColumn) -> ColumnCodes:
     """Dictionary-encode checked integers; the keys of hash and identity columns are row numbers already."""
+    keys = keys_of_numbers(values, column)
+    return encode_int64(keys, missing) if keys.dtype == np.int64 else encode_uint32(keys, missing)
+
+
+def keys_of_numbers(values: NDArray[Any], column: CategoricalColumn) -> NDArray[Any]:
+    """Return the key of each checked integer: int64, or uint64 below 2**32; row numbers for hash and identity."""
     if column.encoding == "hash":
-        return encode_uint32(hash_integers(values, column.num_buckets or 0), missing)
+        return hash_integers(values, column.num_buckets or 0)
     if column.encoding == "identity" or column.kind == "hex":
-        return encode_uint32(values.astype(np.uint64, copy=False), missing)
-    return encode_int64(values, missing)
+        return values.astype(np.uint64, copy=False)
+    return values.astype(np.int64, copy=False)
 
 
 def encode_strings(values: pa.Array, column: CategoricalColumn) -> ColumnCodes:

@@ -1,0 +1,272 @@
+"""Raw records to a model's inputs, by the code that preprocessing uses: there is no second set of rules to drift.
+
+B samples, I dense inputs, F categorical features, V ids in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.id_mapper import IdMapper
+from data_pipeline.raw_chunk import RawChunk, keys_of_numbers
+from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn, DenseColumn, Schema
+from data_pipeline.shards import Bags
+from data_pipeline.table_columns import Faults, categorical_codes, dense_values
+from data_pipeline.transforms import transform_dense
+from data_pipeline.vocabulary import load_vocabulary, vocabulary_file
+from trainer.inference.json_records import Record, RequestError, categorical_array, dense_matrix, unknown_column
+from trainer.inference.package import SCHEMA, Package, PackageError
+from trainer.inference.plain_numbers import dense_numbers_of_array, hex_numbers_of_texts, numbers_of_array
+
+# Ids of an identity column beyond its table are unknown ones, not malformed: new items are born every day.
+_NO_LIMIT = 2**31 - 1
+_LIMIT_TEXT = f"0 to {_NO_LIMIT - 1}"
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Inputs of a model.
+
+    Attributes:
+        dense: [B, I] float32, transformed.
+        ids: [V] int32, feature after feature.
+        lengths: [F * B] int32, feature after feature: ids of each sample.
+        num_unknown_ids: how many of them the training data did not have (or too rarely); they share row 0.
+        faults: by row what is wrong with it, as (column, reason); the values of such a row mean nothing.
+    """
+
+    dense: NDArray[np.float32]
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    num_unknown_ids: int = 0
+    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.dense)
+
+
+class RequestEncoder:
+    """Encodes raw records of one schema. Safe to use from several threads."""
+
+    def __init__(self, schema: Schema, mappers: dict[str, IdMapper]) -> None:
+        """Make an encoder; `mappers` has one for each categorical feature."""
+        self.schema = schema
+        self._mappers = [mappers[name] for name in schema.categorical_names]
+        self._dense_groups = _group_by_transform(schema.dense)
+        self._open_columns = [_without_limit(column) for column in schema.categorical]
+        self._hex_features = [
+            i for i, column in enumerate(schema.categorical) if column.kind == "hex" and not column.multi_hot
+        ]
+
+    def encode_records(self, records: Sequence[Record]) -> EncodedBatch:
+        """Encode JSON objects by column name (see `check_records`); an absent column is a missing value."""
+        faults = Faults()
+        dense = self._transform(dense_matrix(records, self.schema.dense_names, faults), faults)
+        quick = self._encode_hex(records)
+        bags = []
+        for number, column in enumerate(self.schema.categorical):
+            ready = quick.get(number)
+            if ready is None:
+                ready = self._map(categorical_array(records, column, faults), number, faults)
+            bags.append(ready)
+        return self._assemble(dense, bags, faults)
+
+    def encode_table(self, table: pa.Table) -> EncodedBatch:
+        """Encode Arrow columns by name: numbers, text or integers, lists of these for multi-hot features.
+
+        Raises:
+            RequestError: a column is lacking, is not of the schema, or is of a type that it cannot have.
+        """
+        self._check_columns(table)
+        faults = Faults()
+        dense = self._dense_of_table(table, faults)
+        bags = [
+            self._map(_plain(table, name), number, faults) for number, name in enumerate(self.schema.categorical_names)
+        ]
+        return self._assemble(dense, bags, faults)
+
+    def encode_chunk(self, chunk: RawChunk) -> EncodedBatch:
+        """Encode rows as a source of `papilio preprocess` parsed them (malformed ones are not among them)."""
+        bags = []
+        for mapper, codes in zip(self._mappers, chunk.columns, strict=True):
+            bags.append(_bags(mapper.ids_of_codes(codes)[codes.codes], codes.lengths))
+        return self._assemble(chunk.dense, bags, Faults())
+
+    def _dense_of_table(self, table: pa.Table, faults: Faults) -> NDArray[np.float32]:
+        arrays = [_plain(table, name) for name in self.schema.dense_names]
+        plain = [numbers for numbers in map(dense_numbers_of_array, arrays) if numbers is not None]
+        if len(plain) == len(arrays):
+            return self._transform(np.array(plain).reshape(len(plain), table.num_rows).T, faults)
+        dense = np.empty((table.num_rows, len(arrays)), np.float32)
+        for i, (array, column) in enumerate(zip(arrays, self.schema.dense, strict=True)):
+            dense[:, i], _ = dense_values(array, column, faults)
+        return dense
+
+    def _transform(self, numbers: NDArray[np.float64], faults: Faults) -> NDArray[np.float32]:
+        missing = np.isnan(numbers)
+        if np.isinf(numbers).any():
+            for row, i in np.argwhere(np.isinf(numbers)).tolist():
+                reason = "infinite, must be a finite number"
+                faults.first_of_row.setdefault(row, (self.schema.dense[i].name, reason))
+        if len(self._dense_groups) == 1:
+            return transform_dense(numbers, missing, self.schema.dense[0])
+        dense = np.empty(numbers.shape, np.float32)
+        for places in self._dense_groups:
+            dense[:, places] = transform_dense(numbers[:, places], missing[:, places], self.schema.dense[places[0]])
+        return dense
+
+    def _encode_hex(self, records: Sequence[Record]) -> dict[int, Bags]:
+        """Encode all one-hot features of hexadecimal text at once, or none: if one is malformed, it is found later."""
+        names = [self.schema.categorical[number].name for number in self._hex_features]
+        plain = hex_numbers_of_texts([record.get(name) for name in names for record in records])
+        if plain is None or not names or not records:
+            return {}
+        numbers, missing = (part.reshape(len(names), -1) for part in plain)
+        return {
+            number: self._ids_of_numbers(numbers[place], missing[place], number)
+            for place, number in enumerate(self._hex_features)
+        }
+
+    def _map(self, array: pa.Array, number: int, faults: Faults) -> Bags:
+        column = self._open_columns[number]
+        _check_type(array, column)
+        is_numeric = not column.multi_hot and column.kind != "string"
+        plain = numbers_of_array(array, column) if is_numeric else None
+        if plain is not None:
+            return self._ids_of_numbers(*plain, number)
+        codes = categorical_codes(array, column, faults)
+        ids = self._mappers[number].ids_of_codes(codes)[codes.codes]
+        return _bags(self._within_table(ids, number), codes.lengths)
+
+    def _ids_of_numbers(self, values: NDArray[Any], missing: NDArray[np.bool_], number: int) -> Bags:
+        keys = keys_of_numbers(values, self._open_columns[number])
+        ids = self._mappers[number].ids_of_keys(keys.astype(np.uint32) if keys.dtype == np.uint64 else keys)
+        ids[missing] = MISSING_ID
+        return Bags(self._within_table(ids, number))
+
+    def _within_table(self, ids: NDArray[np.int32], number: int) -> NDArray[np.int32]:
+        column = self.schema.categorical[number]
+        if column.encoding == "identity" and column.num_buckets is not None:
+            ids[ids >= column.num_buckets] = UNKNOWN_ID
+        return ids
+
+    def _check_columns(self, table: pa.Table) -> None:
+        names = table.column_names
+        wanted = {*self.schema.dense_names, *self.schema.categorical_names}
+        lacking = sorted(wanted.difference(names))
+        if lacking:
+            raise RequestError(f"there is no column {', '.join(lacking)}; send nulls where values are missing")
+        others = sorted(set(names) - wanted - {self.schema.label})
+        if others:
+            raise RequestError(unknown_column(others[0], self.schema))
+        if len(set(names)) < len(names):
+            raise RequestError("several columns have the same name; names must differ")
+
+    def _assemble(self, dense: NDArray[np.float32], bags: Sequence[Bags], faults: Faults) -> EncodedBatch:
+        num_rows = len(dense)
+        ones = np.ones(num_rows, np.int32)
+        lengths = [ones if bag.offsets is None else np.diff(bag.offsets) for bag in bags]
+        ids = np.concatenate([bag.ids for bag in bags])
+        num_unknown = int(np.count_nonzero(ids == UNKNOWN_ID))
+        found = {
+            row: (name, reason.replace(_LIMIT_TEXT, "0 or more"))
+            for row, (name, reason) in sorted(faults.first_of_row.items())
+        }
+        return EncodedBatch(np.ascontiguousarray(dense), ids, np.concatenate(lengths), num_unknown, found)
+
+
+def load_request_encoder(package: Package) -> RequestEncoder:
+    """Load the encoder of a package.
+
+    Raises:
+        PackageError: the package holds no vocabulary of a column that needs one, or a damaged one.
+    """
+    schema = Schema.model_validate(package.read_json(SCHEMA))
+    return RequestEncoder(schema, {column.name: _load_mapper(package, column) for column in schema.categorical})
+
+
+def merge_batches(batches: Sequence[EncodedBatch]) -> EncodedBatch:
+    """Put the samples of several batches one after the other."""
+    if len(batches) == 1:
+        return batches[0]
+    num_features = len(batches[0].lengths) // max(batches[0].num_rows, 1)
+    lengths_FB = [batch.lengths.reshape(-1, batch.num_rows) for batch in batches if batch.num_rows]
+    bounds = [np.concatenate([[0], np.cumsum(lengths.sum(axis=1))]) for lengths in lengths_FB]
+    filled = [batch for batch in batches if batch.num_rows]
+    pieces = [
+        batch.ids[bound[feature] : bound[feature + 1]]
+        for feature in range(num_features)
+        for batch, bound in zip(filled, bounds, strict=True)
+    ]
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)]).tolist()
+    faults = {
+        start + row: fault for start, batch in zip(starts, batches, strict=False) for row, fault in batch.faults.items()
+    }
+    return EncodedBatch(
+        np.concatenate([batch.dense for batch in batches]),
+        np.concatenate(pieces) if pieces else np.empty(0, np.int32),
+        np.concatenate(lengths_FB, axis=1).reshape(-1) if lengths_FB else np.empty(0, np.int32),
+        sum(batch.num_unknown_ids for batch in batches),
+        faults,
+    )
+
+
+def _load_mapper(package: Package, column: CategoricalColumn) -> IdMapper:
+    if column.encoding != "vocabulary":
+        return IdMapper(column, None)
+    file = vocabulary_file(column.name, column.kind)
+    entry = package.manifest.files.get(file)
+    if entry is None:
+        raise PackageError(
+            f"package {package.folder} holds no vocabulary of column {column.name}, so raw values of it mean nothing; "
+            "export it again from a run on preprocessed data"
+        )
+    return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
+
+
+def _group_by_transform(columns: Sequence[DenseColumn]) -> list[list[int]]:
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, column in enumerate(columns):
+        groups.setdefault((column.transform, column.missing_value), []).append(place)
+    return list(groups.values())
+
+
+def _without_limit(column: CategoricalColumn) -> CategoricalColumn:
+    is_open = column.encoding == "identity" and column.kind != "string"
+    return column.model_copy(update={"num_buckets": _NO_LIMIT}) if is_open else column
+
+
+def _bags(ids: NDArray[np.int32], lengths: NDArray[np.int32] | None) -> Bags:
+    if lengths is None:
+        return Bags(ids)
+    return Bags(ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _plain(table: pa.Table, name: str) -> pa.Array:
+    """Return a column as one array, without a dictionary."""
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _check_type(array: pa.Array, column: CategoricalColumn) -> None:
+    kinds = pa.types
+    is_list = kinds.is_list(array.type) or kinds.is_large_list(array.type)
+    element = array.type.value_type if is_list else array.type
+    tests = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+    is_text = any(test(element) for test in tests)
+    is_sound = is_text or kinds.is_integer(element) or kinds.is_null(element)
+    if not is_sound or (is_list and not column.multi_hot):
+        wanted = "lists of text or integers" if column.multi_hot else "text or integers"
+        raise RequestError(f"column {column.name} is of type {array.type}, must hold {wanted}")
+    if column.multi_hot and not is_list and not is_text:
+        raise RequestError(f"column {column.name} is of type {array.type}, must hold lists of text or integers")

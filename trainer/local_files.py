@@ -8,11 +8,10 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import IO
 
+from trainer.direct_files import open_direct, write_direct
 from trainer.retries import TryAgainError
 
-FLUSH_BYTES = 16 << 20
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
@@ -25,9 +24,7 @@ def write_local(path: str, chunks: Iterable[bytes | memoryview]) -> int:
     """
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "xb") as file:
-            num_bytes = _write_chunks(file, chunks)
-            os.fsync(file.fileno())
+        num_bytes = _write_new(temporary, chunks)
         _check_size(temporary, num_bytes)
         os.replace(temporary, path)
     except BaseException:
@@ -88,18 +85,19 @@ def free_local_bytes(folder: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _write_chunks(file: IO[bytes], chunks: Iterable[bytes | memoryview]) -> int:
-    """Write chunks, the disk being busy with the earlier ones meanwhile; return their bytes."""
-    num_bytes = num_begun = 0
-    for chunk in chunks:
-        num_bytes += file.write(chunk)
-        if num_bytes - num_begun >= FLUSH_BYTES:
-            file.flush()
-            # Starts writing these pages out and waits for none, where the kernel would let them pile up for the end.
-            os.posix_fadvise(file.fileno(), num_begun, num_bytes - num_begun, os.POSIX_FADV_DONTNEED)
-            num_begun = num_bytes
-    file.flush()
-    return num_bytes
+def _write_new(path: str, chunks: Iterable[bytes | memoryview]) -> int:
+    """Write and flush a file that is not there yet; return its bytes."""
+    descriptor = open_direct(path)
+    if descriptor is not None:
+        try:
+            return write_direct(descriptor, chunks)
+        finally:
+            os.close(descriptor)
+    with open(path, "wb") as file:
+        num_bytes = sum(file.write(chunk) for chunk in chunks)
+        file.flush()
+        os.fsync(file.fileno())
+        return num_bytes
 
 
 def _check_size(path: str, num_bytes: int) -> None:

@@ -35,9 +35,11 @@ class ModelState:
         """Return the same values, cut into blocks to write."""
         return ModelState({key: pieces.in_blocks() for key, pieces in self.tensors.items()}, self.column_starts)
 
-    def snapshot(self) -> ModelState:
-        """Return a copy in host memory that training does not change."""
-        return ModelState({key: pieces.snapshot() for key, pieces in self.tensors.items()}, self.column_starts)
+    def snapshot(self, reuse: ModelState | None = None) -> ModelState:
+        """Return a copy in host memory that training does not change, in that of an earlier copy if there is one."""
+        old = reuse.tensors if reuse is not None else {}
+        copies = {key: pieces.snapshot(old.get(key)) for key, pieces in self.tensors.items()}
+        return ModelState(copies, self.column_starts)
 
 
 def model_state(model: nn.Module, optimizers: Optimizers) -> ModelState:

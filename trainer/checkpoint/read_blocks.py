@@ -9,7 +9,7 @@ from trainer.checkpoint.format import Block, DamagedError
 from trainer.storage import StorageError, exists, file_size, read_range
 
 
-def read_block(folder: str, key: str, block: Block) -> bytearray:
+def read_block(folder: str, key: str, block: Block) -> bytes:
     """Return the bytes of one block of tensor `key`.
 
     Raises:
@@ -18,7 +18,7 @@ def read_block(folder: str, key: str, block: Block) -> bytearray:
     """
     path = join(folder, block.file)
     try:
-        raw = bytearray(read_range(path, block.start, block.length))
+        raw = read_range(path, block.start, block.length)
     except StorageError as error:
         if not exists(path):
             raise DamagedError(f"{path} is missing ({key})") from error

@@ -1,8 +1,8 @@
 """Rows of a table from fp32 to fewer bits and back, in the layout of `tables.bin` (see package.py).
 
-Ranges of int4 and int2 rows can be chosen better than by their smallest and largest value: `greedy` narrows them step by
-step while the error falls (Guan et al., arXiv 1911.02079), `least_squares` alternates between codes and the scale and
-bias that fit them best.
+Ranges of int4 and int2 rows can be chosen better than by their smallest and largest value: `greedy` narrows them step
+by step while the error falls (Guan et al., arXiv 1911.02079), `least_squares` alternates between codes and the scale
+and bias that fit them best.
 """
 
 from __future__ import annotations

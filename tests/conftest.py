@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.rank_pool import RankPool
+from tests.support.storages import Pauses
 
 if TYPE_CHECKING:
     from tests.support.s3_stand_in import S3StandIn
@@ -59,3 +60,8 @@ def s3(s3_stand_in: S3StandIn, monkeypatch: pytest.MonkeyPatch) -> S3StandIn:
         monkeypatch.setenv(name, value)
     s3_stand_in.new_bucket()
     return s3_stand_in
+
+
+@pytest.fixture
+def pauses() -> Pauses:
+    return Pauses()

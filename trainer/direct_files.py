@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-BUFFER_BYTES = 16 << 20
+BUFFER_BYTES = 4 << 20
 # Of offsets, sizes and addresses of direct writes; 512 would do for many disks.
 ALIGNMENT = 4096
 

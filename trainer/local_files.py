@@ -55,11 +55,20 @@ def remove_local_folder(path: str) -> None:
     sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
-def read_local_range(path: str, offset: int, length: int) -> bytes:
-    """Read up to `length` bytes from an offset on; fewer only at the end of the file."""
+def read_local(path: str) -> bytes:
+    """Read a whole file."""
     with open(path, "rb") as file:
+        return file.read()
+
+
+def read_local_into(buffer: memoryview, path: str, offset: int) -> int:
+    """Fill a buffer from an offset on and return how many bytes were read: fewer only at the end of the file."""
+    num_read = 0
+    with open(path, "rb", buffering=0) as file:
         file.seek(offset)
-        return file.read(length)
+        while count := file.readinto(buffer[num_read:]):
+            num_read += count
+    return num_read
 
 
 def sync_folder(path: str) -> None:

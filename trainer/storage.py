@@ -17,7 +17,8 @@ from data_pipeline.paths import join, path_manager
 from trainer.local_files import (
     free_local_bytes,
     make_local_folder,
-    read_local_range,
+    read_local,
+    read_local_into,
     remove_local_folder,
     write_local,
 )
@@ -59,28 +60,29 @@ def write_file(
     return attempt("write", path, lambda: _write_remote(path, _flat(make_chunks()), retries), retries)
 
 
-def read_range(path: str, offset: int, length: int, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes:
-    """Read exactly `length` bytes from an offset on, and no more than these.
+def read_into(buffer: memoryview, path: str, offset: int, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
+    """Fill a buffer of bytes with those of a file from an offset on, and read no more than these.
 
     Raises:
         StorageError: it failed for good, or the file ends before.
     """
     local = _local_path(path)
     if local is not None:
-        data = attempt("read", path, lambda: read_local_range(local, offset, length), retries)
+        num_read = attempt("read", path, lambda: read_local_into(buffer, local, offset), retries)
     else:
-        data = attempt("read", path, lambda: _read_remote(path, offset, length, retries), retries)
-    if len(data) != length:
-        wanted = f"{length} bytes from offset {offset} were asked for, {len(data)} are there"
+        data = attempt("read", path, lambda: _read_remote(path, offset, len(buffer), retries), retries)
+        num_read = len(data)
+        buffer[:num_read] = data
+    if num_read != len(buffer):
+        wanted = f"{len(buffer)} bytes from offset {offset} were asked for, {num_read} are there"
         raise StorageError(f"could not read {path}: {wanted}; the file was cut short")
-    return data
 
 
 def read_bytes(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes:
     """Read a whole file."""
     local = _local_path(path)
     if local is not None:
-        return attempt("read", path, lambda: read_local_range(local, 0, -1), retries)
+        return attempt("read", path, lambda: read_local(local), retries)
     return attempt("read", path, lambda: _read_remote(path, 0, -1, retries), retries)
 
 

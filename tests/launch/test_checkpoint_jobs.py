@@ -1,7 +1,5 @@
 """`papilio checkpoint` on a real run: 2 ranks, killed and gone on with on 1 rank with another learning rate."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
@@ -10,17 +8,14 @@ import zlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from launch import checkpoint_text, cli
-from tests.support.checkpoints import saved_tensors, write_checkpoint
-from tests.support.datasets import ROWS_PER_TABLE, write_dataset
-from trainer.config_file import build_config
+from tests.support.checkpoint_runs import STEPS, aucs, flip, folders, marker_of, num_bytes
+from tests.support.checkpoints import saved_tensors
+from tests.support.datasets import ROWS_PER_TABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = [5, 10, 15, 20]
 RUN_WITHOUT_TORCH = """
 import json, sys
 from launch.cli import main
@@ -28,84 +23,6 @@ statuses = [main(words) for words in json.loads(sys.argv[1])]
 heavy = {"torch", "torchrec", "fbgemm_gpu", "torchx", "boto3"}
 print(json.dumps([statuses, sorted({name.partition(".")[0] for name in sys.modules} & heavy)]))
 """
-
-
-def make_config(data, run_dir, max_steps, learning_rate, types):
-    return build_config(
-        {
-            "name": "small",
-            "seed": 4,
-            "data": {"path": str(data), "shuffle_block_rows": 8},
-            "model": {"embedding_dim": 8, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]},
-            "optimizer": {"sparse": {"learning_rate": learning_rate}, "dense": {"name": "sgd", "learning_rate": 0.1}},
-            "train": {"global_batch_size": 20, "max_steps": max_steps, "evaluate_every_steps": 5},
-            "sharding": {"types": types, "min_partition": 4},
-            "checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 100},
-            "output": {"run_dir": str(run_dir), "tensorboard": False},
-        },
-        source="test",
-    )
-
-
-def run_train(ranks, config):
-    from trainer.train import train
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        train(config, ranks)
-
-
-@pytest.fixture(scope="module")
-def original(one_rank, two_ranks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint_jobs")
-    data = write_dataset(folder / "data")
-    two_ranks.run(run_train, make_config(data, folder / "runs" / "first", 15, 0.1, ["column_wise"]))
-    one_rank.run(run_train, make_config(data, folder / "runs" / "first", 20, 0.05, ["table_wise"]))
-    return folder / "runs" / "first"
-
-
-@pytest.fixture
-def run(original, tmp_path):
-    """A copy of the run's folder."""
-    shutil.copytree(original, tmp_path / "runs" / "first")
-    return tmp_path / "runs" / "first"
-
-
-@pytest.fixture
-def papilio(capsys, monkeypatch):
-    """`papilio checkpoint` with these words, on a terminal of so many columns: status, output, errors."""
-
-    def call(*words, columns=80):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        status = cli.main(["checkpoint", *map(str, words)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-def folders(run):
-    """Folders of the checkpoints, oldest first."""
-    return sorted((run / "checkpoints").iterdir())
-
-
-def marker_of(folder):
-    return json.loads((folder / "checkpoint.json").read_text())["checkpoint"]
-
-
-def aucs(run):
-    """Validation AUC by step, as the run's own log of measurements has them."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["auc"] for line in lines if line["kind"] == "validation"}
-
-
-def num_bytes(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.name != "checkpoint.json")
-
-
-def flip(path, position=None):
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2 if position is None else position] ^= 1
-    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -285,153 +202,6 @@ def test_a_plan_of_another_version_does_not_hide_the_rest(papilio, run):
     write_marker(folder, tree)
     status, out, _ = papilio("show", run)
     assert status == 0 and "plan        in the format of another Papilio; plan.json in its folder has it" in out
-
-
-def test_verify_reads_the_newest_unless_told_otherwise(papilio, run):
-    names = [folder.name for folder in folders(run)]
-    status, out, _ = papilio("verify", run)
-    assert status == 0 and out.startswith(f"{names[-1]}  sound: {checkpoint_text.size(num_bytes(folders(run)[-1]))} ")
-    assert [line.split()[0] for line in papilio("verify", run, "5", "best", "15")[1].splitlines()][::2] == names[::2][
-        :2
-    ]
-    assert [line.split()[0] for line in papilio("verify", run, "--all")[1].splitlines()] == names
-    assert "--all and names exclude each other" in papilio("verify", run, "5", "--all")[2]
-
-
-PART = "rank_00001_part_00000.bin"
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "said"),
-    [
-        (PART, flip, [f"{PART} holds other bytes than were written\n    "]),
-        (PART, lambda path: path.write_bytes(path.read_bytes()[:-4]), [f"{PART} has ", " bytes, not the ", "\n    "]),
-        (PART, lambda path: path.write_bytes(path.read_bytes() + b"x"), [f"{PART} has ", " bytes, not the "]),
-        (PART, Path.unlink, [f"{PART} is missing\n    "]),
-        ("index.json", flip, ["index.json is damaged: its size or checksum is not what checkpoint.json says"]),
-        ("index.json", Path.unlink, ["index.json is missing"]),
-        ("plan.json", flip, ["plan.json is damaged: its size or checksum is not what checkpoint.json says"]),
-        ("checkpoint.json", flip, ["checkpoint.json is damaged"]),
-        (
-            "checkpoint.json",
-            lambda path: path.write_bytes(b""),
-            ["checkpoint.json is damaged: it is not a checkpoint's"],
-        ),
-    ],
-)
-def test_verify_names_what_is_damaged(papilio, run, file, damage, said):
-    folder = folders(run)[0]
-    damage(folder / file)
-    status, out, _ = papilio("verify", run, "--all")
-    assert status == 1
-    lines = out.splitlines()
-    assert lines[0].startswith(f"{folder.name}  DAMAGED: ")
-    assert sum("sound" in line for line in lines[1:-1]) == 3
-    assert lines[-1] == "1 of 4 damaged; training resumes from the newest that is sound"
-    report = out[: out.index(folders(run)[1].name)]
-    assert all(words in report for words in said)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_any_flipped_byte_is_found_and_its_tensor_named(papilio, run, seed):
-    """The tensor that a byte belongs to is looked up in index.json by the format's description alone."""
-    generator = np.random.default_rng(seed)
-    folder = folders(run)[0]
-    index = json.loads((folder / "index.json").read_text())
-    number = int(generator.integers(len(index["files"])))
-    path = folder / index["files"][number]
-    position = int(generator.integers(path.stat().st_size))
-    (owner,) = [
-        key
-        for key, entry in index["tensors"].items()
-        for *_, file, start, length, _ in entry["blocks"]
-        if file == number and start <= position < start + length
-    ]
-    flip(path, position)
-    status, out, _ = papilio("verify", run, "5")
-    assert status == 1
-    assert out.splitlines()[1:3] == [
-        f"  {path.name} holds other bytes than were written",
-        *[line for line in out.splitlines() if line.startswith(f"    {owner}")],
-    ]
-
-
-def test_a_file_of_many_tensors_is_told_by_tables(papilio, run):
-    (folders(run)[-1] / "rank_00000_part_00000.bin").unlink()
-    out = papilio("verify", run)[1]
-    assert f"concerns {len(saved_keys(run))} tensors: t_a, t_b, t_m, the dense part" in " ".join(out.split())
-
-
-@pytest.mark.parametrize("copy", [0, 1])
-def test_verify_names_the_copy_of_the_model_that_is_damaged(papilio, tmp_path, copy):
-    """Groups with tables of their own; a table with a slash in its name."""
-    copies = [{"tables.t_a/b.weight": np.zeros((2, 4), "float32")} for _ in range(2)]
-    flip(write_checkpoint(tmp_path, copies, num_copies=2) / f"group_{copy}" / "r.bin")
-    status, out, _ = papilio("verify", tmp_path)
-    assert status == 1 and out.splitlines()[1:3] == [
-        f"  group_{copy}/r.bin holds other bytes than were written",
-        f"    group_{copy}/tables.t_a/b.weight [0:2, 0:4]",
-    ]
-
-
-def saved_keys(run):
-    return json.loads((folders(run)[-1] / "index.json").read_text())["tensors"]
-
-
-def test_prune_keeps_what_it_is_told_to(papilio, run):
-    names = [folder.name for folder in folders(run)]
-    best = names[max(range(4), key=lambda i: aucs(run)[STEPS[i]])]
-    sizes = dict(zip(names, map(num_bytes, folders(run)), strict=True))
-    kept = {names[-1], best}
-    _, out, _ = papilio("prune", run, "--keep-last", "1", "--keep-best", "--dry-run")
-    freed = checkpoint_text.size(sum(sizes[name] for name in names if name not in kept))
-    assert [line.split("  ")[0] for line in out.splitlines()[:-1]] == [
-        "would stay" if name in kept else "would go" for name in names
-    ]
-    assert out.splitlines()[-1] == f"{freed} would be freed; nothing was removed"
-    assert len(folders(run)) == 4
-    status, out, _ = papilio("prune", run, "--keep-last", "1", "--keep-best")
-    assert status == 0 and out.splitlines()[-1] == f"{freed} freed"
-    assert {folder.name for folder in folders(run)} == kept
-    assert papilio("prune", run, "--keep-last", "1", "--keep-best")[1].splitlines()[-1] == "0 B freed"
-
-
-def test_prune_never_leaves_a_run_without_a_sound_checkpoint(papilio, run):
-    status, _, error = papilio("prune", run, "--keep-last", "0")
-    assert status == 2 and "--keep-last 0 would leave no complete checkpoint to resume from; keep 1 or more" in error
-    (folders(run)[-1] / "rank_00000_part_00000.bin").unlink()
-    status, _, error = papilio("prune", run, "--keep-last", "1")
-    assert status == 1 and "nothing was removed, since none of what would stay is sound: " in error
-    assert "rank_00000_part_00000.bin is missing" in error
-    assert len(folders(run)) == 4
-    assert papilio("prune", run, "--keep-last", "2")[0] == 0
-    assert len(folders(run)) == 2
-
-
-def test_prune_leaves_and_names_what_is_not_complete(papilio, run):
-    (folders(run)[0] / "checkpoint.json").unlink()
-    flip(folders(run)[1] / "checkpoint.json")
-    status, out, _ = papilio("prune", run, "--keep-last", "1")
-    assert status == 0 and len(folders(run)) == 3
-    assert f"{folders(run)[0]} is incomplete and was left; the next start of the job removes it" in out
-    assert f"{folders(run)[1]} is damaged and was left; remove it by hand if nobody needs it" in out
-
-
-def test_export_writes_what_the_index_says(papilio, run, tmp_path):
-    status, out, _ = papilio(
-        "export-dense", run, "5", "--output", tmp_path / "out", "--optimizer", "--tables", "t_[ab]"
-    )
-    assert status == 0
-    assert out.startswith(f"{tmp_path}/out: 3 files, ")
-    arrays = saved_tensors(folders(run)[0])
-    for table in ("t_a", "t_b"):
-        found = load_file(tmp_path / "out" / f"{table}.safetensors")
-        assert sorted(found) == ["row_wise.sum", "weight"]
-        for name, values in found.items():
-            np.testing.assert_array_equal(values, arrays[f"tables.{table}.{name}"])
-    assert not (tmp_path / "out" / "t_m.safetensors").exists()
-    status, _, error = papilio("export-dense", run, "--output", tmp_path / "out")
-    assert status == 1 and "out exists and is not empty; choose another --output, or remove it" in error
 
 
 def test_nothing_of_it_imports_torch(run, tmp_path):

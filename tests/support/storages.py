@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.retries import RetryPolicy
+from trainer import storage
+from trainer.retries import DEFAULT_RETRIES, RetryPolicy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -32,6 +33,12 @@ def run_python(code: str, *arguments: str, environment: dict[str, str] | None = 
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def read_range(path: str, offset: int, length: int, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes:
+    buffer = bytearray(length)
+    storage.read_into(memoryview(buffer), path, offset, retries=retries)
+    return bytes(buffer)
 
 
 def tear(chunk: bytes) -> Iterator[bytes]:

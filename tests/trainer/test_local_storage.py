@@ -73,8 +73,6 @@ def test_giving_up_says_how_often_it_was_tried(tmp_path: Path, pauses: Pauses, m
     assert os.listdir(tmp_path) == []
 
 
-# Local disks
-
 FILL_A_DISK = """
 import os, subprocess, sys
 from trainer.storage import StorageError, list_folder, require_writable, write_file

@@ -3,103 +3,33 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
+from tests.support.small_runs import (
+    EVERY_3,
+    assert_same_runs,
+    final_tensors,
+    make_config,
+    metric_lines,
+    run,
+    stop_after,
+)
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import CheckpointError
-from trainer.checkpoint.saver import SaveError
-from trainer.config_file import build_config
 from trainer.storage import StorageError
 from trainer.train import train
-
-SGD = {"dense": {"name": "sgd", "learning_rate": 0.1}}
-EVERY_3 = {"every_steps": 3, "every_minutes": None, "keep_last": 100}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """403 samples to train on: 20 steps of 20 and one of 3 an epoch."""
     return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def make_config(data, run_dir, **sections):
-    tree = {
-        "name": "small",
-        "seed": 4,
-        "data": {"path": str(data), "shuffle_block_rows": 8},
-        "model": {"embedding_dim": 8, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]},
-        "optimizer": {"sparse": {"name": "rowwise_adagrad", "learning_rate": 0.1}, "dense": {"name": "adam"}},
-        "schedule": {"warmup_steps": 5, "decay_start_step": 10, "decay_steps": 20},
-        "train": {"global_batch_size": 20, "log_every_steps": 5, "eval_batch_size": 64, "epochs": 2},
-        "checkpoint": EVERY_3,
-        "output": {"run_dir": str(run_dir), "tensorboard": False},
-    }
-    for name, changes in sections.items():
-        tree[name] = {**tree.get(name, {}), **changes} if isinstance(changes, dict) else changes
-    return build_config(tree, source="test")
-
-
-def run(ranks, config):
-    """Train; return what was printed and logged, or the error."""
-    log = io.StringIO()
-    handler = logging.StreamHandler(log)
-    logging.getLogger("trainer").addHandler(handler)
-    try:
-        with contextlib.redirect_stdout(log):
-            train(config, ranks)
-    except (CheckpointError, SaveError, StorageError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        logging.getLogger("trainer").removeHandler(handler)
-    return log.getvalue()
-
-
-def stop_after(ranks, config, step):
-    """Train until just after `step`, where the whole job dies without a word."""
-    import trainer.loop
-
-    class Dead(BaseException):
-        pass
-
-    def due(self, current, **_):
-        if current > step:
-            raise Dead
-        return original(self, current, **_)
-
-    original = trainer.loop.Checkpoints.due
-    trainer.loop.Checkpoints.due = due
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Dead):
-            train(config, ranks)
-    finally:
-        trainer.loop.Checkpoints.due = original
-
-
-def metric_lines(run_dir):
-    """What was measured, but for times."""
-    lines = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "data_wait_share")} for line in lines]
-
-
-def final_tensors(run_dir):
-    return saved_tensors(newest(Path(run_dir, "checkpoints")))
-
-
-def assert_same_runs(found, expected):
-    tensors = final_tensors(found)
-    assert tensors.keys() == final_tensors(expected).keys()
-    for key, values in final_tensors(expected).items():
-        np.testing.assert_array_equal(tensors[key], values, err_msg=key)
-    assert metric_lines(found) == metric_lines(expected)
 
 
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "data_parallel", "grid_shard"])
@@ -368,51 +298,6 @@ def test_it_saves_by_the_clock_at_reports(two_ranks, data, tmp_path):
         *((step, "every_minutes") for step in (5, 10, 15, 20)),
         (21, "end"),
     ]
-
-
-def nan_run(ranks, config):
-    from trainer.health import TrainingError
-
-    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(TrainingError, match="is NaN or infinite"):
-        train(config, ranks)
-
-
-def test_what_is_saved_is_finite_when_a_run_ends_in_nan(two_ranks, tmp_path):
-    data = write_dataset(tmp_path / "data", dense_scale=1e30)
-    two_ranks.run(nan_run, make_config(data, tmp_path / "run", checkpoint={"every_steps": 1}, optimizer=SGD))
-    names = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed_names()
-    assert len(names) <= 2, "the loss is not finite after one step or two"
-    for name in names:
-        tensors = saved_tensors(tmp_path / "run" / "checkpoints" / name)
-        assert all(np.isfinite(values).all() for values in tensors.values())
-
-
-def save_nan(ranks, config):
-    """Train with a table that gets a NaN which no batch looks up."""
-    import trainer.loop
-
-    def due(self, current, **keywords):
-        if current == 3:
-            from sharding.table_shards import local_table_shards
-
-            local_table_shards(self._saver._model.module)[0].weight[-1, 0] = float("nan")
-        return original(self, current, **keywords)
-
-    original = trainer.loop.Checkpoints.due
-    trainer.loop.Checkpoints.due = due
-    try:
-        return run(ranks, config)
-    finally:
-        trainer.loop.Checkpoints.due = original
-
-
-def test_a_table_with_nan_is_not_committed(one_rank, data, tmp_path):
-    checkpoint = {**EVERY_3, "asynchronous": False}
-    message = one_rank.run(
-        save_nan, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 4})
-    )[0]
-    assert "holds NaN or infinite values, from which nothing can go on" in message
-    assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == []
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(two_ranks, data, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.paths import path_manager
 from tests.support.s3_stand_in import S3StandIn
-from tests.support.storages import LARGE, MIB, Pauses
+from tests.support.storages import LARGE, MIB, Pauses, read_range
 from trainer import storage
 from trainer.storage import StorageError
 
@@ -45,7 +45,7 @@ def test_s3_lists_and_removes_more_than_a_page(s3: S3StandIn) -> None:
 def test_s3_ranges_fetch_only_what_they_hold(s3: S3StandIn) -> None:
     storage.write_file(s3.url("x"), lambda: [LARGE])
     s3.faults.clear()
-    assert storage.read_range(s3.url("x"), 5 * MIB, 100) == LARGE[5 * MIB : 5 * MIB + 100]
+    assert read_range(s3.url("x"), 5 * MIB, 100) == LARGE[5 * MIB : 5 * MIB + 100]
     assert [(request.method, request.range) for request in s3.faults.requests] == [("GET", "bytes=5242880-5242979")]
 
 
@@ -54,7 +54,7 @@ def test_s3_failures_are_tried_again(status: int, code: str, s3: S3StandIn, paus
     s3.faults.fail(2, "PUT", status, code)
     s3.faults.fail(3, "GET", status, code)
     storage.write_file(s3.url("x"), lambda: [b"abc"], retries=pauses.policy)
-    assert storage.read_range(s3.url("x"), 1, 2, retries=pauses.policy) == b"bc"
+    assert read_range(s3.url("x"), 1, 2, retries=pauses.policy) == b"bc"
     assert (s3.faults.count("PUT"), s3.faults.count("GET")) == (3, 4)
     assert pauses.seconds == [0.5, 1.0, 0.5, 1.0, 2.0]
 
@@ -65,7 +65,7 @@ def test_s3_connections_that_close_are_tried_again(s3: S3StandIn, pauses: Pauses
     s3.faults.hang_up(1, "GET")
     assert storage.read_bytes(s3.url("x"), retries=pauses.policy) == LARGE[:MIB]
     s3.faults.hang_up(1, "GET")
-    assert storage.read_range(s3.url("x"), 10, 1000, retries=pauses.policy) == LARGE[10:1010]
+    assert read_range(s3.url("x"), 10, 1000, retries=pauses.policy) == LARGE[10:1010]
     assert pauses.seconds == [0.5, 1.0, 0.5, 0.5]
 
 

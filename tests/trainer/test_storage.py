@@ -10,7 +10,7 @@ import pytest
 from iopath.common.file_io import PathHandler
 
 from data_pipeline.paths import path_manager
-from tests.support.storages import LARGE, MIB, Pauses, run_python, tear
+from tests.support.storages import LARGE, MIB, Pauses, read_range, run_python, tear
 from trainer import storage
 from trainer.storage import StorageError
 
@@ -31,8 +31,8 @@ def test_a_file_comes_back_as_it_was_written(root: str) -> None:
     assert storage.write_file(f"{root}/x.bin", lambda: chunks) == 12
     assert storage.file_size(f"{root}/x.bin") == 12
     assert storage.read_bytes(f"{root}/x.bin") == b"abcd" + bytes(8)
-    assert storage.read_range(f"{root}/x.bin", 1, 3) == b"bcd"
-    assert storage.read_range(f"{root}/x.bin", 12, 0) == b""
+    assert read_range(f"{root}/x.bin", 1, 3) == b"bcd"
+    assert read_range(f"{root}/x.bin", 12, 0) == b""
 
 
 def test_a_file_is_replaced_as_a_whole(root: str) -> None:
@@ -50,7 +50,7 @@ def test_an_empty_file(root: str) -> None:
 
 def test_a_large_file(root: str) -> None:
     assert storage.write_file(f"{root}/x.bin", lambda: [LARGE[:MIB], LARGE[MIB:]]) == len(LARGE)
-    assert storage.read_range(f"{root}/x.bin", 16 * MIB - 5, 10) == LARGE[16 * MIB - 5 : 16 * MIB + 5]
+    assert read_range(f"{root}/x.bin", 16 * MIB - 5, 10) == LARGE[16 * MIB - 5 : 16 * MIB + 5]
     assert storage.read_bytes(f"{root}/x.bin") == LARGE
 
 
@@ -71,9 +71,9 @@ def test_damaged_json_is_named(data: bytes, tmp_path: Path) -> None:
 def test_a_range_beyond_the_end_is_an_error(root: str) -> None:
     storage.write_file(f"{root}/x.bin", lambda: [b"abc"])
     with pytest.raises(StorageError, match=r"x\.bin: 4 bytes from offset 1 were asked for, 2 are there; .* cut short"):
-        storage.read_range(f"{root}/x.bin", 1, 4)
+        read_range(f"{root}/x.bin", 1, 4)
     with pytest.raises(StorageError, match="3 bytes from offset 7 were asked for, 0 are there"):
-        storage.read_range(f"{root}/x.bin", 7, 3)
+        read_range(f"{root}/x.bin", 7, 3)
 
 
 def test_folders_are_listed_by_name(root: str) -> None:
@@ -107,7 +107,7 @@ def test_a_file_is_removed_once_or_twice(root: str) -> None:
 def test_a_missing_file_is_named(root: str, pauses: Pauses) -> None:
     actions: list[Callable[[str], Any]] = [
         lambda path: storage.read_bytes(path, retries=pauses.policy),
-        lambda path: storage.read_range(path, 1, 2, retries=pauses.policy),
+        lambda path: read_range(path, 1, 2, retries=pauses.policy),
         lambda path: storage.file_size(path, retries=pauses.policy),
     ]
     for action in actions:
@@ -203,7 +203,7 @@ def test_a_handler_of_the_application_serves_its_scheme(tmp_path: Path) -> None:
         storage.require_writable("shelf://a/b")
         storage.write_json("shelf://a/b/x.json", [1])
         assert storage.read_json("shelf://a/b/x.json") == [1]
-        assert storage.read_range("shelf://a/b/x.json", 0, 1) == b"["
+        assert read_range("shelf://a/b/x.json", 0, 1) == b"["
         assert storage.list_folder("shelf://a") == ["b"]
         storage.remove_folder("shelf://a")
         assert (storage.exists("shelf://a/b/x.json"), storage.list_folder("shelf://b")) == (False, [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -175,22 +174,23 @@ class PartFileReader(StorageReader):
         """Any path."""
         return True
 
-    def _read_ahead(self, blocks: list[tuple[str, Block]]) -> Iterator[bytes]:
-        """Yield the bytes of blocks in turn, the next ones being read meanwhile."""
+    def _read_ahead(self, blocks: list[tuple[str, Block]]) -> Iterator[memoryview]:
+        """Yield the bytes of blocks in turn, the next ones being read meanwhile; each is gone with the next."""
+        most = max((block.length for _, block in blocks), default=0)
+        memory = deque(memoryview(bytearray(most)) for _ in range(READERS + 1))
+        under_way = deque[ConcurrentFuture[memoryview]]()
         with ThreadPoolExecutor(READERS, thread_name_prefix="read") as executor:
-            futures = deque[ConcurrentFuture[bytes]]()
             for key, block in blocks:
-                futures.append(executor.submit(read_block, self._folder, key, block))
-                if len(futures) > READERS:
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
+                if len(under_way) == len(memory):
+                    yield under_way.popleft().result()
+                under_way.append(executor.submit(read_block, self._folder, key, block, memory[0]))
+                memory.rotate(-1)
+            while under_way:
+                yield under_way.popleft().result()
 
-    def _hand_out(self, key: str, block: Block, raw: bytes, items: list[ReadItem], planner: LoadPlanner) -> None:
+    def _hand_out(self, key: str, block: Block, raw: memoryview, items: list[ReadItem], planner: LoadPlanner) -> None:
         dtype = getattr(torch, self._index.tensors[key].dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is read from alone
-            values = torch.frombuffer(raw, dtype=dtype).view(block.sizes)
+        values = torch.frombuffer(raw, dtype=dtype).view(block.sizes)
         for item in items:
             window = tuple(
                 slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True)

@@ -6,19 +6,26 @@ import zlib
 
 from data_pipeline.paths import join
 from trainer.checkpoint.format import Block, DamagedError
-from trainer.storage import StorageError, exists, file_size, read_range
+from trainer.storage import StorageError, exists, file_size, read_into
 
 
-def read_block(folder: str, key: str, block: Block) -> bytes:
+def read_block(folder: str, key: str, block: Block, memory: memoryview | None = None) -> memoryview:
     """Return the bytes of one block of tensor `key`.
+
+    Args:
+        folder: of the checkpoint.
+        key: whose block it is, for errors.
+        block: where it lies.
+        memory: bytes to read it into, at least as many; memory used again is faster than new memory.
 
     Raises:
         DamagedError: they are missing or damaged.
         StorageError: the storage does not answer.
     """
     path = join(folder, block.file)
+    raw = (memoryview(bytearray(block.length)) if memory is None else memory)[: block.length]
     try:
-        raw = read_range(path, block.start, block.length)
+        read_into(raw, path, block.start)
     except StorageError as error:
         if not exists(path):
             raise DamagedError(f"{path} is missing ({key})") from error

@@ -87,6 +87,6 @@ def _columns(block: Block) -> tuple[int, int]:
     return first, first + _row_items(block.sizes)
 
 
-def _as_rows(raw: bytes, block: Block) -> Bytes:
+def _as_rows(raw: memoryview, block: Block) -> Bytes:
     first, last = _rows(block)
     return np.frombuffer(raw, np.uint8).reshape(last - first, -1)

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.faults_data import Size, write_data
+from benchmarks.rank_lines import run_ranks
 
 DIM, NUM_TABLES = 64, 8
 GIB = 1 << 30
@@ -79,22 +79,9 @@ def _run(folder: str, job: str, num_ranks: int, kind: str, rounds: int) -> Itera
     recipe = os.path.join(folder, f"{job}.toml")
     with open(recipe, "w", encoding="utf-8") as file:
         file.write(RECIPE.format(data=os.path.join(folder, "data"), dim=DIM, kind=kind))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "--"]
-    command += ["benchmarks.checkpoint_speed_worker", job, recipe, folder, str(rounds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                print(line, end="", file=sys.stderr, flush=True)
-                yield json.loads(line)
-        if process.wait():
-            errors.seek(0)
-            raise SystemExit(f"{job} failed:\n{errors.read()[-4000:]}")
+    for entry in run_ranks("benchmarks.checkpoint_speed_worker", [job, recipe, folder, str(rounds)], num_ranks):
+        print(json.dumps(entry), file=sys.stderr, flush=True)
+        yield entry
 
 
 def _print_rates(found: list[dict[str, Any]]) -> None:

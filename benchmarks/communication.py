@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.rank_lines import run_ranks
+
 NUM_RANKS = 4
 # int8 packs 32 columns together; whole tables alone can travel in it, and the formulas are theirs.
 COMMON = ("--model.embedding_dim=32", '--sharding.types=["table_wise"]')
@@ -86,26 +88,7 @@ def _print_accuracy(options: argparse.Namespace, folder: str) -> None:
 
 
 def _run_worker(kind: str, variants: list[list[str]]) -> Iterator[dict[str, Any]]:
-    """Start the ranks once and yield what rank 0 prints, line by line.
-
-    Raises:
-        SystemExit: a rank failed; with the end of what the ranks said.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "--"]
-    command += ["benchmarks.communication_worker", kind, json.dumps(variants)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-        if process.wait():
-            errors.seek(0)
-            raise SystemExit(f"{kind} failed:\n{errors.read()[-4000:]}")
+    return run_ranks("benchmarks.communication_worker", [kind, json.dumps(variants)], NUM_RANKS)
 
 
 if __name__ == "__main__":

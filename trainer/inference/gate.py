@@ -5,27 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.dataset import Dataset
+from trainer.inference.held_out import HeldOut
 from trainer.inference.package import Package, PackageError
 
 
 class GateError(PackageError):
     """The package does not keep the quality asked for; names the tables that cost most, and what would pass."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Samples that the model was not trained on: the validation split, or the test split where that is empty.
-
-    Attributes:
-        dataset: what to read; its columns are those of the run's (exporting.py has made sure).
-        split: its split.
-        max_samples: how many to use, None for all.
-    """
-
-    dataset: Dataset
-    split: str
-    max_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,17 +22,16 @@ class GateResult:
     page: str
 
 
-def check(reference: Package, candidate: Package, held_out: HeldOut, *, min_auc_ratio: float) -> GateResult:
-    """Hold the candidate's predictions on held-out data against the fp32 reference's.
+def check(reference: Package, package: Package, held_out: HeldOut, *, min_auc_ratio: float) -> GateResult:
+    """Hold the package's predictions on held-out data against those of the model in fp32.
 
     Args:
-        reference: fp32 tables; lies in a scratch folder and is removed afterwards. Of an fp32 export it is the
-            candidate itself.
-        candidate: the package to be, complete but for its reports; lies in its temporary folder.
+        reference: the model with all tables in fp32; of an fp32 export it is the package itself.
+        package: the package to be, complete but for its reports.
         held_out: the samples.
-        min_auc_ratio: the candidate's AUC must be at least this share of the reference's.
+        min_auc_ratio: the package's AUC must be at least this share of the reference's; its NE at most as much above.
 
     Raises:
-        GateError: it is below; nothing is written then.
+        GateError: it is not; nothing is to be written then.
     """
     raise NotImplementedError

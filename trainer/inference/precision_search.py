@@ -2,39 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 
-from trainer.inference.gate import HeldOut
-from trainer.inference.package import Package
+from trainer.inference.assignment import Choice, assign, smallest
+from trainer.inference.held_out import HeldOut
+from trainer.inference.package import PRECISIONS, Package, PackageError, QuantizerName, TableEntry, row_bytes
+from trainer.inference.report import OptionFigures
+from trainer.inference.sensitivity import Sensitivity
 from trainer.inference.table_writer import TableChoice
-from trainer.inference.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
+Options = Mapping[str, Sequence[OptionFigures]]
 
 
 def choose(
-    model: TrainedModel,
     reference: Package,
     held_out: HeldOut,
     *,
     size_budget: float,
     fixed: Mapping[str, TableChoice],
-    quantizer: str,
-    scratch: str,
+    quantizer: QuantizerName,
 ) -> dict[str, TableChoice]:
     """Choose the precision of every table.
 
+    Each table's loss at each precision is measured by itself; their sum is what is made least, exactly. The mix that
+    comes of it is measured as well.
+
     Args:
-        model: the trained model; `model.stream(table)` yields its rows.
         reference: a package with all tables in fp32.
         held_out: samples to measure the loss on.
         size_budget: bytes of all tables together, at most, as a share of their fp32 bytes.
-        fixed: choices that the user made with --table; they count towards the budget and are returned as they are.
+        fixed: choices that the user made for single tables; they count towards the budget and are returned as they are.
         quantizer: for the tables that get int4 or int2.
-        scratch: an empty folder for temporary packages (see exporting.write_scratch_package); removed afterwards.
 
     Returns:
-        A choice for every table of `model.tables`, by name.
+        A choice for every table of the package, by name.
 
     Raises:
         PackageError: the budget cannot be met; names the smallest that can.
     """
-    raise NotImplementedError
+    tables = reference.manifest.tables
+    candidates = {
+        table.name: [fixed[table.name]] if table.name in fixed else _candidates(quantizer) for table in tables
+    }
+    budget_bytes = check_budget(tables, candidates, size_budget)
+    sensitivity = Sensitivity(reference, held_out)
+    options = sensitivity.measure_all(candidates)
+    chosen = cheapest_mix(options, budget_bytes)
+    assert chosen is not None
+    _log_mix(sensitivity, chosen, options)
+    return chosen
+
+
+def check_budget(
+    tables: Sequence[TableEntry], candidates: Mapping[str, Sequence[TableChoice]], size_budget: float
+) -> int:
+    """Return the budget in bytes.
+
+    Raises:
+        PackageError: not even the smallest precisions meet it.
+    """
+    fp32_bytes = sum(table.fp32_bytes for table in tables)
+    sizes = [
+        [Choice(table.rows * row_bytes(choice.precision, table.dim), 0) for choice in candidates[table.name]]
+        for table in tables
+    ]
+    least = smallest(sizes)
+    if least > size_budget * fp32_bytes:
+        fixed = [table.name for table in tables if len(candidates[table.name]) == 1]
+        because = f" with {', '.join(fixed[:5])}{' and others' if len(fixed) > 5 else ''} as asked for" if fixed else ""
+        raise PackageError(
+            f"--size-budget {size_budget:g}: the tables take {fp32_bytes:,} bytes in fp32 and at least {least:,} in "
+            f"the smallest precisions{because}; the smallest budget is {_rounded_up(least / fp32_bytes)}"
+        )
+    return int(size_budget * fp32_bytes)
+
+
+def cheapest_mix(options: Options, budget_bytes: int) -> dict[str, TableChoice] | None:
+    """Return the choices whose measured losses have the least sum within a budget; None if nothing fits."""
+    tables = list(options)
+    costs = [[Choice(option.num_bytes, option.expected_increase) for option in options[table]] for table in tables]
+    found = assign(costs, budget_bytes)
+    if found is None:
+        return None
+    return {table: as_choice(options[table][pick]) for table, pick in zip(tables, found.picks, strict=True)}
+
+
+def as_choice(option: OptionFigures) -> TableChoice:
+    """Return what was measured as a choice."""
+    if option.quantizer is None:
+        return TableChoice(option.precision)
+    return TableChoice(option.precision, option.quantizer)
+
+
+def _candidates(quantizer: QuantizerName) -> list[TableChoice]:
+    return [TableChoice(precision, quantizer) for precision in PRECISIONS]
+
+
+def _rounded_up(share: float) -> str:
+    """Four digits that are not less."""
+    return f"{-(-share * 1e4 // 1) / 1e4:.4f}"
+
+
+def _log_mix(sensitivity: Sensitivity, chosen: Mapping[str, TableChoice], options: Options) -> None:
+    comparison = sensitivity.compare(chosen)
+    parts = sum(
+        option.expected_increase
+        for table, choice in chosen.items()
+        for option in options[table]
+        if option.precision == choice.precision
+    )
+    logger.info(
+        "auto: AUC %.4f %% and NE %.4f %% of fp32's on %s samples; log loss grows by %.2e, by single tables %.2e",
+        comparison.auc_ratio.value * 100,
+        comparison.ne_ratio.value * 100,
+        f"{comparison.num_samples:,}",
+        comparison.candidate.logloss - comparison.reference.logloss,
+        parts,
+    )

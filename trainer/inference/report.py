@@ -1,0 +1,124 @@
+"""`report.json`: what was measured before a package was written. Needs no torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.inference.comparison import Comparison
+from trainer.inference.package import Precision, QuantizerName
+
+REPORT_VERSION = 1
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptionFigures(_Figures):
+    """A table at one precision, all others in fp32, on the sample.
+
+    Attributes:
+        expected_increase: of the log loss, were the fp32 model's probabilities the true ones; nats a sample.
+        measured_increase: of the log loss, by the labels that there are.
+        measured_error: one standard error of that.
+    """
+
+    precision: Precision
+    quantizer: QuantizerName | None
+    num_bytes: int
+    expected_increase: float
+    measured_increase: float
+    measured_error: float
+
+
+class TableFigures(_Figures):
+    """A table as it is packaged, and what it would cost at each precision that was tried."""
+
+    name: str
+    feature: str
+    rows: int
+    dim: int
+    precision: Precision
+    quantizer: QuantizerName | None
+    num_bytes: int
+    fp32_bytes: int
+    row_error: float
+    options: tuple[OptionFigures, ...]
+
+    @property
+    def chosen(self) -> OptionFigures | None:
+        """The option that it is packaged with; None where it was not measured."""
+        found = (o for o in self.options if (o.precision, o.quantizer) == (self.precision, self.quantizer))
+        return next(found, None)
+
+    @property
+    def expected_increase(self) -> float:
+        """What its precision costs, in nats a sample."""
+        return self.chosen.expected_increase if self.chosen else 0.0
+
+
+class SampleFigures(_Figures):
+    """Held-out samples that something was measured on."""
+
+    data: str
+    split: str
+    num_samples: int
+    num_rows: int
+
+
+class Thresholds(_Figures):
+    """What a package must reach: shares of the fp32 model's AUC, at least, and of its NE, at most."""
+
+    min_auc_ratio: float
+    max_ne_ratio: float
+
+
+class QualityReport(_Figures):
+    """Contents of report.json.
+
+    Attributes:
+        held_out: what the comparison was made on.
+        table_sample: what single tables were measured on.
+        table_bytes: of all tables as they are packaged; `fp32_table_bytes` as they were trained.
+    """
+
+    report_version: int = REPORT_VERSION
+    papilio_version: str
+    name: str
+    architecture: str
+    checkpoint: str
+    step: int
+    made_at: str
+    thresholds: Thresholds
+    held_out: SampleFigures
+    comparison: Comparison
+    table_sample: SampleFigures
+    table_bytes: int
+    fp32_table_bytes: int
+    dense_bytes: int
+    tables: tuple[TableFigures, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        """What is below the thresholds, in words; empty if the package may be written."""
+        found = []
+        auc, ne = self.comparison.auc_ratio, self.comparison.ne_ratio
+        if not auc.value >= self.thresholds.min_auc_ratio:
+            found.append(
+                f"its AUC is {self.comparison.candidate.auc:.6f}, {auc.value:.4%} of the fp32 model's "
+                f"{self.comparison.reference.auc:.6f} (95 % interval {auc.low:.4%} to {auc.high:.4%}), where "
+                f"{self.thresholds.min_auc_ratio:.4%} is asked for"
+            )
+        if not ne.value <= self.thresholds.max_ne_ratio:
+            found.append(
+                f"its NE is {self.comparison.candidate.ne:.6f}, {ne.value:.4%} of the fp32 model's "
+                f"{self.comparison.reference.ne:.6f} (95 % interval {ne.low:.4%} to {ne.high:.4%}), where at most "
+                f"{self.thresholds.max_ne_ratio:.4%} is allowed"
+            )
+        return found
+
+    @property
+    def is_within_noise(self) -> bool:
+        """Whether a threshold lies inside its 95 % interval, so that other samples could have decided otherwise."""
+        auc, ne = self.comparison.auc_ratio, self.comparison.ne_ratio
+        return auc.low < self.thresholds.min_auc_ratio <= auc.high or ne.low <= self.thresholds.max_ne_ratio < ne.high

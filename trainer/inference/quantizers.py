@@ -1,8 +1,8 @@
 """Rows of a table from fp32 to fewer bits and back, in the layout of `tables.bin` (see package.py).
 
-Ranges of int4 and int2 rows can be chosen better than by their smallest and largest value: `greedy` narrows them step by
-step while the error falls (Guan et al., arXiv 1911.02079), `least_squares` alternates between codes and the scale and
-bias that fit them best.
+Ranges of int4 and int2 rows can be chosen better than by their smallest and largest value: `greedy` narrows them step
+by step while the error falls (Guan et al., arXiv 1911.02079), `least_squares` alternates between codes and the scale
+and bias that fit them best.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fbgemm_gpu  # noqa: F401  # registers torch.ops.fbgemm
 import torch
 
+from trainer.inference.export_options import QUANTIZERS, SEARCHED_PRECISIONS
 from trainer.inference.package import (
     PRECISION_BITS,
     SCALE_AND_BIAS_BYTES,
@@ -19,9 +20,7 @@ from trainer.inference.package import (
     row_bytes,
 )
 
-QUANTIZERS: tuple[QuantizerName, ...] = ("minmax", "greedy", "least_squares")
-# Precisions whose ranges are searched for; int8 gains at most 5 % from it.
-SEARCHED = ("int4", "int2")
+__all__ = ["QUANTIZERS", "dequantize_rows", "quantize_rows", "row_bytes", "scales_and_biases"]
 # FBGEMM's kernels count bytes of the result in int32: larger tables are cut, and what is searched stays in the cache.
 MINMAX_VALUES = 1 << 22
 SEARCH_VALUES = 1 << 16
@@ -46,7 +45,7 @@ def quantize_rows(values: torch.Tensor, precision: Precision, quantizer: Quantiz
     if precision in {"fp32", "fp16"}:
         return values.to(torch.float32 if precision == "fp32" else torch.float16).contiguous().view(torch.uint8)
     bits, dim = PRECISION_BITS[precision], values.shape[1]
-    searches = precision in SEARCHED and quantizer != "minmax"
+    searches = precision in SEARCHED_PRECISIONS and quantizer != "minmax"
     chunk = max(1, (SEARCH_VALUES if searches else MINMAX_VALUES) // dim)
     rows = torch.empty(len(values), row_bytes(precision, dim), dtype=torch.uint8)
     for start in range(0, len(values), chunk):

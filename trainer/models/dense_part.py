@@ -50,9 +50,11 @@ class CrossDensePart(nn.Module):
         return self.over_arch(crossed).squeeze(1)  # type: ignore[no-any-return]
 
 
-DENSE_PARTS = {"dlrm": DotDensePart, "dlrm_dcnv2": CrossDensePart}
+DensePart = DotDensePart | CrossDensePart
 
 
-def build_dense_part(config: ModelConfig, num_dense: int, num_features: int) -> DotDensePart | CrossDensePart:
+def build_dense_part(config: ModelConfig, num_dense: int, num_features: int) -> DensePart:
     """Build the dense part of the architecture that the config names; weights are random."""
-    return DENSE_PARTS[config.architecture](config, num_dense, num_features)
+    if config.architecture == "dlrm":
+        return DotDensePart(config, num_dense, num_features)
+    return CrossDensePart(config, num_dense, num_features)

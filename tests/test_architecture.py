@@ -43,6 +43,7 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
     "trainer.checkpoint.format",
+    "trainer.checkpoint.places",
     "trainer.inference.package",
     "trainer.storage",
 }

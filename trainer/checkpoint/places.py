@@ -1,4 +1,7 @@
-"""Which checkpoints a command line means: RUN is a folder of several kinds, NAME a name, a step, or a role."""
+"""Which checkpoints a command line means: RUN is a folder of several kinds, NAME a name, a step, or a role.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import difflib
 from typing import Any
 
 from data_pipeline.paths import join
-from launch.usage import UsageError
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
 from trainer.checkpoint.format import MARKER, STEP_FOLDER, CheckpointError
 from trainer.storage import exists, list_folder, read_json
@@ -17,11 +19,15 @@ LATEST, BEST = "latest", "best"
 MAX_NAMED = 5
 
 
+class NoRunError(CheckpointError):
+    """A path that leads to no run and to no checkpoints."""
+
+
 def find_folder(run: str) -> CheckpointFolder:
     """Return the folder of a run's checkpoints; `run` is the run's folder, or that of the checkpoints itself.
 
     Raises:
-        UsageError: it is neither; names the runs near by.
+        NoRunError: it is neither; names the runs near by.
     """
     run = run.rstrip("/") or "/"
     if exists(join(run, CONFIG)):
@@ -33,8 +39,8 @@ def find_folder(run: str) -> CheckpointFolder:
         return CheckpointFolder(join(run, CHECKPOINTS))
     if exists(join(run, MARKER)):
         parent, _, name = run.rpartition("/")
-        raise UsageError(f"{run} is one checkpoint; write {parent or '.'} {name}")
-    raise UsageError(_no_run(run, is_there=bool(names)))
+        raise NoRunError(f"{run} is one checkpoint; write {parent or '.'} {name}")
+    raise NoRunError(_no_run(run, is_there=bool(names)))
 
 
 def find_checkpoint(folder: CheckpointFolder, word: str) -> str:

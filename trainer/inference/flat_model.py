@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.config import ModelConfig
 from trainer.inference.package import CONFIG, DENSE, PRECISIONS, TABLES, Package, PackageError, TableEntry
-from trainer.models.dense_part import build_dense_part
+from trainer.models.dense_part import DensePart, build_dense_part
 
 # FBGEMM's own numbers: fbgemm_gpu.split_embedding_configs.SparseType, EmbeddingLocation and PoolingMode.
 WEIGHT_TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int2": 4}
@@ -59,7 +59,8 @@ class TableLookup(nn.Module):
             ids: [V] int32, the bags of the first feature, then those of the second, and so on; not changed.
             lengths: [F * B] int32, ids of each bag, in the same order.
         """
-        lengths_FB = lengths.view(self.num_features, -1) if lengths.numel() else lengths.view(self.num_features, 0)
+        # Not -1, which is ambiguous for a batch of no samples.
+        lengths_FB = lengths.view(self.num_features, lengths.shape[0] // self.num_features)
         known = ids.masked_fill(self._is_unknown(ids, lengths_FB), 0)
         pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             dev_weights=self.weights,
@@ -141,6 +142,20 @@ def build_flat_model(package: Package, *, is_mapped: bool = True) -> FlatModel:
     Raises:
         PackageError: a file is damaged, or does not fit the others.
     """
+    dense_part = build_dense_of(package)
+    weights = torch.from_file(
+        package.path(TABLES), shared=False, size=package.manifest.files[TABLES].num_bytes, dtype=torch.uint8
+    )
+    model = FlatModel(TableLookup(package.manifest.tables, weights if is_mapped else weights.clone()), dense_part)
+    return model.eval().requires_grad_(False)
+
+
+def build_dense_of(package: Package) -> DensePart:
+    """Build the dense part of a package with its weights, in evaluation mode and without gradients.
+
+    Raises:
+        PackageError: a file is damaged, or does not fit the others.
+    """
     tables = package.manifest.tables
     if len({table.dim for table in tables}) != 1:
         raise PackageError(f"{package.folder} has tables of several dims; this Papilio knows models with one only")
@@ -150,8 +165,4 @@ def build_flat_model(package: Package, *, is_mapped: bool = True) -> FlatModel:
         dense_part.load_state_dict(load_file(package.path(DENSE)))
     except RuntimeError as error:
         raise PackageError(f"{package.path(DENSE)} does not fit {CONFIG}: {error}") from None
-    weights = torch.from_file(
-        package.path(TABLES), shared=False, size=package.manifest.files[TABLES].num_bytes, dtype=torch.uint8
-    )
-    model = FlatModel(TableLookup(tables, weights if is_mapped else weights.clone()), dense_part)
-    return model.eval().requires_grad_(False)
+    return dense_part.eval().requires_grad_(False)

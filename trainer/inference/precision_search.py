@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from trainer.inference.assignment import Choice, assign, smallest
+from trainer.inference.assignment import Choice, smallest
 from trainer.inference.held_out import HeldOut
 from trainer.inference.package import PRECISIONS, Package, PackageError, QuantizerName, TableEntry, row_bytes
+from trainer.inference.passing_mix import cheapest_mix
 from trainer.inference.report import OptionFigures
 from trainer.inference.sensitivity import Sensitivity
 from trainer.inference.table_writer import TableChoice
@@ -77,23 +78,6 @@ def check_budget(
             f"the smallest precisions{because}; the smallest budget is {_rounded_up(least / fp32_bytes)}"
         )
     return int(size_budget * fp32_bytes)
-
-
-def cheapest_mix(options: Options, budget_bytes: int) -> dict[str, TableChoice] | None:
-    """Return the choices whose measured losses have the least sum within a budget; None if nothing fits."""
-    tables = list(options)
-    costs = [[Choice(option.num_bytes, option.expected_increase) for option in options[table]] for table in tables]
-    found = assign(costs, budget_bytes)
-    if found is None:
-        return None
-    return {table: as_choice(options[table][pick]) for table, pick in zip(tables, found.picks, strict=True)}
-
-
-def as_choice(option: OptionFigures) -> TableChoice:
-    """Return what was measured as a choice."""
-    if option.quantizer is None:
-        return TableChoice(option.precision)
-    return TableChoice(option.precision, option.quantizer)
 
 
 def _candidates(quantizer: QuantizerName) -> list[TableChoice]:

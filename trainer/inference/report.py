@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.inference.comparison import Comparison
 from trainer.inference.package import Precision, QuantizerName
 
 REPORT_VERSION = 1
@@ -14,6 +13,82 @@ class _Figures(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Quality(_Figures):
+    """Of one model, as `trainer.metrics.MetricValues` has them; the AUC is exact."""
+
+    auc: float
+    ne: float
+    logloss: float
+    calibration: float
+
+
+class Ratio(_Figures):
+    """A figure of the second model over that of the first, with its 95 % interval over samples (paired)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class CalibrationPoint(_Figures):
+    """Samples of similar score: mean predicted probability, share of clicks, and how many there are."""
+
+    predicted: float
+    observed: float
+    num_samples: int
+
+
+class Scatter(_Figures):
+    """Counts by score of the first model (columns, from 0 to 1) and difference (rows, from -limit to limit).
+
+    The outermost rows hold what lies beyond them, too.
+    """
+
+    limit: float
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Histogram(_Figures):
+    """Counts of differences in bins of equal width from -limit to limit; `num_beyond` are outside."""
+
+    limit: float
+    counts: tuple[int, ...]
+    num_beyond: int
+
+
+class Differences(_Figures):
+    """Of probabilities: second minus first model.
+
+    Attributes:
+        absolute_quantiles: by share of samples, what their changes are below.
+        rank_correlation: Spearman's.
+        swapped_pairs_share: pairs of samples whose order turned round, of a fixed random million of them.
+    """
+
+    mean: float
+    max_absolute: float
+    absolute_quantiles: dict[str, float]
+    rank_correlation: float
+    swapped_pairs_share: float
+    scatter: Scatter
+    histogram: Histogram
+
+
+class Comparison(_Figures):
+    """Two models on the same samples; `auc_difference_error` is a standard error of the paired difference (DeLong)."""
+
+    num_samples: int
+    label_rate: float
+    reference: Quality
+    candidate: Quality
+    auc_ratio: Ratio
+    auc_difference_error: float
+    ne_ratio: Ratio
+    differences: Differences
+    reference_calibration: tuple[CalibrationPoint, ...]
+    candidate_calibration: tuple[CalibrationPoint, ...]
+
+
 class OptionFigures(_Figures):
     """A table at one precision, all others in fp32, on the sample.
 
@@ -21,6 +96,7 @@ class OptionFigures(_Figures):
         expected_increase: of the log loss, were the fp32 model's probabilities the true ones; nats a sample.
         measured_increase: of the log loss, by the labels that there are.
         measured_error: one standard error of that.
+        auc_change: of the AUC on the sample.
     """
 
     precision: Precision
@@ -29,6 +105,7 @@ class OptionFigures(_Figures):
     expected_increase: float
     measured_increase: float
     measured_error: float
+    auc_change: float
 
 
 class TableFigures(_Figures):
@@ -72,6 +149,23 @@ class Thresholds(_Figures):
     min_auc_ratio: float
     max_ne_ratio: float
 
+    def failures(self, found: Comparison) -> list[str]:
+        """Return what does not reach them, in words; empty if the package may be written."""
+        failures = []
+        auc, ne = found.auc_ratio, found.ne_ratio
+        # Written so that NaN fails.
+        if not auc.value >= self.min_auc_ratio:
+            failures.append(
+                f"its AUC is {found.candidate.auc:.6f}, {auc.value:.4%} of the fp32 model's {found.reference.auc:.6f} "
+                f"(95 % interval {auc.low:.4%} to {auc.high:.4%}), where {self.min_auc_ratio:.4%} is asked for"
+            )
+        if not ne.value <= self.max_ne_ratio:
+            failures.append(
+                f"its NE is {found.candidate.ne:.6f}, {ne.value:.4%} of the fp32 model's {found.reference.ne:.6f} "
+                f"(95 % interval {ne.low:.4%} to {ne.high:.4%}), where at most {self.max_ne_ratio:.4%} is allowed"
+            )
+        return failures
+
 
 class QualityReport(_Figures):
     """Contents of report.json.
@@ -101,21 +195,7 @@ class QualityReport(_Figures):
     @property
     def failures(self) -> list[str]:
         """What is below the thresholds, in words; empty if the package may be written."""
-        found = []
-        auc, ne = self.comparison.auc_ratio, self.comparison.ne_ratio
-        if not auc.value >= self.thresholds.min_auc_ratio:
-            found.append(
-                f"its AUC is {self.comparison.candidate.auc:.6f}, {auc.value:.4%} of the fp32 model's "
-                f"{self.comparison.reference.auc:.6f} (95 % interval {auc.low:.4%} to {auc.high:.4%}), where "
-                f"{self.thresholds.min_auc_ratio:.4%} is asked for"
-            )
-        if not ne.value <= self.thresholds.max_ne_ratio:
-            found.append(
-                f"its NE is {self.comparison.candidate.ne:.6f}, {ne.value:.4%} of the fp32 model's "
-                f"{self.comparison.reference.ne:.6f} (95 % interval {ne.low:.4%} to {ne.high:.4%}), where at most "
-                f"{self.thresholds.max_ne_ratio:.4%} is allowed"
-            )
-        return found
+        return self.thresholds.failures(self.comparison)
 
     @property
     def is_within_noise(self) -> bool:

@@ -140,6 +140,27 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--optimizer", action="store_true", help="the optimizers' states, too")
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.export_options import add_arguments
+
+    add_arguments(parser)
+
+
+def _package_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+
+    def add(action: str, summary: str) -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        added = actions.add_parser(action, help=summary, description=description, allow_abbrev=False)
+        added.add_argument("package", metavar="DIR", help="a package, as `papilio export` made it")
+        return added
+
+    show = add("show", "what a package is, where it came from, what was measured, and its tables")
+    show.add_argument("--all", action="store_true", help="list every table, however many")
+    show.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
+    add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -223,5 +244,19 @@ VERBS = (
         "papilio checkpoint list runs/quickstart",
         _checkpoint_arguments,
         "launch.checkpoint_jobs:run_checkpoint",
+    ),
+    Verb(
+        "export",
+        "make a quantized package of a trained model, if it ranks as well as the model does",
+        "papilio export --run runs/quickstart --output packages/quickstart --quantize int8",
+        _export_arguments,
+        "launch.package_jobs:run_export",
+    ),
+    Verb(
+        "package",
+        "show or verify a package",
+        "papilio package show packages/quickstart",
+        _package_arguments,
+        "launch.package_jobs:run_package",
     ),
 )

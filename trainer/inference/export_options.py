@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import fnmatch
 from collections.abc import Sequence
@@ -79,6 +80,69 @@ class ExportOptions:
             raise PackageError("--quantize auto measures on held-out data, so it cannot go without the gate")
         if not 0 <= self.min_auc_ratio <= 1:
             raise PackageError(f"--min-auc-ratio {self.min_auc_ratio} must be between 0 and 1, as 0.999")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `papilio export` takes."""
+    default = ExportOptions()
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN_DIR", help="a run folder, or the folder of its checkpoints; also s3://...")
+    add("--output", required=True, metavar="DIR", help="the package: a new folder on a local disk")
+    add(
+        "--quantize",
+        default=default.quantize,
+        metavar="PRECISION",
+        help=f"of all tables: {', '.join(PRECISIONS)}, or auto, which meets --size-budget at the least measured loss "
+        f"(default: {default.quantize})",
+    )
+    add("--size-budget", type=float, metavar="SHARE", help="with auto: size of all tables as a share of fp32's, as 0.2")
+    add(
+        "--quantizer",
+        default=default.quantizer,
+        metavar="NAME",
+        help=f"how ranges of int4 and int2 rows are chosen: {', '.join(QUANTIZERS)} (default: {default.quantizer})",
+    )
+    add(
+        "--table",
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISION",
+        help="precision of single tables, * and ? allowed; the last one that fits counts; may be given several times",
+    )
+    add("--data", metavar="DIR", help="data set with held-out samples and vocabularies (default: the run's)")
+    add(
+        "--min-auc-ratio",
+        type=float,
+        default=default.min_auc_ratio,
+        metavar="SHARE",
+        help="least AUC, as a share of the fp32 model's; the NE may be as much above (default: "
+        f"{default.min_auc_ratio})",
+    )
+    add(
+        "--checkpoint",
+        default=default.checkpoint,
+        metavar="NAME",
+        help=f"a checkpoint's name, its step, latest or best (default: {default.checkpoint})",
+    )
+    add("--no-gate", action="store_true", help="write the package without measuring what it costs; it says so")
+
+
+def options_of(namespace: argparse.Namespace) -> ExportOptions:
+    """Return the options that were parsed.
+
+    Raises:
+        PackageError: one is not allowed, or they do not go together.
+    """
+    return ExportOptions(
+        checkpoint=namespace.checkpoint,
+        quantize=namespace.quantize,
+        quantizer=namespace.quantizer,
+        tables=tuple(parse_table_choice(word) for word in namespace.table),
+        size_budget=namespace.size_budget,
+        data=namespace.data,
+        min_auc_ratio=namespace.min_auc_ratio,
+        has_gate=not namespace.no_gate,
+    )
 
 
 def parse_precision(option: str, word: str, allowed: Sequence[str] = PRECISIONS) -> Precision:

@@ -58,9 +58,10 @@ def quantize_rows(values: torch.Tensor, precision: Precision, quantizer: Quantiz
 
 
 def dequantize_rows(rows: torch.Tensor, precision: Precision, dim: int) -> torch.Tensor:
-    """Return the values [n, D] fp32 of rows [n, row_bytes] uint8."""
+    """Return the values [n, D] fp32 of rows [n, row_bytes] uint8; they share no memory with the rows."""
     if precision in {"fp32", "fp16"}:
-        return rows.contiguous().view(torch.float32 if precision == "fp32" else torch.float16).float()
+        stored = rows.contiguous().view(torch.float32 if precision == "fp32" else torch.float16)
+        return stored.to(torch.float32, copy=True)
     bits = PRECISION_BITS[precision]
     scale, bias = scales_and_biases(rows)
     packed = rows[:, SCALE_AND_BIAS_BYTES:]
@@ -76,9 +77,13 @@ def scales_and_biases(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _minmax(values: torch.Tensor, bits: int) -> torch.Tensor:
-    fused = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(values.contiguous(), bits)
-    # The operator puts scale and bias last, the lookups want them first.
-    return torch.cat([fused[:, -SCALE_AND_BIAS_BYTES:], fused[:, :-SCALE_AND_BIAS_BYTES]], dim=1)
+    code_bytes = values.shape[1] * bits // 8
+    # The operator wants codes of whole 16-bit words; what is repeated changes no range.
+    padding = -values.shape[1] % (16 // bits)
+    padded = torch.cat([values, values[:, :1].expand(-1, padding)], dim=1).contiguous()
+    fused = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(padded, bits)
+    # It puts scale and bias last, the lookups want them first.
+    return torch.cat([fused[:, -SCALE_AND_BIAS_BYTES:], fused[:, :code_bytes]], dim=1)
 
 
 def _searched(values: torch.Tensor, precision: Precision, quantizer: QuantizerName) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from trainer.inference.json_records import check_records
@@ -18,6 +20,7 @@ def load_checked_scorer(folder: str) -> Scorer:
     Raises:
         PackageError: it is none, is damaged or of another version, or does not give the expected answers.
     """
+    folder = os.path.realpath(folder)  # what a link leads to may change on the way
     require_sound(folder)
     scorer = load_scorer(folder)
     check_sample(scorer)

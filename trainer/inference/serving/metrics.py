@@ -74,8 +74,15 @@ class Metrics:
         self._requests: NDArray[np.float64] = self._own["requests"][0]
         self._latency: NDArray[np.float64] = self._own["latency"][0]
         self._latencies: deque[NDArray[np.float64]] = deque([self._total("latency")], maxlen=_WINDOW_STEPS)
-        for gauge, _, _ in _GAUGES:  # of a process that died and was started again
+
+    def clear_gauges(self) -> None:
+        """Set this process's gauges to 0: they may be of a process that died, whose place it takes."""
+        for gauge, _, _ in _GAUGES:
             self._own[gauge] = 0
+
+    def is_ready(self, process: int) -> bool:
+        """Whether a process is ready, or was when it died."""
+        return bool(self._cells["is_ready"][process])
 
     def record_request(self, kind: str, status: int, seconds: float) -> None:
         """Count an answered request; `kind` is one of FORMATS, and only answers with scores count for latency."""

@@ -100,6 +100,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
     Raises:
         PackageError: the package cannot be served.
     """
+    metrics.clear_gauges()
     torch.set_num_threads(options.threads)
     scorer = load_checked_scorer(options.package)
     config = uvicorn.Config(

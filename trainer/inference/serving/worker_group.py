@@ -16,12 +16,13 @@ import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.1
-# A worker that ends sooner than this after its start failed to start: another try would fail likewise.
-_MIN_LIFE_S = 10.0
+# A worker that dies at once, time and again, is not to keep a core busy with starting it.
+_RESTART_EVERY_S = 3.0
 _MODULE = "trainer.inference.serving.main"
 
 
@@ -51,6 +52,9 @@ class _Group:
         self._parent, self._held_open = os.pipe()
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started_s: dict[int, float] = {}
+        self._restart_s: dict[int, float] = {}
+        self._has_served = False
+        self._metrics = Metrics(cells)
         self.is_stopping = False
 
     def start(self, number: int) -> None:
@@ -76,16 +80,20 @@ class _Group:
         self.pass_on(signal.SIGTERM, None)
 
     def renew(self) -> bool:
-        """Start workers that died again; False if one cannot start."""
+        """Start workers again that died; False if not even one has ever been ready, so that no start can succeed."""
+        self._has_served = self._has_served or any(map(self._metrics.is_ready, self.processes))
         for number, process in list(self.processes.items()):
             status = process.poll()
             if status is None:
                 continue
-            lived_s = time.monotonic() - self._started_s[number]
-            logger.error("process %d ended with status %d after %.0f s", process.pid, status, lived_s)
-            if lived_s < _MIN_LIFE_S:
-                return False
-            self.start(number)
+            if number not in self._restart_s:
+                logger.error("process %d of the server ended with status %d", process.pid, status)
+                if not self._has_served:
+                    return False
+                self._restart_s[number] = max(time.monotonic(), self._started_s[number] + _RESTART_EVERY_S)
+            if time.monotonic() >= self._restart_s[number]:
+                del self._restart_s[number]
+                self.start(number)
         return True
 
     def wait(self) -> bool:

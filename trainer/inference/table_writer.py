@@ -31,8 +31,8 @@ from trainer.inference.quantizers import (
 )
 from trainer.inference.trained_model import TrainedModel, TrainedTable
 
-# Quantized and measured at once: what of it is in memory stays in the cache.
-CHUNK_VALUES = 1 << 18
+# Quantized and measured at once: little memory, and enough for some threads.
+CHUNK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)

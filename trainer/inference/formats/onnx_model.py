@@ -93,6 +93,23 @@ def write_onnx(
     program.save(path, external_data=True)
 
 
+def quantize_onnx(path: str) -> None:
+    """Turn a model's matrix products to int8, in place: weights by output channel, activations by batch as they come.
+
+    A sample's answer then depends a little on the samples that it is computed with.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-untyped]
+
+    model = onnx.load(path)
+    # Shapes that the exporter noted contradict those of the quantized products.
+    del model.graph.value_info[:]
+    quantize_dynamic(
+        model, path, op_types_to_quantize=["Gemm", "MatMul"], per_channel=True, weight_type=QuantType.QInt8
+    )
+    os.remove(path + ".data")
+
+
 def open_session(path: str) -> Any:
     """Open a model in ONNX Runtime on the CPU, with as many threads as torch has.
 

@@ -28,7 +28,7 @@ def run_export(namespace: argparse.Namespace) -> int:
 
 def run_package(namespace: argparse.Namespace) -> int:
     """Do what `papilio package ACTION DIR` asks for."""
-    return {"show": _show, "verify": _verify}[namespace.action](namespace)
+    return {"show": _show, "verify": _verify, "build": _build}[namespace.action](namespace)
 
 
 def _arguments(namespace: argparse.Namespace) -> list[str]:
@@ -70,6 +70,21 @@ def _verify(namespace: argparse.Namespace) -> int:
     if problems:
         print("nothing of it can be trusted; export it again, or copy it again from where it is whole")
     return int(bool(problems))
+
+
+def _build(namespace: argparse.Namespace) -> int:
+    """Build a format; what cannot be is told before any process starts."""
+    read_package(namespace.package)
+    words = [namespace.package]
+    for flag in ("format", "data", "dense", "threads"):
+        value = getattr(namespace, flag)
+        if value is not None:
+            words.append(f"--{flag}={value}")
+            if flag != "format" and namespace.format != "fastest":
+                raise UsageError(f"--{flag} is for --format fastest, not for --format {namespace.format}")
+    if namespace.threads is not None and namespace.threads < 1:
+        raise UsageError(f"--threads {namespace.threads}: at least one thread is needed")
+    return run_module("trainer.build_format", words)
 
 
 def _columns() -> int:

@@ -159,6 +159,9 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--all", action="store_true", help="list every table, however many")
     show.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
     add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
+    from trainer.inference.formats.build_options import add_arguments
+
+    add_arguments(add("build", "build a compiled form of a package, beside its own files"))
 
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +257,7 @@ VERBS = (
     ),
     Verb(
         "package",
-        "show or verify a package",
+        "show, verify or compile a package",
         "papilio package show packages/quickstart",
         _package_arguments,
         "launch.package_jobs:run_package",

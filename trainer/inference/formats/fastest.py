@@ -16,18 +16,18 @@ from data_pipeline.manifest import DatasetError
 from trainer.inference.flat_model import FlatModel, build_flat_model
 from trainer.inference.formats import accuracy
 from trainer.inference.formats.aoti import instruction_sets, require_fit, versions_needed
+from trainer.inference.formats.build_options import DEFAULT_DENSE, DENSE_ARITHMETICS, DenseArithmetic
 from trainer.inference.formats.format_folder import (
     Choice,
     FormatInfo,
     Made,
     WayFigures,
     format_path,
-    has_format,
     read_format,
     write_format,
 )
 from trainer.inference.formats.predictor import Predictor, RunGraph
-from trainer.inference.formats.ways import DENSE_ARITHMETICS, EAGER, WAYS, DenseArithmetic, run_of_model
+from trainer.inference.formats.ways import WAYS
 from trainer.inference.held_out import HeldOut
 from trainer.inference.package import Package, PackageError
 from trainer.inference.same_data import check_same_data
@@ -43,7 +43,7 @@ _ROUND_S = 0.004
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def build_fastest(package: Package, data: str | None = None, dense: DenseArithmetic = "bf16") -> FormatInfo:
+def build_fastest(package: Package, data: str | None = None, dense: DenseArithmetic = DEFAULT_DENSE) -> FormatInfo:
     """Build all ways, measure what they cost and how fast they are, and keep those that are chosen.
 
     Args:
@@ -90,16 +90,6 @@ def open_fastest(package: Package) -> Predictor:
         return runs[way](dense, ids, lengths)
 
     return Predictor("fastest", package.manifest, run)
-
-
-def open_predictor(package: Package) -> Predictor:
-    """Open a package by format "fastest" where it was built and fits this machine, else eagerly."""
-    if has_format(package, "fastest"):
-        try:
-            return open_fastest(package)
-        except PackageError as error:
-            logger.warning("%s; the package is used without it: slower, and its dense part in fp32", error)
-    return Predictor(EAGER, package.manifest, run_of_model(build_flat_model(package)))
 
 
 def _held_out(package: Package, data: str) -> HeldOut:

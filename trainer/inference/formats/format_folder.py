@@ -12,17 +12,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.version import papilio_version
+from trainer.inference.formats.build_options import FORMAT_NAMES, DenseArithmetic, FormatName
 from trainer.inference.package import FORMATS, MANIFEST, FileEntry, Package, PackageError, describe_files, file_crc32
 
 FORMAT_INFO = "format.json"
 FORMAT_INFO_VERSION = 1
-FormatName = Literal["aoti", "torch", "onnx", "fastest"]
-FORMAT_NAMES: tuple[FormatName, ...] = ("aoti", "torch", "onnx", "fastest")
 # Files up to this size are read at every opening, which takes milliseconds; of larger ones only the size is looked at.
 _CHECKED_BYTES = 64 << 20
 
@@ -42,7 +40,7 @@ class WayFigures(_Section):
         refusal: why it was not to be chosen, None if it was.
     """
 
-    dense: Literal["fp32", "bf16", "int8"]
+    dense: DenseArithmetic
     median_ms: dict[str, float] = Field(default_factory=dict)
     auc_ratio: float | None = None
     ne_ratio: float | None = None

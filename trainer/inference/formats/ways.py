@@ -11,22 +11,19 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model
 from trainer.inference.formats.aoti import compile_graph, load_graph
+from trainer.inference.formats.build_options import DenseArithmetic
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
 from trainer.inference.formats.graph import map_tables
 from trainer.inference.formats.onnx_model import open_session, quantize_onnx, write_onnx
 from trainer.inference.formats.predictor import RunGraph
 from trainer.inference.package import Package
 
-DenseArithmetic = Literal["fp32", "bf16", "int8"]
-# From exact to coarse; a way is tried if its arithmetic is not beyond what was allowed.
-DENSE_ARITHMETICS: tuple[DenseArithmetic, ...] = ("fp32", "bf16", "int8")
 EAGER = "eager"
 _PROGRAM = "model.pt2"
 _MODEL = "dense.onnx"

@@ -18,7 +18,7 @@ from trainer.inference.flat_model import FlatModel, build_flat_model
 from trainer.inference.held_out import Block, HeldOut
 from trainer.inference.package import DENSE, PRECISIONS, Package, PackageError, QuantizerName, TableEntry
 from trainer.inference.passing_mix import Choices, Mix, export_options, find_passing
-from trainer.inference.report import OptionFigures, QualityReport, SampleFigures, TableFigures, Thresholds
+from trainer.inference.report import OptionFigures, QualityReport, SampleFigures, TableFigures, Thresholds, percent
 from trainer.inference.report_page import report_page
 from trainer.inference.requantized import RequantizedTables, split_features
 from trainer.inference.sensitivity import Sensitivity, is_stored_so
@@ -186,7 +186,9 @@ def _passing(
 def _refusal(report: QualityReport, mix: Mix | None) -> str:
     lines = [f"the package is not written: {'; '.join(report.failures)}"]
     if report.is_within_noise:
-        lines.append("  the threshold is inside this interval: other samples might have passed; more would tell")
+        lines.append(
+            "  the 95 % intervals reach the thresholds: on other samples it might have passed; more would tell"
+        )
     costly = sorted(report.tables, key=lambda table: -table.expected_increase)[:NUM_NAMED_TABLES]
     total = sum(table.expected_increase for table in report.tables)
     sample = report.table_sample
@@ -195,7 +197,7 @@ def _refusal(report: QualityReport, mix: Mix | None) -> str:
         if table.expected_increase > 0 and table.chosen is not None:
             lines.append(
                 f"  {table.name} in {table.precision}: {table.expected_increase:.2e} nats of log loss a sample "
-                f"({table.expected_increase / total:.0%} of all tables'), AUC {table.chosen.auc_change:+.6f}"
+                f"({percent(table.expected_increase / total, 0)} of all tables'), AUC {table.chosen.auc_change:+.6f}"
             )
     lines.append(_way_out(report, mix))
     return "\n".join(lines)
@@ -208,10 +210,11 @@ def _way_out(report: QualityReport, mix: Mix | None) -> str:
             "part is not the trained one; export again, and report this if it stays"
         )
     comparison, share = mix.comparison, mix.num_bytes / report.fp32_table_bytes
+    refused_share = report.table_bytes / report.fp32_table_bytes
     return (
         f"what would pass, measured on the same {comparison.num_samples:,} samples: AUC "
-        f"{comparison.auc_ratio.value:.4%} and NE {comparison.ne_ratio.value:.4%} of fp32's, tables at {share:.1%} of "
-        f"their fp32 size in place of {report.table_bytes / report.fp32_table_bytes:.1%}:\n"
+        f"{percent(comparison.auc_ratio.value)} and NE {percent(comparison.ne_ratio.value)} of fp32's, tables at "
+        f"{percent(share, 2)} of their fp32 size in place of {percent(refused_share, 2)}:\n"
         f"  {export_options(mix.choices, share)}"
     )
 
@@ -243,6 +246,6 @@ def _log_passed(report: QualityReport) -> None:
     )
     if report.is_within_noise:
         logger.warning(
-            "the threshold is inside the 95 %% interval of the AUC or the NE: other samples could have refused this "
-            "package; certify on more"
+            "the 95 %% interval of the AUC or of the NE reaches beyond the threshold: on other samples this package "
+            "could have been refused; certify on more"
         )

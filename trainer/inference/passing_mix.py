@@ -1,4 +1,4 @@
-"""What would pass the gate: the smallest mix of precisions, none below the refused package's, that is measured to."""
+"""What would pass the gate: a small mix of precisions that is measured to, with few tables changed, none for worse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.inference.table_writer import TableChoice
 Choices = Mapping[str, TableChoice]
 # The budget of bytes is halved in so often: the mix is within 1 / 256 of fp32's size of the smallest.
 NUM_HALVINGS = 8
-# On the whole of the held-out samples; after these all tables are in fp32.
+# On the whole of the held-out samples, each further half the way to all tables in fp32.
 NUM_CONFIRMATIONS = 4
 MAX_NAMED_TABLES = 40
 
@@ -54,16 +54,46 @@ def find_passing(
         middle = (low + high) // 2
         mix = cheapest_mix(wider, middle)
         low, high = (low, middle) if mix is not None and screen(mix) else (middle, high)
-    fp32_bytes = sum(table.fp32_bytes for table in tables)
-    budget = high
-    for attempt in range(NUM_CONFIRMATIONS + 1):
-        mix = cheapest_mix(wider, fp32_bytes if attempt == NUM_CONFIRMATIONS else budget)
-        assert mix is not None
+    tried = [_fewest_changes(tables, _mix(wider, high), options, screen)]
+    for _ in range(NUM_CONFIRMATIONS):
+        tried.append(_mix(wider, high))
+        high = (high + sum(table.fp32_bytes for table in tables)) // 2
+    for mix in [*tried, {table.name: TableChoice("fp32") for table in tables}]:
         comparison = confirm(mix)
         if comparison is not None:
             return Mix(mix, _num_bytes(mix, wider), comparison)
-        budget = (budget + fp32_bytes) // 2
     return None
+
+
+def _mix(options: Mapping[str, Sequence[OptionFigures]], budget_bytes: int) -> dict[str, TableChoice]:
+    mix = cheapest_mix(options, budget_bytes)
+    assert mix is not None
+    return mix
+
+
+def _fewest_changes(
+    tables: Sequence[TableEntry],
+    mix: Choices,
+    options: Mapping[str, Sequence[OptionFigures]],
+    screen: Callable[[Choices], bool],
+) -> dict[str, TableChoice]:
+    """Return the mix with only as many tables changed as it needs to pass, those that gain most."""
+
+    def gain(table: TableEntry) -> float:
+        costs = {option.precision: option.expected_increase for option in options[table.name]}
+        return costs[table.precision] - costs[mix[table.name].precision]
+
+    ordered = sorted(tables, key=gain, reverse=True)
+    packaged = {table.name: TableChoice(table.precision, table.quantizer or "minmax") for table in tables}
+
+    def first(number: int) -> dict[str, TableChoice]:
+        return packaged | {table.name: mix[table.name] for table in ordered[:number]}
+
+    too_few, enough = 0, len(tables)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if screen(first(middle)) else (middle, enough)
+    return first(enough)
 
 
 def cheapest_mix(options: Mapping[str, Sequence[OptionFigures]], budget_bytes: int) -> dict[str, TableChoice] | None:

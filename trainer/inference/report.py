@@ -9,6 +9,11 @@ from trainer.inference.package import Precision, QuantizerName
 REPORT_VERSION = 1
 
 
+def percent(share: float, num_digits: int = 4) -> str:
+    """Write a share in percent."""
+    return f"{share * 100:.{num_digits}f} %"
+
+
 class _Figures(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -151,20 +156,23 @@ class Thresholds(_Figures):
 
     def failures(self, found: Comparison) -> list[str]:
         """Return what does not reach them, in words; empty if the package may be written."""
-        failures = []
         auc, ne = found.auc_ratio, found.ne_ratio
+        failures = []
         # Written so that NaN fails.
         if not auc.value >= self.min_auc_ratio:
-            failures.append(
-                f"its AUC is {found.candidate.auc:.6f}, {auc.value:.4%} of the fp32 model's {found.reference.auc:.6f} "
-                f"(95 % interval {auc.low:.4%} to {auc.high:.4%}), where {self.min_auc_ratio:.4%} is asked for"
-            )
+            asked = f"where {percent(self.min_auc_ratio)} is asked for"
+            failures.append(_failure("AUC", found.candidate.auc, found.reference.auc, auc, asked))
         if not ne.value <= self.max_ne_ratio:
-            failures.append(
-                f"its NE is {found.candidate.ne:.6f}, {ne.value:.4%} of the fp32 model's {found.reference.ne:.6f} "
-                f"(95 % interval {ne.low:.4%} to {ne.high:.4%}), where at most {self.max_ne_ratio:.4%} is allowed"
-            )
+            allowed = f"where at most {percent(self.max_ne_ratio)} is allowed"
+            failures.append(_failure("NE", found.candidate.ne, found.reference.ne, ne, allowed))
         return failures
+
+
+def _failure(name: str, value: float, reference: float, ratio: Ratio, asked: str) -> str:
+    return (
+        f"its {name} is {value:.6f}, {percent(ratio.value)} of the fp32 model's {reference:.6f} (95 % interval "
+        f"{percent(ratio.low)} to {percent(ratio.high)}), {asked}"
+    )
 
 
 class QualityReport(_Figures):
@@ -199,6 +207,9 @@ class QualityReport(_Figures):
 
     @property
     def is_within_noise(self) -> bool:
-        """Whether a threshold lies inside its 95 % interval, so that other samples could have decided otherwise."""
+        """Whether other samples could have decided otherwise, by the 95 % intervals."""
         auc, ne = self.comparison.auc_ratio, self.comparison.ne_ratio
-        return auc.low < self.thresholds.min_auc_ratio <= auc.high or ne.low <= self.thresholds.max_ne_ratio < ne.high
+        least, most = self.thresholds.min_auc_ratio, self.thresholds.max_ne_ratio
+        if self.failures:
+            return auc.high >= least and ne.low <= most
+        return auc.low < least or ne.high > most

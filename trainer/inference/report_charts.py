@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sharding.reports.figures import size
-from trainer.inference.report import CalibrationPoint, Histogram, Ratio, Scatter, TableFigures
+from trainer.inference.report import CalibrationPoint, Histogram, Ratio, Scatter, TableFigures, percent
 
 WIDTH, HEIGHT = 500, 310
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
@@ -106,7 +108,9 @@ def loss_chart(tables: Sequence[TableFigures]) -> str:
     floor = _power(max(most * LOSS_RANGE, _least_loss(tables)), -1)
     across = Axis(min(sizes) / 1.6, max(sizes) * 1.6, LEFT, 2 * WIDTH - RIGHT, base=4)
     up = Axis(floor, _power(most, 1), HEIGHT - BOTTOM, TOP, base=10)
-    pieces = _frame(across, up, "size of the table", "log loss added, nats a sample", size, _loss)
+    pieces = _frame(
+        across, up, "size of the table", "log loss added, nats a sample", _bytes, partial(_loss_from, floor)
+    )
     for table in sorted(tables, key=lambda table: table.expected_increase):
         options = sorted(table.options, key=lambda option: option.num_bytes)
         path = " ".join(f"{across(o.num_bytes):.1f},{up(o.expected_increase):.1f}" for o in options)
@@ -139,12 +143,12 @@ def interval_chart(ratio: Ratio, threshold: float, *, is_floor: bool) -> str:
         _line(across(1), top, across(1), bottom, "ideal"),
         _line(at, top, at, bottom, "limit"),
         _line(across(ratio.low), y, across(ratio.high), y, "interval"),
-        _dot(across(ratio.value), y, "dot candidate", 5, f"{ratio.value:.5%}"),
+        _dot(across(ratio.value), y, "dot candidate", 5, f"{percent(ratio.value, 5)}"),
     ]
     if abs(at - across(1)) > 60:
         pieces.append(_text(across(1), bottom + 16, "fp32", "middle"))
     pieces.append(_text(at, bottom + 16, f"{threshold * 100:.6g} %", "middle", "limit-name"))
-    return _svg(pieces, f"{ratio.value:.4%} of fp32", height=60)
+    return _svg(pieces, f"{percent(ratio.value)} of fp32", height=60)
 
 
 def _axes(left: float, right: float, low: float, high: float) -> tuple[Axis, Axis]:
@@ -220,7 +224,7 @@ def _share(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value * 100:.3g}%"
+    return f"{value * 100:.3g} %"
 
 
 def _signed(value: float, num_digits: int = 1) -> str:
@@ -229,6 +233,15 @@ def _signed(value: float, num_digits: int = 1) -> str:
 
 def _loss(value: float, num_digits: int = 1) -> str:
     return _short(f"{value:.{num_digits - 1}e}") if value else "0"
+
+
+def _loss_from(floor: float, value: float) -> str:
+    """A loss on an axis whose end stands for all that is less."""
+    return f"\N{LESS-THAN OR EQUAL TO} {_loss(value)}" if value <= floor * 1.01 else _loss(value)
+
+
+def _bytes(value: float) -> str:
+    return re.sub(r"\.0+ ", " ", size(value))
 
 
 def _short(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from sharding.reports.figures import size
 from sharding.reports.page_frame import fill_page, packaged_text
 from trainer.inference.package import PRECISIONS, Precision
-from trainer.inference.report import QualityReport, SampleFigures, TableFigures
+from trainer.inference.report import QualityReport, SampleFigures, TableFigures, percent
 from trainer.inference.report_charts import (
     MINUS,
     calibration_chart,
@@ -57,7 +57,12 @@ def report_page(report: QualityReport) -> str:
 
 def _subtitle(report: QualityReport) -> str:
     counts = Counter(table.precision for table in report.tables)
-    mix = ", ".join(f"{counts[precision]} in {precision}" for precision in PRECISIONS if counts[precision])
+    quantizers = {table.precision: table.quantizer for table in report.tables}
+    mix = ", ".join(
+        f"{counts[precision]} in {precision}" + (f" ({quantizers[precision]})" if quantizers[precision] else "")
+        for precision in PRECISIONS
+        if counts[precision]
+    )
     tables = "1 table" if len(report.tables) == 1 else f"{len(report.tables)} tables"
     return f"{report.architecture} · checkpoint {report.checkpoint} · {tables}: {mix} · dense part in fp32"
 
@@ -73,11 +78,11 @@ def _tiles(report: QualityReport) -> str:
     return "".join(
         [
             _tile("Verdict", "Certified" if passed else "Refused", asked, "good" if passed else "bad"),
-            _tile("AUC of fp32's", f"{auc.value:.3%}", f"{_signed(change)} ± {error}"),
-            _tile("NE of fp32's", f"{comparison.ne_ratio.value:.3%}", "less is better"),
+            _tile("AUC of fp32's", percent(auc.value, 3), f"{_signed(change)} ± {error}"),
+            _tile("NE of fp32's", percent(comparison.ne_ratio.value, 3), "less is better"),
             _tile(
                 "Size of tables",
-                f"{share:.1%}",
+                percent(share, 1),
                 f"{size(report.table_bytes)} of {size(report.fp32_table_bytes)} in fp32",
                 meter=_meter(report),
             ),
@@ -86,7 +91,7 @@ def _tiles(report: QualityReport) -> str:
                 _figure(differences.max_absolute),
                 f"of a score; of 99 % below {_figure(differences.absolute_quantiles['0.99'])}",
             ),
-            _tile("Order kept", f"{1 - differences.swapped_pairs_share:.3%}", "of pairs of samples"),
+            _tile("Order kept", percent(1 - differences.swapped_pairs_share, 3), "of pairs of samples"),
         ]
     )
 
@@ -104,7 +109,7 @@ def _meter(report: QualityReport) -> str:
     for precision in PRECISIONS:
         held = sum(table.num_bytes for table in report.tables if table.precision == precision)
         if held:
-            parts.append(f'<i class="{precision}" style="width:{held / report.fp32_table_bytes:.2%}"></i>')
+            parts.append(f'<i class="{precision}" style="width:{held / report.fp32_table_bytes * 100:.2f}%"></i>')
     return f'<div class="meter">{"".join(parts)}</div>'
 
 
@@ -114,9 +119,10 @@ def _samples(sample: SampleFigures) -> str:
 
 
 def _quality_note(report: QualityReport) -> str:
+    clicks = percent(report.comparison.label_rate, 2)
     return (
-        f"Both models on {_samples(report.held_out)}, {report.comparison.label_rate:.2%} of them clicks. Intervals "
-        "hold 95 %, and are of the difference on the same samples."
+        f"Both models on {_samples(report.held_out)}, {clicks} of them clicks. Intervals hold 95 %, and are of the "
+        "difference on the same samples."
     )
 
 
@@ -149,7 +155,7 @@ def _intervals(report: QualityReport) -> str:
         ("AUC, share of fp32's", comparison.auc_ratio, thresholds.min_auc_ratio, True),
         ("NE, share of fp32's", comparison.ne_ratio, thresholds.max_ne_ratio, False),
     ):
-        figures = f"{ratio.value:.4%} <span class='quiet'>({ratio.low:.4%} to {ratio.high:.4%})</span>"
+        figures = f"{percent(ratio.value)} <span class='quiet'>({percent(ratio.low)} to {percent(ratio.high)})</span>"
         chart = interval_chart(ratio, limit, is_floor=is_floor)
         pieces.append(f'<div><div class="name"><span>{name}</span><span>{figures}</span></div>{chart}</div>')
     return "".join(pieces)
@@ -232,9 +238,8 @@ def _tables(report: QualityReport) -> str:
 
 
 def _table_row(table: TableFigures, tried: Sequence[str], most: float) -> str:
-    quantizer = f" · {table.quantizer}" if table.quantizer not in {None, "minmax"} else ""
-    kind = f'<span class="kind"><i class="swatch {table.precision}"></i>{table.precision}{quantizer}</span>'
-    width = f"{table.expected_increase / most:.1%}"
+    kind = f'<span class="kind"><i class="swatch {table.precision}"></i>{table.precision}</span>'
+    width = f"{table.expected_increase / most * 100:.1f}%"
     bar = f'<span class="bar"><i class="{table.precision}" style="width:{width}"></i></span>'
     by_precision = {option.precision: option.expected_increase for option in table.options}
     cells = [
@@ -242,7 +247,7 @@ def _table_row(table: TableFigures, tried: Sequence[str], most: float) -> str:
         ("dim", str(table.dim)),
         (None, kind),
         ("size", size(table.num_bytes)),
-        ("row error", f"{table.row_error:.2%}"),
+        ("row error", percent(table.row_error, 2)),
         ("AUC", _signed(table.chosen.auc_change) if table.chosen else NO_FIGURE),
         ("loss", f"{bar}{_figure(table.expected_increase)}"),
         *((f"in {p}", _figure(by_precision[p]) if p in by_precision else NO_FIGURE) for p in tried),

@@ -29,11 +29,11 @@ from trainer.inference.requantized import Ids, RequantizedTables, split_features
 from trainer.inference.table_writer import TableChoice
 
 Logits = NDArray[np.float32]
-MAX_SAMPLES = 8 * BLOCK_ROWS
+MAX_SAMPLES = 4 * BLOCK_ROWS
 # Of pooled rows. The sample shrinks where models are wide, and where their dense part is large: all tables at all
-# precisions then take a minute or two on a core.
+# precisions then take some 20 s on a core, or as long as the smallest sample does.
 MAX_POOLED_BYTES = 256 << 20
-MAX_SWEEP_FLOPS = 5e12
+MAX_SWEEP_FLOPS = 2e12
 
 
 class Sensitivity:

@@ -164,6 +164,35 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(add("build", "build a compiled form of a package, beside its own files"))
 
 
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.predict_options import PredictOptions
+
+    add = _options_of(parser, PredictOptions)
+    add("--package", required=True, metavar="DIR")
+    add("--data", metavar="DIR")
+    add("--split", choices=SPLITS)
+    add("--input", "inputs", nargs="+", action="extend", metavar="FILE")
+    add("--source", choices=("criteo", "table"))
+    add("--output", required=True, metavar="FILE")
+    add("--max-bad-rows", type=int, metavar="N")
+    add("--threads", type=int, metavar="N")
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.serving.serve_options import ServeOptions
+
+    add = _options_of(parser, ServeOptions)
+    add("--package", required=True, metavar="DIR")
+    add("--host", metavar="ADDRESS")
+    for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
+        add(flag, type=int, metavar="N")
+    add("--max-body-bytes", type=int, metavar="BYTES")
+    for flag in ("--max-wait-ms", "--max-delay-ms"):
+        add(flag, type=float, metavar="MS")
+    for flag in ("--body-timeout-s", "--drain-s", "--stop-timeout-s", "--watch-s"):
+        add(flag, type=float, metavar="S")
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -261,5 +290,19 @@ VERBS = (
         "papilio package show packages/quickstart",
         _package_arguments,
         "launch.package_jobs:run_package",
+    ),
+    Verb(
+        "predict",
+        "score a data set, or raw files, with a package",
+        "papilio predict --package packages/quickstart --data datasets/quickstart --output scores.parquet",
+        _predict_arguments,
+        "launch.serving_jobs:run_predict",
+    ),
+    Verb(
+        "serve",
+        "answer requests over HTTP with a package",
+        "papilio serve --package packages/quickstart --port 8000",
+        _serve_arguments,
+        "launch.serving_jobs:run_serve",
     ),
 )

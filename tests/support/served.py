@@ -33,6 +33,7 @@ SCHEMA = Schema(
         CategoricalColumn(name="slot", kind="integer", encoding="identity", num_buckets=9),
     ),
 )
+COLUMNS = [*SCHEMA.dense_names, *SCHEMA.categorical_names]
 VOCABULARIES = {"city": ["Ulm", "Köln", "Rom"], "tags": [f"tag{i}" for i in range(40)]}
 MODEL = ModelConfig(
     embedding_dim=8, dense_arch_layer_sizes=(32,), over_arch_layer_sizes=(64,), table_pooling={"tags": "mean"}
@@ -52,6 +53,18 @@ def records_of(first: int, count: int) -> list[dict[str, object]]:
         }
         for i in range(first, first + count)
     ]
+
+
+def text_rows(records: list[dict[str, object]], *, label: bool) -> list[str]:
+    """Lines of a CSV file, the header first; labels are 0 and 1 in turns."""
+    rows = [",".join([SCHEMA.label] * label + COLUMNS)]
+    for i, record in enumerate(records):
+        fields = [str(i % 2)] * label
+        for name in COLUMNS:
+            value = record[name]
+            fields.append("" if value is None else "|".join(value) if isinstance(value, list) else str(value))
+        rows.append(",".join(fields))
+    return rows
 
 
 def write_package(folder: Path, seed: int) -> str:

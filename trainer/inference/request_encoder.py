@@ -66,6 +66,11 @@ class RequestEncoder:
             i for i, column in enumerate(schema.categorical) if column.kind == "hex" and not column.multi_hot
         ]
 
+    @property
+    def raw_schema(self) -> Schema:
+        """The schema to parse raw files by: other than in preprocessing, ids beyond an identity table are sound."""
+        return self.schema.model_copy(update={"categorical": tuple(self._open_columns)})
+
     def encode_records(self, records: Sequence[Record]) -> EncodedBatch:
         """Encode JSON objects by column name (see `check_records`); an absent column is a missing value."""
         faults = Faults()
@@ -96,8 +101,9 @@ class RequestEncoder:
     def encode_chunk(self, chunk: RawChunk) -> EncodedBatch:
         """Encode rows as a source of `papilio preprocess` parsed them (malformed ones are not among them)."""
         bags = []
-        for mapper, codes in zip(self._mappers, chunk.columns, strict=True):
-            bags.append(_bags(mapper.ids_of_codes(codes)[codes.codes], codes.lengths))
+        for number, (mapper, codes) in enumerate(zip(self._mappers, chunk.columns, strict=True)):
+            ids = self._within_table(mapper.ids_of_codes(codes)[codes.codes], number)
+            bags.append(_bags(ids, codes.lengths))
         return self._assemble(chunk.dense, bags, Faults())
 
     def _dense_of_table(self, table: pa.Table, faults: Faults) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def expected_probabilities(config, tables, tensors, dense, ids, lengths):
 
 def _mlp_shapes(name, sizes):
     shapes = {}
-    for layer, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
         shapes[f"{name}.{2 * layer}.weight"] = (after, before)
         shapes[f"{name}.{2 * layer}.bias"] = (after,)
     return shapes

@@ -42,7 +42,7 @@ def random_weights(dataset, config, seed=0, dtype=np.float32):
         for layer in range(model.dcn_num_layers):
             shapes[f"crossnet.W_kernels.{layer}"] = (width, model.dcn_low_rank_dim)
             shapes[f"crossnet.V_kernels.{layer}"] = (model.dcn_low_rank_dim, width)
-            shapes[f"crossnet.bias.{layer}"] = (width, 1)
+            shapes[f"crossnet.bias.{layer}"] = (width,)
     scaled = {name: generator.normal(size=shape) / np.sqrt(shape[-1]) for name, shape in shapes.items()}
     return tensors | {f"dense.model.{name}": values.astype(np.float32) for name, values in scaled.items()}
 

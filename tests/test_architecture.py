@@ -25,7 +25,7 @@ FOREIGN_IMPORTS = {
     "launch": {"pydantic", "torchx"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
     "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"}
-    | {"boto3", "botocore", "urllib3", "pyarrow", "safetensors", "uvicorn"},
+    | {"boto3", "botocore", "urllib3", "onnx", "onnxruntime", "pyarrow", "safetensors", "uvicorn"},
 }
 # papilio doctor runs this one in a process of its own, to see whether the trio loads.
 PROBE = "launch.fbgemm_probe"

@@ -47,18 +47,20 @@ class PlainLookup(nn.Module):
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pooled [B, F, D] fp32 and the number of unknown ids; takes ids [V] and lengths [F * B], int32."""
-        lengths_FB = lengths.view(self._num_features, -1)
+        num_samples = lengths.shape[0] // self._num_features
         bag_V = bags_of_ids(lengths, ids.shape[0])
-        feature_V = torch.div(bag_V, lengths_FB.shape[1], rounding_mode="floor")
+        feature_V = torch.div(bag_V, num_samples, rounding_mode="floor")
         is_known = (ids >= 0) & (ids < self.num_rows.index_select(0, feature_V))
         row_V = torch.where(is_known, ids.long(), 0) + self.bases.index_select(0, feature_V)
         values_VD = self._values(row_V, feature_V)
-        sums = torch.zeros(lengths.shape[0], self._dim).index_add(0, bag_V, values_VD)
-        pooled_FBD = sums.view(self._num_features, -1, self._dim)
+        # Sample by sample, as the result is wanted: turning it round afterwards does not export for all batch sizes.
+        place_V = (bag_V - feature_V * num_samples) * self._num_features + feature_V
+        sums = torch.zeros(lengths.shape[0], self._dim).index_add(0, place_V, values_VD)
+        pooled_BFD = sums.view(-1, self._num_features, self._dim)
         if self._has_means:
-            divisors_FB = torch.where(self.is_mean[:, None], lengths_FB.clamp(min=1), 1)
-            pooled_FBD = pooled_FBD / divisors_FB[:, :, None].float()
-        return pooled_FBD.transpose(0, 1), (~is_known).long().sum()
+            lengths_BF = lengths.view(self._num_features, -1).t()
+            pooled_BFD = pooled_BFD / torch.where(self.is_mean, lengths_BF.clamp(min=1), 1).float()[:, :, None]
+        return pooled_BFD, (~is_known).long().sum()
 
     def _values(self, row_V: torch.Tensor, feature_V: torch.Tensor) -> torch.Tensor:
         if len(self.stores) == 1:

@@ -174,6 +174,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", "inputs", nargs="+", action="extend", metavar="FILE")
     add("--source", choices=("criteo", "table"))
     add("--output", required=True, metavar="FILE")
+    add("--fastest", action="store_true")
     add("--max-bad-rows", type=int, metavar="N")
     add("--threads", type=int, metavar="N")
 
@@ -184,6 +185,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = _options_of(parser, ServeOptions)
     add("--package", required=True, metavar="DIR")
     add("--host", metavar="ADDRESS")
+    add("--exact", action="store_true")
     for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
         add(flag, type=int, metavar="N")
     add("--max-body-bytes", type=int, metavar="BYTES")

@@ -84,7 +84,7 @@ def predict(options: PredictOptions) -> Scored:
     """
     for path in options.inputs:
         input_num_bytes(path)
-    scorer = load_scorer(options.package)
+    scorer = load_scorer(options.package, is_exact=not options.fastest)
     return _of_dataset(options, scorer) if options.data is not None else _of_files(options, scorer)
 
 

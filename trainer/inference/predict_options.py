@@ -21,6 +21,9 @@ class PredictOptions(BaseModel):
     source: Literal["criteo", "table"] | None = Field(
         None, description="Of raw files: criteo, Kaggle or Terabyte text; table, CSV, TSV, Parquet. Labels may lack."
     )
+    fastest: bool = Field(
+        False, description="Use the package's format `fastest`, whose dense part may be in bf16 or int8."
+    )
     max_bad_rows: int = Field(0, ge=0, description="Malformed raw rows that get no score before it is an error.")
     threads: int | None = Field(None, ge=1, description="Threads of the dense layers; all cores by default.")
     show_progress: bool = Field(True, description="Progress bar on a terminal, a line now and then in a log.")

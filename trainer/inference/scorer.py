@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.schema import TRANSFORM_VERSION
 from trainer.inference.flat_model import build_flat_model
+from trainer.inference.formats.opening import open_predictor
+from trainer.inference.formats.ways import EAGER
 from trainer.inference.package import Package, PackageError, read_package, verify_package
 from trainer.inference.request_encoder import EncodedBatch, RequestEncoder, load_request_encoder
 
@@ -23,11 +25,19 @@ Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """A package in memory. Safe to call from several threads."""
+    """A package in memory. Safe to call from several threads.
+
+    Attributes:
+        package: what it is.
+        encoder: makes batches of raw records.
+        predict: the model.
+        form: what the model runs as: "eager", or the format that it was built in.
+    """
 
     package: Package
     encoder: RequestEncoder
     predict: Predict
+    form: str = EAGER
 
     @property
     def label(self) -> str:
@@ -44,8 +54,13 @@ class Scorer:
         return scores.numpy()
 
 
-def load_scorer(folder: str) -> Scorer:
+def load_scorer(folder: str, *, is_exact: bool = True) -> Scorer:
     """Load a package, its tables mapped.
+
+    Args:
+        folder: of the package.
+        is_exact: with the eager model in fp32, whose answers are the package's by definition. Otherwise in the
+            package's format "fastest" if it was built, whose dense part may be in bf16 or int8.
 
     Raises:
         PackageError: it is none, is damaged, is of another version, or its raw values mean something else here.
@@ -58,7 +73,11 @@ def load_scorer(folder: str) -> Scorer:
             f"same raw values would become other inputs; serve it with Papilio {package.manifest.papilio_version}, or "
             "preprocess, train and export again"
         )
-    return Scorer(package, load_request_encoder(package), build_flat_model(package))
+    encoder = load_request_encoder(package)
+    if is_exact:
+        return Scorer(package, encoder, build_flat_model(package))
+    predictor = open_predictor(package)
+    return Scorer(package, encoder, predictor.predict, predictor.format_name)
 
 
 def require_sound(folder: str) -> None:

@@ -192,22 +192,40 @@ def _score(batch: list[_Waiting], metrics: Metrics) -> _Outcomes:
 def _encode(batch: list[_Waiting]) -> tuple[_Outcomes, list[EncodedBatch], list[_Waiting]]:
     """Return requests that cannot be encoded, the batches of the others, and these in the order of the batches.
 
-    The records of all JSON requests are encoded together.
+    The records of all JSON requests are encoded together, and so are tables of the same columns.
     """
     refused: _Outcomes = []
     encoded: list[EncodedBatch] = []
-    order = [waiting for waiting in batch if isinstance(waiting.content, list)]
     encoder = batch[0].scorer.encoder
+    order = [waiting for waiting in batch if isinstance(waiting.content, list)]
     if order:
         encoded.append(encoder.encode_records([record for waiting in order for record in waiting.content]))
-    for waiting in batch:
-        if not isinstance(waiting.content, list):
-            try:
-                encoded.append(encoder.encode_table(waiting.content))
-                order.append(waiting)
-            except RequestError as error:
-                refused.append((waiting, error))
+    for group in _groups_of_tables(batch):
+        try:
+            encoded.append(encoder.encode_table(pa.concat_tables([waiting.content for waiting in group])))
+            order += group
+        except RequestError as error:  # columns are lacking or of another type, in all tables of a group alike
+            refused += [(waiting, error) for waiting in group]
     return refused, encoded, order
+
+
+def _groups_of_tables(batch: Sequence[_Waiting]) -> list[list[_Waiting]]:
+    """Return the requests with tables, those of the same columns and types together."""
+    groups: list[list[_Waiting]] = []
+    for waiting in batch:
+        table = waiting.content
+        if isinstance(table, list):
+            continue
+        group = next((group for group in groups if _have_same_columns(group[0].content, table)), None)
+        if group is None:
+            groups.append([waiting])
+        else:
+            group.append(waiting)
+    return groups
+
+
+def _have_same_columns(first: pa.Table, second: pa.Table) -> bool:
+    return bool(first.schema.equals(second.schema))
 
 
 def _hand_out(order: Sequence[_Waiting], scores: Scores, faults: dict[int, tuple[str, str]]) -> _Outcomes:

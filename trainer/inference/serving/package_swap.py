@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 
 from data_pipeline.schema import Schema
 from trainer.inference.package import MANIFEST
 from trainer.inference.sample_check import load_checked_scorer
 from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
+from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,11 @@ logger = logging.getLogger(__name__)
 class PackageSwap:
     """Loads what a folder, or the link to one, leads to now."""
 
-    def __init__(self, folder: str, batcher: MicroBatcher, metrics: Metrics) -> None:
-        self._folder, self._batcher, self._metrics = folder, batcher, metrics
+    def __init__(self, options: ServeOptions, batcher: MicroBatcher, metrics: Metrics) -> None:
+        self._folder, self._batcher, self._metrics = options.package, batcher, metrics
+        self._load = partial(load_checked_scorer, options.package, is_exact=options.exact)
         self._one_at_a_time = asyncio.Lock()
-        self._seen = _place(folder)
+        self._seen = _place(options.package)
 
     async def swap(self) -> bool:
         """Load, check and take the package; whether it was taken.
@@ -34,7 +37,7 @@ class PackageSwap:
             begin_s = time.monotonic()
             old = self._batcher.scorer
             try:
-                new = await asyncio.get_running_loop().run_in_executor(None, load_checked_scorer, self._folder)
+                new = await asyncio.get_running_loop().run_in_executor(None, self._load)
             except (ValueError, OSError) as error:
                 logger.error("package refused, %s goes on: %s", old.label, error)
                 self._metrics.record_swap("refused")

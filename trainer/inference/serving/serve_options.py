@@ -14,6 +14,9 @@ class ServeOptions(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, lt=65536, description="Port to listen on; 0 takes a free one and prints it.")
     workers: int = Field(1, ge=1, le=256, description="Processes; they share the port and the mapped tables.")
+    exact: bool = Field(
+        False, description="Serve the eager model in fp32 even where the package has a faster format built."
+    )
     threads: int = Field(1, ge=1, le=256, description="Threads of each process in the dense layers.")
     max_batch: int = Field(256, ge=1, description="Records scored together at most, unless one request has more.")
     max_wait_ms: float = Field(

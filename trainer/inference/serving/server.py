@@ -102,7 +102,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
     """
     metrics.clear_gauges()
     torch.set_num_threads(options.threads)
-    scorer = load_checked_scorer(options.package)
+    scorer = load_checked_scorer(options.package, is_exact=options.exact)
     config = uvicorn.Config(
         "unused",
         http="auto",
@@ -123,7 +123,9 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
 
         def on_started() -> None:
             metrics.set_gauge("is_ready", 1)
-            logger.info("%s is served on %s by process %d", scorer.label, address_of(listener), os.getpid())
+            logger.info(
+                "%s (%s) is served on %s by process %d", scorer.label, scorer.form, address_of(listener), os.getpid()
+            )
 
         server = _Server(config, app, listener, options.drain_s, on_started)
         tasks = _begin_tasks(options, batcher, metrics)
@@ -149,7 +151,7 @@ def address_of(listener: socket.socket) -> str:
 
 def _begin_tasks(options: ServeOptions, batcher: MicroBatcher, metrics: Metrics) -> list[asyncio.Task[None]]:
     loop = asyncio.get_running_loop()
-    swap = PackageSwap(options.package, batcher, metrics)
+    swap = PackageSwap(options, batcher, metrics)
     swaps: set[asyncio.Task[bool]] = set()
 
     def on_hangup() -> None:

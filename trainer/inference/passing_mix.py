@@ -84,7 +84,12 @@ def _fewest_changes(
         return costs[table.precision] - costs[mix[table.name].precision]
 
     ordered = sorted(tables, key=gain, reverse=True)
-    packaged = {table.name: TableChoice(table.precision, table.quantizer or "minmax") for table in tables}
+    packaged = {
+        table.name: choice
+        for table in tables
+        for choice in map(as_choice, options[table.name])
+        if is_stored_so(table, choice)
+    }
 
     def first(number: int) -> dict[str, TableChoice]:
         return packaged | {table.name: mix[table.name] for table in ordered[:number]}

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
@@ -30,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", metavar="DIR")
     add_arguments(parser)
     namespace = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Compilers and exporters have much to say that is not for whoever builds a package.
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logging.getLogger("trainer").setLevel(logging.INFO)
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _leave_in_order)
     begin_s = time.perf_counter()
     try:

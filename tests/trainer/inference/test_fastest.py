@@ -64,14 +64,14 @@ def few_ways(monkeypatch):
     for module in (fastest, ways, fastest.accuracy):
         monkeypatch.setattr(module, "WAYS", found)
     monkeypatch.setattr(fastest, "BATCH_SIZES", SIZES)
-    monkeypatch.setattr(fastest, "time_ways", lambda runs, batch_of, sizes=SIZES: pretended_times(runs, batch_of))
+    monkeypatch.setattr(fastest, "time_ways", pretended_times)
     return found
 
 
-def pretended_times(runs, batch_of):
+def pretended_times(runs, batches_of):
     """The eager way is the fastest for one sample, the near one for more; all are run once."""
     for run in runs.values():
-        run(*batch_of(3))
+        run(*batches_of(3)[0])
     seconds = {"eager": {1: 1e-3, 8: 4e-3}, "near": {1: 2e-3, 8: 2e-3}, "far": {1: 1e-6, 8: 1e-6}}
     return {name: seconds[name] for name in runs}
 
@@ -167,13 +167,22 @@ def test_choices_follow_the_times_and_do_not_change_for_noise() -> None:
     assert choose_ways({"a": {1: 1.0, 2: 1.0}}) == [(2, "a")]
 
 
-def test_a_hopeless_way_is_not_timed_at_larger_sizes() -> None:
-    calls = []
+def test_a_way_that_falls_behind_more_and_more_is_not_timed_at_larger_sizes() -> None:
+    sizes = (1, 2, 4, 8)
+    loops = {"fast": [1, 1, 1, 1], "late": [60, 20, 3, 0], "slow": [10, 60, 60, 60]}
+        "fast": {1: 1, 2: 1, 4: 1, 8: 1},
+        "late": {1: 40, 2: 20, 4: 10, 8: 0},
+        "slow": {1: 10, 2: 20, 4: 40, 8: 80},
+    }
 
-    def slow(size):
-        calls.append(size)
-        for _ in range(200_000):
-            pass
+    def way(name):
+        def run(size):
+            for _ in range(20_000 * loops[name][sizes.index(size)]):
+                pass
 
-    times = time_ways({"fast": lambda size: None, "slow": slow}, lambda size: (size,), sizes=(1, 2))
-    assert set(times["fast"]) == {1, 2} and set(times["slow"]) == {1} and set(calls) == {1}
+        return run
+
+    times = time_ways({name: way(name) for name in loops}, lambda size: [(size,), (size,)], sizes)
+    assert set(times["fast"]) == set(times["late"]) == set(sizes)
+    assert set(times["slow"]) == {1, 2}
+    assert choose_ways(times)[-1] == (8, "late")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -13,7 +14,7 @@ import torch
 
 from data_pipeline.dataset import open_dataset
 from data_pipeline.manifest import DatasetError
-from trainer.inference.flat_model import FlatModel, build_flat_model
+from trainer.inference.flat_model import build_flat_model
 from trainer.inference.formats import accuracy
 from trainer.inference.formats.aoti import instruction_sets, require_fit, versions_needed
 from trainer.inference.formats.build_options import DEFAULT_DENSE, DENSE_ARITHMETICS, DenseArithmetic
@@ -35,11 +36,13 @@ from trainer.inference.same_data import check_same_data
 logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 NUM_ROUNDS = 7
-# A way so much slower than the best at one size is not tried at larger ones.
+# A way so much slower than the best, and more so than at the size before, is not tried at larger ones.
 HOPELESS = 4.0
 # A way must be so much faster than that of the size below to take over: less is noise, and each way costs memory.
 WORTH_A_CHANGE = 0.97
 _ROUND_S = 0.004
+# Different batches that calls take in turn, so that not all rows are in the caches.
+_LARGEST_VARIETY = 64
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -112,7 +115,7 @@ def _choose(package: Package, folder: str, held_out: HeldOut | None, dense: Dens
         rounded = {name: run for name, run in runs.items() if WAYS[name].dense != "fp32"}
         figures |= accuracy.measure(model, rounded, held_out, package.manifest)
         runs = {name: run for name, run in runs.items() if figures[name].refusal is None}
-    times = time_ways(runs, lambda num_samples: example_batch(model, package, num_samples))
+    times = time_ways(runs, lambda num_samples: example_batches(package, num_samples))
     figures |= {
         name: figures[name].model_copy(update={"median_ms": {str(size): 1e3 * s for size, s in found.items()}})
         for name, found in times.items()
@@ -145,22 +148,27 @@ def _build_ways(
 
 
 def time_ways(
-    runs: Mapping[str, RunGraph], batch_of: Callable[[int], Inputs], sizes: Sequence[int] = BATCH_SIZES
+    runs: Mapping[str, RunGraph],
+    batches_of: Callable[[int], list[Inputs]],
+    sizes: Sequence[int] = BATCH_SIZES,
+    hopeless: float = HOPELESS,
 ) -> dict[str, dict[int, float]]:
     """Return the median seconds of a call, by way and batch size; ways take turns, so that all see the same machine."""
     times: dict[str, dict[int, float]] = {name: {} for name in runs}
-    running = dict(runs)
+    running, before = dict(runs), dict.fromkeys(runs, math.inf)
     for size in sizes:
-        batch = batch_of(size)
+        batches = batches_of(size)
         with torch.inference_mode():
-            repeats = {name: _repeats(run, batch) for name, run in running.items()}
+            repeats = {name: _repeats(run, batches[0]) for name, run in running.items()}
             rounds = [
-                {name: _time(run, batch, repeats[name]) for name, run in running.items()} for _ in range(NUM_ROUNDS)
+                {name: _time(run, batches, repeats[name]) for name, run in running.items()} for _ in range(NUM_ROUNDS)
             ]
         for name in running:
             times[name][size] = statistics.median(found[name] for found in rounds)
         best = min(times[name][size] for name in running)
-        running = {name: run for name, run in running.items() if times[name][size] <= HOPELESS * best}
+        ratios = {name: times[name][size] / best for name in running}
+        running = {name: running[name] for name, ratio in ratios.items() if ratio <= max(hopeless, before[name])}
+        before = ratios
     return times
 
 
@@ -180,14 +188,16 @@ def choose_ways(times: Mapping[str, Mapping[int, float]]) -> list[tuple[int, str
     return chosen
 
 
-def example_batch(model: FlatModel, package: Package, num_samples: int, ids_per_bag: int = 1) -> Inputs:
-    """Return random inputs: ids anywhere in their tables, which is the hardest on caches."""
+def example_batches(package: Package, num_samples: int, bag_ids: int = 1) -> list[Inputs]:
+    """Return different batches of random inputs: ids anywhere in their tables, which is the hardest on caches."""
     generator = torch.Generator().manual_seed(num_samples)
-    tables = package.manifest.tables
-    ids = [torch.randint(0, table.rows, (num_samples * ids_per_bag,), generator=generator) for table in tables]
-    dense = torch.rand(num_samples, len(package.manifest.dense_features), generator=generator)
-    lengths = torch.full((len(tables) * num_samples,), ids_per_bag, dtype=torch.int32)
-    return dense, torch.cat(ids).to(torch.int32), lengths
+    tables, num_dense = package.manifest.tables, len(package.manifest.dense_features)
+    lengths = torch.full((len(tables) * num_samples,), bag_ids, dtype=torch.int32)
+    batches = []
+    for _ in range(max(2, min(_LARGEST_VARIETY, BATCH_SIZES[-1] // num_samples))):
+        ids = [torch.randint(0, table.rows, (num_samples * bag_ids,), generator=generator) for table in tables]
+        batches.append((torch.rand(num_samples, num_dense, generator=generator), torch.cat(ids).int(), lengths))
+    return batches
 
 
 def _repeats(run: RunGraph, batch: Inputs) -> int:
@@ -199,8 +209,8 @@ def _repeats(run: RunGraph, batch: Inputs) -> int:
     return max(1, int(_ROUND_S / elapsed_s))
 
 
-def _time(run: RunGraph, batch: Inputs, repeats: int) -> float:
+def _time(run: RunGraph, batches: list[Inputs], repeats: int) -> float:
     begin_s = time.perf_counter()
-    for _ in range(repeats):
-        run(*batch)
+    for number in range(repeats):
+        run(*batches[number % len(batches)])
     return (time.perf_counter() - begin_s) / repeats

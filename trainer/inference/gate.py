@@ -246,6 +246,6 @@ def _log_passed(report: QualityReport) -> None:
     )
     if report.is_within_noise:
         logger.warning(
-            "the 95 %% interval of the AUC or of the NE reaches beyond the threshold: on other samples this package "
+            "the 95 % interval of the AUC or of the NE reaches beyond the threshold: on other samples this package "
             "could have been refused; certify on more"
         )

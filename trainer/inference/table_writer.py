@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
+import numpy as np
 import torch
 
 from trainer.inference.export_options import SEARCHED_PRECISIONS
@@ -29,10 +30,10 @@ from trainer.inference.quantizers import (
     quantize_rows,
     scales_and_biases,
 )
-from trainer.inference.trained_model import TrainedModel, TrainedTable
+from trainer.inference.trained_model import Floats, TrainedModel, TrainedTable
 
 # Quantized and measured at once: little memory, and enough for some threads.
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,11 @@ def _write_table(
     model: TrainedModel, table: TrainedTable, choice: TableChoice, writer: _Writer, on_bytes: Callable[[int], None]
 ) -> TableEntry:
     offset, tally = writer.num_bytes, _Tally()
-    chunk_rows = max(1, CHUNK_VALUES // table.dim)
-    for values in model.stream(table.name):
-        for start in range(0, len(values), chunk_rows):
-            # Copied, since torch warns of arrays that it may not write to.
-            piece = torch.from_numpy(values[start : start + chunk_rows].copy())
-            rows = quantize_rows(piece, choice.precision, choice.quantizer)
-            tally.add(piece, rows, choice.precision)
-            writer.write(rows.numpy().data.cast("B"))
-            on_bytes(piece.numel() * 4)
+    for values in _chunks(model.stream(table.name), max(1, CHUNK_VALUES // table.dim)):
+        rows = quantize_rows(values, choice.precision, choice.quantizer)
+        tally.add(values, rows, choice.precision)
+        writer.write(rows.numpy().data.cast("B"))
+        on_bytes(values.numel() * 4)
     error = tally.row_error()
     if not math.isfinite(error.rms):
         raise PackageError(_why_not_finite(table.name, choice.precision, is_finite=tally.is_finite))
@@ -182,6 +179,20 @@ def _write_table(
         row_bytes=row_bytes(choice.precision, table.dim),
         row_error=error,
     )
+
+
+def _chunks(pieces: Iterable[Floats], num_rows: int) -> Iterator[torch.Tensor]:
+    """Yield rows, `num_rows` at a time, however they come: sums over them are then the same to the last bit."""
+    kept: list[Floats] = []
+    for piece in pieces:
+        while len(piece):
+            kept.append(piece[: num_rows - sum(map(len, kept))])
+            piece = piece[len(kept[-1]) :]  # noqa: PLW2901  # what is left of it
+            if sum(map(len, kept)) == num_rows:
+                yield torch.from_numpy(np.concatenate(kept))
+                kept = []
+    if kept:
+        yield torch.from_numpy(np.concatenate(kept))
 
 
 def _why_not_finite(table: str, precision: Precision, *, is_finite: bool) -> str:

@@ -98,10 +98,10 @@ def _log_mix(sensitivity: Sensitivity, chosen: Mapping[str, TableChoice], option
         if option.precision == choice.precision
     )
     logger.info(
-        "auto: AUC %.4f %% and NE %.4f %% of fp32's on %s samples; log loss grows by %.2e, by single tables %.2e",
+        "auto: AUC %.4f %% and NE %.4f %% of fp32's on %s samples; expected log loss grows by %.2e, by table %.2e",
         comparison.auc_ratio.value * 100,
         comparison.ne_ratio.value * 100,
         f"{comparison.num_samples:,}",
-        comparison.candidate.logloss - comparison.reference.logloss,
+        sensitivity.expected_increase(chosen),
         parts,
     )

@@ -100,6 +100,10 @@ class Sensitivity:
         """Compare the model whose tables are stored so (fp32 where none is given) with the fp32 model."""
         return compare_scores(self.reference_logits, self.logits(choices), self.labels)
 
+    def expected_increase(self, choices: Mapping[str, TableChoice]) -> float:
+        """Return how much the log loss grows with these tables, were the fp32 model's probabilities the true ones."""
+        return float(expected_loss_increases(self.reference_logits, self.logits(choices)).mean())
+
     def logits(self, choices: Mapping[str, TableChoice]) -> Logits:
         """Return logits [N] of the sample with these tables in other precisions."""
         pools = {self._numbers[name]: self._pool(self._numbers[name], choice) for name, choice in choices.items()}

@@ -169,20 +169,19 @@ def test_choices_follow_the_times_and_do_not_change_for_noise() -> None:
 
 def test_a_way_that_falls_behind_more_and_more_is_not_timed_at_larger_sizes() -> None:
     sizes = (1, 2, 4, 8)
-    loops = {"fast": [1, 1, 1, 1], "late": [60, 20, 3, 0], "slow": [10, 60, 60, 60]}
-        "fast": {1: 1, 2: 1, 4: 1, 8: 1},
-        "late": {1: 40, 2: 20, 4: 10, 8: 0},
-        "slow": {1: 10, 2: 20, 4: 40, 8: 80},
-    }
+    seconds = {"fast": [1, 1, 1, 1], "late": [60, 20, 3, 0.5], "slow": [10, 60, 60, 60]}
+    now_s = 0.0
 
     def way(name):
         def run(size):
-            for _ in range(20_000 * loops[name][sizes.index(size)]):
-                pass
+            nonlocal now_s
+            now_s += seconds[name][sizes.index(size)]
 
         return run
 
-    times = time_ways({name: way(name) for name in loops}, lambda size: [(size,), (size,)], sizes)
-    assert set(times["fast"]) == set(times["late"]) == set(sizes)
-    assert set(times["slow"]) == {1, 2}
-    assert choose_ways(times)[-1] == (8, "late")
+    runs = {name: way(name) for name in seconds}
+    times = time_ways(runs, lambda size: [(size,), (size,)], sizes, clock=lambda: now_s)
+    assert times["fast"] == dict.fromkeys(sizes, 1)
+    assert times["late"] == dict(zip(sizes, seconds["late"], strict=True))
+    assert times["slow"] == {1: 10, 2: 60}
+    assert choose_ways(times) == [(4, "fast"), (8, "late")]

@@ -152,6 +152,7 @@ def time_ways(
     batches_of: Callable[[int], list[Inputs]],
     sizes: Sequence[int] = BATCH_SIZES,
     hopeless: float = HOPELESS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, float]]:
     """Return the median seconds of a call, by way and batch size; ways take turns, so that all see the same machine."""
     times: dict[str, dict[int, float]] = {name: {} for name in runs}
@@ -159,9 +160,10 @@ def time_ways(
     for size in sizes:
         batches = batches_of(size)
         with torch.inference_mode():
-            repeats = {name: _repeats(run, batches[0]) for name, run in running.items()}
+            repeats = {name: _repeats(run, batches[0], clock) for name, run in running.items()}
             rounds = [
-                {name: _time(run, batches, repeats[name]) for name, run in running.items()} for _ in range(NUM_ROUNDS)
+                {name: _time(run, batches, repeats[name], clock) for name, run in running.items()}
+                for _ in range(NUM_ROUNDS)
             ]
         for name in running:
             times[name][size] = statistics.median(found[name] for found in rounds)
@@ -200,17 +202,17 @@ def example_batches(package: Package, num_samples: int, bag_ids: int = 1) -> lis
     return batches
 
 
-def _repeats(run: RunGraph, batch: Inputs) -> int:
+def _repeats(run: RunGraph, batch: Inputs, clock: Callable[[], float]) -> int:
     """Warm a way up and return how many calls make a round."""
     for _ in range(3):
-        begin_s = time.perf_counter()
+        begin_s = clock()
         run(*batch)
-        elapsed_s = time.perf_counter() - begin_s
+        elapsed_s = clock() - begin_s
     return max(1, int(_ROUND_S / elapsed_s))
 
 
-def _time(run: RunGraph, batches: list[Inputs], repeats: int) -> float:
-    begin_s = time.perf_counter()
+def _time(run: RunGraph, batches: list[Inputs], repeats: int, clock: Callable[[], float]) -> float:
+    begin_s = clock()
     for number in range(repeats):
         run(*batches[number % len(batches)])
-    return (time.perf_counter() - begin_s) / repeats
+    return (clock() - begin_s) / repeats

@@ -30,12 +30,12 @@ from trainer.inference.package import (
     read_package,
     write_manifest,
 )
-from trainer.inference.package_writer import add_encoding, vocabulary_files, with_files, write_model
+from trainer.inference.package_writer import add_encoding, vocabulary_bytes, with_files, write_model
 from trainer.inference.table_writer import TableChoice
 from trainer.inference.trained_model import TrainedModel, open_trained_model
 from trainer.local_files import free_local_bytes, make_local_folder, remove_local_folder, sync_folder
 from trainer.same_columns import check_same_columns
-from trainer.storage import file_size, write_json, write_text
+from trainer.storage import write_json, write_text
 
 logger = logging.getLogger(__name__)
 # What a disk may lack after all, for reports, the sample and the file system's own records.
@@ -191,7 +191,11 @@ def _sync_files(package: Package) -> None:
 
 
 def _require_space(export: _Export) -> None:
-    """Raise a PackageError where the disk is too small for the package and what is written on the way."""
+    """Make sure that the disk has room for the package and what is written on the way.
+
+    Raises:
+        PackageError: it has not, or a vocabulary is missing.
+    """
     tables = export.model.tables.values()
     fp32_bytes = sum(table.fp32_bytes for table in tables)
     if export.options.size_budget is not None:
@@ -199,8 +203,7 @@ def _require_space(export: _Export) -> None:
     else:
         num_bytes = sum(export.fixed[table.name].num_bytes(table.rows, table.dim) for table in tables)
     dense_bytes = sum(named.tensor.num_bytes for named in export.model.dense)
-    vocabulary_bytes = sum(file_size(join(export.dataset.folder, file)) for file in vocabulary_files(export.dataset))
-    needed = num_bytes + dense_bytes + vocabulary_bytes + SPARE_BYTES
+    needed = num_bytes + dense_bytes + vocabulary_bytes(export.dataset) + SPARE_BYTES
     also = ""
     if export.has_reference:
         needed += fp32_bytes + dense_bytes

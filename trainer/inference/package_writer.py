@@ -30,7 +30,7 @@ from trainer.inference.sample import make_sample
 from trainer.inference.table_writer import TableChoice, write_tables
 from trainer.inference.trained_model import TrainedModel
 from trainer.local_files import make_local_folder
-from trainer.storage import write_file, write_json, write_text
+from trainer.storage import exists, file_size, write_file, write_json, write_text
 
 _COPY_BYTES = 4 << 20
 _VERSIONED = ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "safetensors")
@@ -103,19 +103,30 @@ def with_files(package: Package, names: list[str]) -> Package:
     return Package(package.folder, package.manifest.model_copy(update={"files": files}))
 
 
-def vocabulary_files(dataset: Dataset) -> dict[str, int]:
+def vocabulary_bytes(dataset: Dataset) -> int:
+    """Return the size of a data set's vocabularies, all together.
+
+    Raises:
+        PackageError: one is missing.
+    """
+    paths = [join(dataset.folder, file) for file in _vocabulary_files(dataset)]
+    missing = [path for path in paths if not exists(path)]
+    if missing:
+        raise PackageError(f"vocabulary {missing[0]} is missing; restore it or preprocess the data again")
+    return sum(map(file_size, paths))
+
+
+def _vocabulary_files(dataset: Dataset) -> dict[str, int]:
     """Return the checksums of a data set's vocabularies by their paths in it."""
     stats = dataset.manifest.categorical_stats.values()
     return {found.vocabulary_file: found.vocabulary_crc32 or 0 for found in stats if found.vocabulary_file is not None}
 
 
 def _copy_vocabularies(dataset: Dataset, folder: str) -> list[str]:
-    found = vocabulary_files(dataset)
+    found = _vocabulary_files(dataset)
     for file, crc32 in found.items():
         make_local_folder(os.path.dirname(join(folder, file)))
         source = join(dataset.folder, file)
-        if not path_manager.exists(source):
-            raise PackageError(f"vocabulary {source} is missing; restore it or preprocess the data again")
         if _copy(source, join(folder, file)) != crc32:
             raise PackageError(
                 f"vocabulary {source} was changed after it was written (checksum differs from the manifest's); restore "

@@ -125,7 +125,7 @@ def train_runs(options: argparse.Namespace, folder: str) -> list[str]:
     runs = []
     for seed in options.seeds:
         run = os.path.join(folder, f"run_{seed}")
-        command = ["train", "--recipe", "quickstart", "--nproc-per-node", str(options.nproc)]
+        command = ["train", "--recipe", "quickstart", "--nproc", str(options.nproc)]
         command += [f"--data.path={options.data}", f"--seed={seed}", f"--output.run_dir={run}"]
         command += ["--output.tensorboard=false"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -74,7 +74,7 @@ def _tiles(report: QualityReport) -> str:
     passed = not report.failures
     limits = report.thresholds
     asked = f"asked: {limits.min_auc_ratio * 100:.6g} % of the AUC, {limits.max_ne_ratio * 100:.6g} % of the NE"
-    error = _figure(comparison.auc_difference_error)
+    error = _figure((auc.high - auc.low) / 2 * comparison.reference.auc)
     return "".join(
         [
             _tile("Verdict", "Certified" if passed else "Refused", asked, "good" if passed else "bad"),
@@ -249,7 +249,7 @@ def _table_row(table: TableFigures, tried: Sequence[str], most: float) -> str:
         ("size", size(table.num_bytes)),
         ("row error", percent(table.row_error, 2)),
         ("AUC", _signed(table.chosen.auc_change) if table.chosen else NO_FIGURE),
-        ("loss", f"{bar}{_figure(table.expected_increase)}"),
+        ("loss", f'{bar}<span class="figure">{_figure(table.expected_increase)}</span>'),
         *((f"in {p}", _figure(by_precision[p]) if p in by_precision else NO_FIGURE) for p in tried),
     ]
     text = "".join(

@@ -15,6 +15,8 @@ from trainer.storage import exists, list_folder, read_json
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+# A package has a config, too, that of its run.
+PACKAGE = "package.json"
 LATEST, BEST = "latest", "best"
 MAX_NAMED = 5
 
@@ -30,6 +32,8 @@ def find_folder(run: str) -> CheckpointFolder:
         NoRunError: it is neither; names the runs near by.
     """
     run = run.rstrip("/") or "/"
+    if exists(join(run, PACKAGE)):
+        raise NoRunError(f"{run} is a package, not a run; `papilio package show {run}` says which run it was made of")
     if exists(join(run, CONFIG)):
         return CheckpointFolder(_configured(read_json(join(run, CONFIG))) or join(run, CHECKPOINTS))
     names = list_folder(run)
@@ -129,7 +133,7 @@ def _no_run(run: str, *, is_there: bool) -> str:
 
 def _runs_in(folder: str) -> list[str]:
     try:
-        return [name for name in list_folder(folder) if exists(join(folder, name, CONFIG))]
+        return [name for name in list_folder(folder) if _is_run(join(folder, name))]
     except OSError:  # forbidden, or a file
         return []
 
@@ -138,3 +142,7 @@ def _listed(names: list[str]) -> str:
     """The last of these, which are the newest."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[-MAX_NAMED:]) + more
+
+
+def _is_run(folder: str) -> bool:
+    return exists(join(folder, CONFIG)) and not exists(join(folder, PACKAGE))

@@ -189,18 +189,23 @@ def _refusal(report: QualityReport, mix: Mix | None) -> str:
         lines.append(
             "  the 95 % intervals reach the thresholds: on other samples it might have passed; more would tell"
         )
-    costly = sorted(report.tables, key=lambda table: -table.expected_increase)[:NUM_NAMED_TABLES]
     total = sum(table.expected_increase for table in report.tables)
+    if total > 0:
+        lines += _costly_tables(report, total)
+    lines.append(_way_out(report, mix))
+    return "\n".join(lines)
+
+
+def _costly_tables(report: QualityReport, total: float) -> list[str]:
     sample = report.table_sample
-    lines.append(f"the tables that cost most, each alone, on {sample.num_samples:,} samples of split {sample.split}:")
-    for table in costly:
+    lines = [f"the tables that cost most, each alone, on {sample.num_samples:,} samples of split {sample.split}:"]
+    for table in sorted(report.tables, key=lambda table: -table.expected_increase)[:NUM_NAMED_TABLES]:
         if table.expected_increase > 0 and table.chosen is not None:
             lines.append(
                 f"  {table.name} in {table.precision}: {table.expected_increase:.2e} nats of log loss a sample "
                 f"({percent(table.expected_increase / total, 0)} of all tables'), AUC {table.chosen.auc_change:+.6f}"
             )
-    lines.append(_way_out(report, mix))
-    return "\n".join(lines)
+    return lines
 
 
 def _way_out(report: QualityReport, mix: Mix | None) -> str:

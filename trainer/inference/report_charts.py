@@ -13,7 +13,7 @@ from sharding.reports.figures import size
 from trainer.inference.report import CalibrationPoint, Histogram, Ratio, Scatter, TableFigures, percent
 
 WIDTH, HEIGHT = 500, 310
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 76, 14, 14, 44
 # Losses are drawn on a logarithmic scale; a millionth of the largest is next to nothing.
 LOSS_RANGE = 1e-6
 MINUS = "\N{MINUS SIGN}"

@@ -164,11 +164,11 @@ def _intervals(report: QualityReport) -> str:
 def _differences(report: QualityReport) -> str:
     found = report.comparison.differences
     items = [
-        (f"{float(share) * 100:g} % change by less than", _figure(v)) for share, v in found.absolute_quantiles.items()
+        (f"{float(share) * 100:g} % change less than", _figure(v)) for share, v in found.absolute_quantiles.items()
     ]
     items += [
         ("largest change", _figure(found.max_absolute)),
-        ("mean change", _signed(found.mean)),
+        ("mean, with the sign", _signed(found.mean)),
         ("rank correlation", f"{found.rank_correlation:.7f}"),
     ]
     return "".join(f"<div><span>{name}</span><b>{value}</b></div>" for name, value in items)
@@ -194,7 +194,7 @@ def _calibration_table(report: QualityReport) -> str:
     shown = sorted({*range(0, len(pairs), 4), len(pairs) - 1})
     rows = (
         (
-            f"part {number + 1}",
+            f"part&nbsp;{number + 1}",
             f"{pairs[number][0].predicted:.4f}",
             f"{pairs[number][1].predicted:.4f}",
             f"{pairs[number][0].observed:.4f}",

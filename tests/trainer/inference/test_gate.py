@@ -183,7 +183,10 @@ def test_a_dense_part_that_is_not_the_trained_one_is_not_blamed_on_tables(run, t
         save_file({name: -values for name, values in tensors.items()}, package.path(DENSE))
 
     with pytest.raises(GateError, match=r"no precision of tables would pass: .* its dense part is not the trained one"):
-        check(run, tmp_path, all_tables("int8"), 0.999, spoil=negate)
+        check(run, tmp_path / "int8", all_tables("int8"), 0.999, spoil=negate)
+    with pytest.raises(GateError) as refused:
+        check(run, tmp_path / "fp32", {}, 0.999, spoil=negate)
+    assert "cost most" not in str(refused.value)
 
 
 def test_a_destroyed_table_is_refused_and_named_and_nothing_is_left(fragile_run, tmp_path):

@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ VARIANTS = ((1, "passive", "shared"), (1, "passive", "private"), (2, "passive", 
 WAITS: dict[str, dict[str, str]] = {"passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}, "spin": {}}
 # Rows are measured again, as often as `--passes` says, if other processes kept more than this of the cores busy.
 MAX_OTHER_CORES = 0.1
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ def sets_of(name: str, package: str, all_copies: list[int]) -> list[Row]:
 def write_shape(folder: str, shape: Shape, rows_scale: float) -> str:
     """Write a package of a shape."""
     rows = max(1000, int(shape.rows * rows_scale))
-    column = {"multi_hot": True, "kind": "integer", "encoding": "identity", "num_buckets": rows}
+    column: dict[str, Any] = {"multi_hot": True, "kind": "integer", "encoding": "identity", "num_buckets": rows}
     schema = Schema(
         dense=tuple(DenseColumn(name=f"d{i}", transform="identity") for i in range(shape.num_dense)),
-        categorical=tuple(CategoricalColumn(name=f"c{i}", **column) for i in range(shape.num_tables)),  # type: ignore[arg-type]
+        categorical=tuple(CategoricalColumn(name=f"c{i}", **column) for i in range(shape.num_tables)),
     )
     model = ModelConfig(embedding_dim=shape.dim, dense_arch_layer_sizes=shape.bottom, over_arch_layer_sizes=shape.top)
     make_package(folder, schema, model, [{"d0": 1.0, "c0": [5, 7]}])

@@ -77,7 +77,16 @@ def make_package(
     _write(folder, SCHEMA, json.loads(schema.model_dump_json()))
     _write(folder, CONFIG, {"model": model.model_dump(mode="json")})
     files += [DENSE, SCHEMA, CONFIG]
-    manifest = PackageManifest(
+    described = {TABLES: tables_file, **describe_files(folder, files)}
+    manifest = _manifest(schema, model, tables, name, seed).model_copy(update={"files": described})
+    _write(folder, SAMPLE, _sample(Package(folder, manifest), sample))
+    sample_files = describe_files(folder, [SAMPLE])
+    write_manifest(manifest.model_copy(update={"files": {**manifest.files, **sample_files}}), folder)
+    return read_package(folder)
+
+
+def _manifest(schema: Schema, model: ModelConfig, tables: list[TableEntry], name: str, seed: int) -> PackageManifest:
+    return PackageManifest(
         papilio_version="random",
         transform_version=TRANSFORM_VERSION,
         made_at="2026-11-21T00:00:00+00:00",
@@ -87,12 +96,8 @@ def make_package(
         tables=tuple(tables),
         source=Source(run="none", checkpoint=f"seed_{seed}", step=0, data="none"),
         versions={},
-        files={TABLES: tables_file, **describe_files(folder, files)},
+        files={},
     )
-    _write(folder, SAMPLE, _sample(Package(folder, manifest), sample))
-    sample_files = describe_files(folder, [SAMPLE])
-    write_manifest(manifest.model_copy(update={"files": {**manifest.files, **sample_files}}), folder)
-    return read_package(folder)
 
 
 def _sample(package: Package, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

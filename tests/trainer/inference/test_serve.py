@@ -270,9 +270,13 @@ def test_a_swap_under_load_fails_no_request_and_a_bad_package_never_takes_over(p
     assert server.stop() == 0
 
 
-def test_sigterm_under_load_fails_no_request(packages, tmp_path) -> None:
-    server = ServerProcess(tmp_path / "log", packages[0], watch_s=0.1).wait_until_ready()
+def test_a_watched_link_is_followed_and_sigterm_under_load_fails_no_request(packages, tmp_path) -> None:
+    link = tmp_path / "current"
+    link_to(link, packages[1])
+    server = ServerProcess(tmp_path / "log", str(link), watch_s=0.05).wait_until_ready()
     load = Load(server, num_clients=10)
+    link_to(link, packages[0])
+    server.wait_for("package shop@seed_0 replaces shop@seed_1")  # it watches the link by itself
     load.wait_for(200)
     server.process.terminate()
     load.join()

@@ -6,6 +6,7 @@ python -m trainer.inference.serving.main '{"package": "pkg/", "port": 8000}'
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from trainer.inference.serving.metrics import Metrics, make_shared_cells
 from trainer.inference.serving.serve_options import ServeOptions
 from trainer.inference.serving.worker_group import Worker, run_workers
 
+PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 INSTALL_HINT = 'the server is not installed: pip install "papilio[serve]"'
 
 
@@ -29,6 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("trainer").setLevel(logging.INFO)
     # Until there is something to swap it means nothing; by default it would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Read by libgomp when torch is loaded. Threads that spin while they wait take the cores from the other processes of
+    # this server, and of others: two copies of two threads on two cores are then 20 to 100 times slower
+    # (benchmarks/colocation.py).
+    for name, value in PASSIVE_WAITS.items():
+        os.environ.setdefault(name, value)
     options = ServeOptions.model_validate_json(arguments[0])
     try:
         if len(arguments) > 1:

@@ -26,6 +26,8 @@ from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
+# For what is being scored; the thread is a daemon, so that a model that hangs does not keep the process.
+_JOIN_TIMEOUT_S = 10.0
 Scores = NDArray[np.float32]
 # JSON objects, or an Arrow table.
 Content: TypeAlias = list[Record] | pa.Table
@@ -102,7 +104,7 @@ class MicroBatcher:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_JOIN_TIMEOUT_S)
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:

@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from trainer.inference.sample_check import load_checked_scorer
+from trainer.inference.scorer import Scorer
 from trainer.inference.serving.app import ServingApp
 from trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
@@ -104,9 +105,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
     torch.set_num_threads(options.threads)
     scorer = load_checked_scorer(options.package, is_exact=options.exact)
     config = uvicorn.Config(
-        "unused",
-        http="auto",
-        loop="auto",
+        "set below, when there is an event loop",
         ws="none",
         lifespan="off",
         log_config=None,
@@ -116,31 +115,37 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(options.stop_timeout_s)),
     )
-
-    async def run() -> None:
-        batcher = MicroBatcher(scorer, options, metrics)
-        config.app = app = ServingApp(batcher, options, metrics)
-
-        def on_started() -> None:
-            metrics.set_gauge("is_ready", 1)
-            logger.info(
-                "%s (%s) is served on %s by process %d", scorer.label, scorer.form, address_of(listener), os.getpid()
-            )
-
-        server = _Server(config, app, listener, options.drain_s, on_started)
-        tasks = _begin_tasks(options, batcher, metrics)
-        if parent is not None:
-            asyncio.get_running_loop().add_reader(parent, _on_orphaned, server, parent)
-        await server.serve([listener])
-        metrics.set_gauge("is_ready", 0)
-        for task in tasks:
-            task.cancel()
-        batcher.close()
-
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(run())
+        runner.run(_run(config, scorer, options, listener, metrics, parent))
     _log_summary(metrics)
     return 0
+
+
+async def _run(
+    config: uvicorn.Config,
+    scorer: Scorer,
+    options: ServeOptions,
+    listener: socket.socket,
+    metrics: Metrics,
+    parent: int | None,
+) -> None:
+    batcher = MicroBatcher(scorer, options, metrics)
+    config.app = app = ServingApp(batcher, options, metrics)
+
+    def on_started() -> None:
+        metrics.set_gauge("is_ready", 1)
+        place = f"{address_of(listener)} by process {os.getpid()}"
+        logger.info("%s (%s) is served on %s", scorer.label, scorer.form, place)
+
+    server = _Server(config, app, listener, options.drain_s, on_started)
+    tasks = _begin_tasks(options, batcher, metrics)
+    if parent is not None:
+        asyncio.get_running_loop().add_reader(parent, _on_orphaned, server, parent)
+    await server.serve([listener])
+    metrics.set_gauge("is_ready", 0)
+    for task in tasks:
+        task.cancel()
+    batcher.close()
 
 
 def address_of(listener: socket.socket) -> str:

@@ -184,7 +184,7 @@ def _passing(
 
 
 def _refusal(report: QualityReport, mix: Mix | None) -> str:
-    lines = [f"the package is not written: {'; '.join(report.failures)}"]
+    lines = ["the package is not written:", *(f"  {failure}" for failure in report.failures)]
     if report.is_within_noise:
         lines.append(
             "  the 95 % intervals reach the thresholds: on other samples it might have passed; more would tell"

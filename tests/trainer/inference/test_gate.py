@@ -155,9 +155,9 @@ def test_a_package_of_two_bits_is_refused(run, tmp_path):
         check(run, tmp_path, all_tables("int2"), 0.999)
     message = str(refused.value)
     assert re.match(
-        r"the package is not written: its AUC is 0\.\d{6}, 9\d\.\d{4} % of the fp32 model's 0\.\d{6}", message
+        r"the package is not written:\n  its AUC is 0\.\d{6}, 9\d\.\d{4} % of the fp32 model's 0\.\d{6}", message
     )
-    assert "where 99.9000 % is asked for; its NE is" in message
+    assert "where 99.9000 % is asked for\n  its NE is" in message
     assert "where at most 100.1000 % is allowed" in message
     assert "each alone, on 2,100 samples of split test:" in message
 

@@ -29,9 +29,10 @@ import torch
 from benchmarks.random_package import make_package
 from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 from trainer.config import ModelConfig
-from trainer.inference.flat_model import build_flat_model
+from trainer.inference.flat_model import FP32_OUTPUT, TableLookup, build_flat_model
 from trainer.inference.formats.build_options import DENSE_ARITHMETICS
 from trainer.inference.formats.fastest import choose_ways, example_batches, time_ways
+from trainer.inference.formats.predictor import RunGraph
 from trainer.inference.formats.ways import WAYS, run_of_model
 from trainer.inference.package import Package, PackageError, read_package
 
@@ -45,6 +46,8 @@ SHAPES = {
 }
 BASELINE = "fp32 tables, eager"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# fbgemm_gpu.split_embedding_configs.SparseType.BF16
+BF16_OUTPUT = 5
 NUM_PROCESSES = (1, 2, 4)
 PARTS = ("lookups", "model", "load")
 
@@ -70,35 +73,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = os.path.join(options.folder or temporary, options.shape)
         os.makedirs(folder, exist_ok=True)
-        print(
-            f"{options.shape}, {options.threads} thread(s), torch {torch.__version__}, {_processor()}, {options.clock} time",
-            flush=True,
-        )
+        print(f"{options.shape}, {options.threads} thread(s), {options.clock} time, torch {torch.__version__}")
+        print(_processor(), flush=True)
         parts = {"lookups": compare_lookups, "model": compare_models, "load": compare_loads}
         for part in options.parts:
             parts[part](folder, options)
 
 
 def compare_lookups(folder: str, options: argparse.Namespace) -> None:
-    """Print microseconds of looking up all tables, by precision."""
-    packages = {precision: _package(folder, options.shape, precision) for precision in PRECISIONS}
-    lookups = {precision: build_flat_model(package).lookup for precision, package in packages.items()}
+    """Print microseconds of FBGEMM's lookup of all tables: the operator alone, and with the check of ids before it."""
+    lookups = {
+        precision: build_flat_model(_package(folder, options.shape, precision)).lookup for precision in PRECISIONS
+    }
     for lookup in lookups.values():
         lookup.weights[::4096].sum()
-    runs = {
-        precision: lambda dense, ids, lengths, lookup=lookup: (lookup(ids, lengths), None)
-        for precision, lookup in lookups.items()
-    }
-    print("\nlookups of all tables, microseconds; ratio of fp32's time to int8's\n")
-    print("| samples | ids a bag | " + " | ".join(PRECISIONS) + " | int8 is faster by |")
-    print("|---" * (len(PRECISIONS) + 3) + "|")
+    runs = {precision: _operator(lookup, FP32_OUTPUT) for precision, lookup in lookups.items()}
+    runs["int8, bf16 out"] = _operator(lookups["int8"], BF16_OUTPUT)
+    runs["int8, ids checked"] = lambda dense, ids, lengths: (lookups["int8"](ids, lengths), dense)
+    print("\nlookups of all tables by one call, microseconds (in brackets: fp32's time over it)\n")
+    print("| samples | ids a bag | " + " | ".join(runs) + " |")
+    print("|---" * (len(runs) + 2) + "|")
+    package = _package(folder, options.shape, "int8")
     for bag_ids in BAG_IDS:
-        # All have tables of the same rows, so any package's batches do.
-        batches = {size: example_batches(packages["int8"], size, bag_ids) for size in SIZES}
+        # All packages have tables of the same rows.
+        batches = {size: example_batches(package, size, bag_ids) for size in SIZES}
         times = time_ways(runs, batches.__getitem__, SIZES, math.inf, CLOCKS[options.clock])
         for size in SIZES:
-            cells = " | ".join(f"{1e6 * times[precision][size]:,.0f}" for precision in PRECISIONS)
-            print(f"| {size} | {bag_ids} | {cells} | {times['fp32'][size] / times['int8'][size]:.2f} |", flush=True)
+            cells = (f"{1e6 * times[name][size]:,.0f} ({times['fp32'][size] / times[name][size]:.2f})" for name in runs)
+            print(f"| {size} | {bag_ids} | {' | '.join(cells)} |", flush=True)
+
+
+def _operator(lookup: TableLookup, output_dtype: int) -> RunGraph:
+    """FBGEMM's operator on ids that are known to be sound."""
+    offsets: dict[int, torch.Tensor] = {}
+
+    def run(dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(lengths) not in offsets:
+            offsets[len(lengths)] = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        return lookup.call_operator(ids, offsets[len(lengths)], output_dtype), dense
+
+    return run
 
 
 def compare_models(folder: str, options: argparse.Namespace) -> None:

@@ -62,7 +62,23 @@ class TableLookup(nn.Module):
         # Not -1, which is ambiguous for a batch of no samples.
         lengths_FB = lengths.view(self.num_features, lengths.shape[0] // self.num_features)
         known = ids.masked_fill(self._is_unknown(ids, lengths_FB), 0)
-        pooled: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
+        pooled = self.call_operator(known, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths), FP32_OUTPUT)
+        pooled = pooled.view(-1, self.num_features, self.dim)
+        if not self._has_means:
+            return pooled
+        # The operator knows one kind of pooling for all tables.
+        divisors_FB = lengths_FB.clamp_min(1).masked_fill(~self.is_mean[:, None], 1)
+        return pooled.div_(divisors_FB.T[:, :, None])
+
+    def call_operator(self, ids: torch.Tensor, offsets: torch.Tensor, output_dtype: int) -> torch.Tensor:
+        """Return sums [B, F * D] by FBGEMM's operator alone, which reads whatever memory a wrong id points to.
+
+        Args:
+            ids: [V] int32, each a row of its table.
+            offsets: [F * B + 1] int32, where the bags begin.
+            output_dtype: as FBGEMM counts types.
+        """
+        sums: torch.Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             dev_weights=self.weights,
             uvm_weights=self.elsewhere,
             weights_placements=self.places,
@@ -75,20 +91,16 @@ class TableLookup(nn.Module):
             max_int8_D=self._largest_dims["int8"],
             max_float16_D=self._largest_dims["fp16"],
             max_float32_D=self._largest_dims["fp32"],
-            indices=known,
-            offsets=torch.ops.fbgemm.asynchronous_complete_cumsum(lengths),
+            indices=ids,
+            offsets=offsets,
             pooling_mode=SUM_POOLING,
             indice_weights=None,
-            output_dtype=FP32_OUTPUT,
+            output_dtype=output_dtype,
             lxu_cache_weights=None,
             lxu_cache_locations=None,
             row_alignment=ROW_ALIGNMENT,
-        ).view(-1, self.num_features, self.dim)
-        if not self._has_means:
-            return pooled
-        # The operator knows one kind of pooling for all tables.
-        divisors_FB = lengths_FB.clamp_min(1).masked_fill(~self.is_mean[:, None], 1)
-        return pooled.div_(divisors_FB.T[:, :, None])
+        )
+        return sums
 
     def num_unknown_ids(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return how many ids are out of range, a scalar int64; arguments as of `forward`."""

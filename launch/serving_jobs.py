@@ -11,7 +11,7 @@ from launch.given_options import build_options, given_options
 from launch.usage import require_files, require_folder
 from trainer.inference.package import read_package
 from trainer.inference.predict_options import PredictOptions
-from trainer.inference.serving.serve_options import ServeOptions
+from trainer.inference.serving.serve_options import PASSIVE_WAITS, ServeOptions
 
 
 def run_predict(namespace: argparse.Namespace) -> int:
@@ -21,6 +21,8 @@ def run_predict(namespace: argparse.Namespace) -> int:
     require_files("--input", options.inputs)
     if options.data is not None:
         require_folder("--data", options.data, "`papilio preprocess` or `papilio generate`")
+    for name, value in PASSIVE_WAITS.items():
+        os.environ.setdefault(name, value)
     return run_module("trainer.inference.predict", [options.model_dump_json()])
 
 

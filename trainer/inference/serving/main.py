@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 from trainer.inference.package import PackageError, read_package
 from trainer.inference.serving.metrics import Metrics, make_shared_cells
-from trainer.inference.serving.serve_options import ServeOptions
+from trainer.inference.serving.serve_options import PASSIVE_WAITS, ServeOptions
 from trainer.inference.serving.worker_group import Worker, run_workers
 
-PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 INSTALL_HINT = 'the server is not installed: pip install "papilio[serve]"'
 
 
@@ -31,9 +30,6 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("trainer").setLevel(logging.INFO)
     # Until there is something to swap it means nothing; by default it would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # Read by libgomp when torch is loaded. Threads that spin while they wait take the cores from the other processes of
-    # this server, and of others: two copies of two threads on two cores are then 20 to 100 times slower
-    # (benchmarks/colocation.py).
     for name, value in PASSIVE_WAITS.items():
         os.environ.setdefault(name, value)
     options = ServeOptions.model_validate_json(arguments[0])

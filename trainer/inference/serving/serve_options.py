@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# For the environment of a process before it loads torch, and with it libgomp. Threads that spin while they wait take
+# the cores from other processes: two copies of two threads on two cores are then 20 to 100 times slower
+# (benchmarks/colocation.py).
+PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
 
 class ServeOptions(BaseModel):
     """A server and its limits."""

@@ -25,6 +25,8 @@ __all__ = ["describe", "describe_tables", "joined", "reading", "utc_now"]
 MAX_TABLES = 32
 NUM_LARGEST = 12
 HEADINGS = ["table", "rows", "dim", "pooling", "precision", "size", "of fp32", "row error", "largest"]
+# The first of these columns goes first where the terminal is too narrow for all.
+DISPENSABLE = ("largest", "pooling", "dim")
 LEFT_ALIGNED = {"table", "pooling", "precision"}
 
 
@@ -60,11 +62,17 @@ def describe_tables(tables: Sequence[TableEntry], columns: int, *, show_all: boo
         largest = sorted(listed, key=lambda table: -table.num_bytes)[:NUM_LARGEST]
         rest = [table for table in listed if table not in largest]
         listed = [table for table in listed if table in largest]
-    cells = [HEADINGS, *([*_table_cells(table)] for table in listed)]
+    cells = [HEADINGS, *map(_table_cells, listed)]
     if rest:
-        cells.append([f"{len(rest)} smaller", "", "", "", _kinds(rest), *_size_cells(rest), "", "--all"])
+        cells.append([f"{len(rest)} smaller", "", "", "", _kinds(rest), *_size_cells(rest), "--all", ""])
     cells.append(["all", f"{sum(table.rows for table in tables):,}", "", "", "", *_size_cells(tables), "", ""])
-    lines = align(cells, [heading in LEFT_ALIGNED for heading in HEADINGS])
+    shown = list(range(len(HEADINGS)))
+    for dispensable in (None, *DISPENSABLE):
+        shown = [place for place in shown if HEADINGS[place] != dispensable]
+        is_left = [HEADINGS[place] in LEFT_ALIGNED for place in shown]
+        lines = align([[row[place] for place in shown] for row in cells], is_left)
+        if max(map(len, lines)) <= columns:
+            break
     return [line if len(line) <= columns else f"{line[: columns - 1]}…" for line in lines]
 
 

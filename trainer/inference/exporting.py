@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # What a disk may lack after all, for reports, the sample and the file system's own records.
 SPARE_BYTES = 16 << 20
 # Below this share of a table's rows a coarse scale is not worth a line.
-SUBNORMAL_SHARE = 0.01
+COARSE_SHARE = 0.01
 MAX_NAMED = 3
 OnBytes = Callable[[int], None]
 
@@ -159,7 +159,7 @@ def _make(export: _Export, folder: str) -> Package:
             quantizer=options.quantizer,
         )
     package = add_encoding(_write("quantize", export, choices, join(folder, "package")), export.dataset)
-    _warn_of_subnormal_scales(package.manifest.tables)
+    _warn_of_coarse_scales(package.manifest.tables)
     if options.has_gate:
         held_out = HeldOut.for_gate(export.dataset)
         result = gate.check(reference or package, package, held_out, min_auc_ratio=options.min_auc_ratio)
@@ -216,20 +216,19 @@ def _require_space(export: _Export) -> None:
         )
 
 
-def _warn_of_subnormal_scales(tables: tuple[TableEntry, ...]) -> None:
+def _warn_of_coarse_scales(tables: tuple[TableEntry, ...]) -> None:
     """Tell of tables whose rows span so little that fp16 holds their scale with few digits."""
-    coarse = [table for table in tables if table.row_error.num_subnormal_rows > SUBNORMAL_SHARE * table.rows]
+    coarse = [table for table in tables if table.row_error.num_coarse_rows > COARSE_SHARE * table.rows]
     if not coarse:
         return
-    coarse.sort(key=lambda table: -table.row_error.num_subnormal_rows)
+    coarse.sort(key=lambda table: -table.row_error.num_coarse_rows)
     named = ", ".join(
-        f"{table.name} ({table.row_error.num_subnormal_rows / table.rows:.0%} of its rows)"
-        for table in coarse[:MAX_NAMED]
+        f"{table.name} ({table.row_error.num_coarse_rows / table.rows:.0%} of its rows)" for table in coarse[:MAX_NAMED]
     )
     more = f" and {len(coarse) - MAX_NAMED} more" if len(coarse) > MAX_NAMED else ""
     logger.info(
-        "rows of %s%s span so little that their scale has fewer than 11 bits in fp16, as of ids never trained; "
-        "if the gate says that it costs much, keep such tables in fp16 (--table NAME=fp16)",
+        "rows of %s%s span so little that their scale, which is fp16, is a coarse one, as of ids never trained; where "
+        "they count, keep such tables in fp16 (--table NAME=fp16)",
         named,
         more,
     )

@@ -71,14 +71,17 @@ class RowError(_Section):
         max_relative: the largest of these.
         rms: root of the mean square of the difference of single values.
         max_absolute: the largest difference of a single value.
-        num_subnormal_rows: rows whose scale is below fp16's normal numbers, and so has fewer than 11 bits.
+        num_coarse_rows: those that span so little that rounding the scale to fp16 may cost more than rounding to codes.
     """
+
+    # Nothing is computed from these: another version may say more.
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     mean_relative: float = 0.0
     max_relative: float = 0.0
     rms: float = 0.0
     max_absolute: float = 0.0
-    num_subnormal_rows: int = 0
+    num_coarse_rows: int = 0
 
 
 class TableEntry(_Section):

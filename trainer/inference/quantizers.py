@@ -20,7 +20,7 @@ from trainer.inference.package import (
     row_bytes,
 )
 
-__all__ = ["QUANTIZERS", "dequantize_rows", "quantize_rows", "row_bytes", "scales_and_biases"]
+__all__ = ["QUANTIZERS", "dequantize_rows", "quantize_rows", "row_bytes", "scales_and_biases", "smallest_fine_span"]
 # FBGEMM's kernels count bytes of the result in int32, so larger tables are cut.
 MINMAX_VALUES = 1 << 22
 # Searched at once by each thread: what stays in its cache.
@@ -30,7 +30,7 @@ GREEDY_SHARE = 0.16
 SHRINKS = (1.0, 0.85, 0.7, 0.55)
 # With 12 in place of 6, errors of normal and t(3) rows fall by less than 0.7 %, at 1.5 times the work (2026-11).
 NUM_REFITS = 6
-SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
+# fp16's least number, and the step of those near it.
 SMALLEST_SCALE = 2.0**-24
 
 
@@ -75,6 +75,12 @@ def scales_and_biases(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scales [n] and biases [n], fp32, of rows of codes."""
     halves = _own(rows[:, :SCALE_AND_BIAS_BYTES]).view(torch.float16).float()
     return halves[:, 0], halves[:, 1]
+
+
+def smallest_fine_span(precision: Precision) -> float:
+    """Return the span of a row below which rounding its scale to fp16 may move a value by more than half a step."""
+    num_steps = (1 << PRECISION_BITS[precision]) - 1
+    return num_steps * num_steps * SMALLEST_SCALE
 
 
 def _own(rows: torch.Tensor) -> torch.Tensor:

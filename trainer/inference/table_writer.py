@@ -25,10 +25,9 @@ from trainer.inference.package import (
     table_offsets,
 )
 from trainer.inference.quantizers import (
-    SMALLEST_NORMAL,
     dequantize_rows,
     quantize_rows,
-    scales_and_biases,
+    smallest_fine_span,
 )
 from trainer.inference.trained_model import Floats, TrainedModel, TrainedTable
 
@@ -70,7 +69,7 @@ class _Tally:
     max_relative: float = 0.0
     squares: float = 0.0
     max_absolute: float = 0.0
-    num_subnormal: int = 0
+    num_coarse: int = 0
     is_finite: bool = True
 
     def add(self, values: torch.Tensor, rows: torch.Tensor, precision: Precision) -> None:
@@ -88,9 +87,8 @@ class _Tally:
         self.squares += float(errors.square().sum())
         self.max_absolute = max(self.max_absolute, float(difference.abs().max()))
         if precision not in {"fp32", "fp16"}:
-            scale, _ = scales_and_biases(rows)
-            varies = values.amax(1) > values.amin(1)
-            self.num_subnormal += int(((scale < SMALLEST_NORMAL) & varies).sum())
+            spans = values.amax(1) - values.amin(1)
+            self.num_coarse += int(((spans > 0) & (spans < smallest_fine_span(precision))).sum())
 
     def row_error(self) -> RowError:
         """Return the figures."""
@@ -99,7 +97,7 @@ class _Tally:
             max_relative=self.max_relative,
             rms=math.sqrt(self.squares / self.num_values),
             max_absolute=self.max_absolute,
-            num_subnormal_rows=self.num_subnormal,
+            num_coarse_rows=self.num_coarse,
         )
 
 

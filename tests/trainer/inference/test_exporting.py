@@ -69,7 +69,7 @@ def test_a_package_holds_the_checkpoint_s_values_and_says_where_they_came_from(t
         expected = [relative.mean(), relative.max(), np.sqrt((difference**2).mean()), np.abs(difference).max()]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert error.mean_relative < 0.01
-        assert error.num_subnormal_rows == 0
+        assert error.num_coarse_rows == 0
 
 
 def test_the_sample_is_answered_as_the_formulas_say(tmp_path, data, trained):
@@ -345,10 +345,12 @@ def test_another_export_to_the_same_output_is_left_alone(tmp_path, trained):
 
 def test_rows_that_span_little_are_told(tmp_path, data, caplog):
     tensors = random_weights(open_dataset(data), make_config(data))
-    tensors["tables.t_a.weight"] *= 1e-3
+    tensors["tables.t_a.weight"] *= 1e-4
     tensors["tables.t_b.weight"] = np.zeros_like(tensors["tables.t_b.weight"])
     run, _ = write_run(tmp_path / "run", data, tensors)
     with caplog.at_level(logging.INFO):
         package = export_package(run, str(tmp_path / "package"), UNCERTIFIED)
-    assert [table.row_error.num_subnormal_rows for table in package.manifest.tables] == [30, 0, 0]
-    assert "rows of t_a (100% of its rows) span so little that their scale has fewer than 11 bits" in caplog.text
+    assert [table.row_error.num_coarse_rows for table in package.manifest.tables] == [30, 0, 0]
+    assert (
+        "rows of t_a (100% of its rows) span so little that their scale, which is fp16, is a coarse one" in caplog.text
+    )

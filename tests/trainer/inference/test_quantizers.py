@@ -7,7 +7,12 @@ import torch
 from tests.support.package_bytes import values_of
 from trainer.inference import quantizers
 from trainer.inference.package import PRECISIONS, PackageError, row_bytes
-from trainer.inference.quantizers import QUANTIZERS, dequantize_rows, quantize_rows, scales_and_biases
+from trainer.inference.quantizers import (
+    QUANTIZERS,
+    dequantize_rows,
+    quantize_rows,
+    smallest_fine_span,
+)
 
 WAYS = [(p, "minmax") for p in PRECISIONS] + [(p, q) for p in ("int4", "int2") for q in ("greedy", "least_squares")]
 # FBGEMM's own greedy search and layout, as another implementation; it puts scale and bias last.
@@ -145,11 +150,16 @@ def test_no_rows_give_no_rows():
         assert dequantize_rows(torch.empty(0, row_bytes(precision, 8), dtype=torch.uint8), precision, 8).shape == (0, 8)
 
 
-def test_scales_of_rows_that_span_little_are_told():
-    scale, bias = scales_and_biases(quantize_rows(torch.tensor([[0.0, 0.51, 0.1, 0.2], [1e-4, 0, 0, 0]]), "int8"))
-    np.testing.assert_allclose(scale.numpy(), [0.002, 1e-4 / 255], rtol=0.1)
-    np.testing.assert_array_equal(bias.numpy(), [0, 0])
-    assert (scale < quantizers.SMALLEST_NORMAL).tolist() == [False, True]
+@pytest.mark.parametrize(("precision", "levels"), [("int8", 255), ("int4", 15), ("int2", 3)])
+def test_rows_that_span_little_have_coarse_scales(precision, levels):
+    """Above the limit the largest error is half a step or a little more, below it the scale's rounding rules."""
+    for factor, is_fine in ((4.0, True), (0.2, False)):
+        spans = smallest_fine_span(precision) * factor * torch.linspace(0.8, 1.2, 400)[:, None]
+        values = torch.rand(400, 16, generator=torch.Generator().manual_seed(0)) * spans
+        values[:, :1], values[:, 1:2] = 0, spans
+        found = values_of(quantize_rows(values, precision, "minmax").numpy(), precision, 16)
+        errors_in_steps = np.abs(found - values.numpy()) / (spans.numpy() / levels)
+        assert (errors_in_steps.max() < 0.7) == is_fine
 
 
 def test_another_precision_is_refused():

@@ -30,7 +30,7 @@ from torch import nn
 
 from data_pipeline.dataset import Dataset, open_dataset
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.inference.comparison import Comparison, compare_scores
+from trainer.inference.comparison import Comparison, compare_scores, expected_loss_increases
 from trainer.inference.export_options import QUANTIZERS
 from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model
 from trainer.inference.formats.dense_ways import for_many_samples
@@ -78,13 +78,17 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one kind of one model."""
+    """What was measured of one kind of one model.
+
+    `expected_increase` of the log loss is free of the labels' noise: the mean divergence of the two predictions.
+    """
 
     kind: str
     run: str
     num_bytes: int
     size_share: float
     row_error: float
+    expected_increase: float
     comparison: Comparison
 
 
@@ -152,7 +156,8 @@ class Study:
         """Score the test split with a kind, and compare."""
         package = self._package(kind)
         tables = package.manifest.tables
-        comparison = compare_scores(self._logits, self._score(self._model(kind)), self._labels)
+        logits = self._score(self._model(kind))
+        comparison = compare_scores(self._logits, logits, self._labels)
         table_bytes = sum(table.num_bytes for table in tables)
         print(f"{self._run}: {kind.name}: AUC {comparison.candidate.auc:.6f}", file=sys.stderr, flush=True)
         return Figures(
@@ -161,6 +166,7 @@ class Study:
             num_bytes=table_bytes + package.manifest.files[DENSE].num_bytes * DENSE_BITS[kind.dense] // 32,
             size_share=table_bytes / sum(table.fp32_bytes for table in tables),
             row_error=float(np.mean([table.row_error.mean_relative for table in tables])),
+            expected_increase=float(expected_loss_increases(self._logits, logits).mean()),
             comparison=comparison,
         )
 
@@ -232,11 +238,12 @@ def first_samples(block: Block, count: int, num_features: int) -> tuple[torch.Te
 def print_table(found: Sequence[Figures], speeds: dict[str, float], batch_size: int, num_runs: int) -> None:
     """Print a line for each kind: means over the runs; of differences also the range, and what sampling does to one."""
     samples = found[0].comparison.num_samples
-    print(f"\n{samples:,} test samples, {num_runs} models; differences from fp32: mean (least to most over models)")
+    print(f"\n{samples:,} test samples, {num_runs} models; differences from fp32: mean (least to most over models);")
+    print("loss: what labels drawn from the fp32 model's probabilities would show, in nats a sample")
     print(
         f"{'tables':<10}{'quantizer':<15}{'dense':<6}{'MiB':>6}{'tables':>8}{'row error':>11}{'AUC':>9}"
-        f"{'AUC change, 1e-6':>30}{'± 1.96 s.e.':>13}{'NE change, 1e-6':>30}{'99 % change less':>18}{'samples/s':>11}"
-        f"   (batch {batch_size})"
+        f"{'AUC change, 1e-6':>30}{'± 1.96 s.e.':>13}{'NE change, 1e-6':>30}"
+        f"{'loss, 1e-6':>12}{'99 % change less':>18}{'samples/s':>11}   (batch {batch_size})"
     )
     for kind in KINDS:
         of_kind = [figures for figures in found if figures.kind == kind.name]
@@ -244,12 +251,14 @@ def print_table(found: Sequence[Figures], speeds: dict[str, float], batch_size: 
         auc = [c.candidate.auc - c.reference.auc for c in comparisons]
         ne = [c.candidate.ne - c.reference.ne for c in comparisons]
         error = 1.96e6 * statistics.mean(c.auc_difference_error for c in comparisons)
+        loss = 1e6 * statistics.mean(figures.expected_increase for figures in of_kind)
         least = statistics.mean(c.differences.absolute_quantiles["0.99"] for c in comparisons)
         print(
             f"{kind.name}{of_kind[0].num_bytes / 2**20:>6.1f}{of_kind[0].size_share:>8.1%}"
             f"{statistics.mean(f.row_error for f in of_kind):>11.2%}"
             f"{statistics.mean(c.candidate.auc for c in comparisons):>9.5f}"
-            f"{_range(auc):>30}{error:>13.1f}{_range(ne):>30}{least:>18.1e}{speeds[kind.name]:>11,.0f}"
+            f"{_range(auc):>30}{error:>13.1f}{_range(ne):>30}"
+            f"{loss:>12.3f}{least:>18.1e}{speeds[kind.name]:>11,.0f}"
         )
 
 

@@ -210,6 +210,16 @@ def test_a_threshold_inside_the_interval_is_noise():
     assert failed.is_within_noise
 
 
+def test_scores_that_rank_alike_but_are_off_fail_by_their_ne():
+    generator = np.random.default_rng(0)
+    first = generator.normal(-1, 1, 2_000)
+    comparison = compare_scores(first, 1.5 * first, generator.random(2_000) < 1 / (1 + np.exp(-first)))
+    (failure,) = make_report(comparison=comparison).failures
+    assert failure.startswith(f"its NE is {comparison.candidate.ne:.6f}, ")
+    assert failure.endswith("where at most 100.1000 % is allowed")
+    assert comparison.auc_ratio.value == 1
+
+
 def test_nan_is_a_failure():
     nan = Ratio(value=math.nan, low=math.nan, high=math.nan)
     comparison = make_comparison().model_copy(update={"auc_ratio": nan})

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,24 +88,28 @@ def compare_lookups(folder: str, options: argparse.Namespace) -> None:
     }
     for lookup in lookups.values():
         lookup.weights[::4096].sum()
-    runs = {precision: _operator(lookup, FP32_OUTPUT) for precision, lookup in lookups.items()}
-    runs["int8, bf16 out"] = _operator(lookups["int8"], BF16_OUTPUT)
-    runs["int8, ids checked"] = lambda dense, ids, lengths: (lookups["int8"](ids, lengths), dense)
     print("\nlookups of all tables by one call, microseconds (in brackets: fp32's time over it)\n")
-    print("| samples | ids a bag | " + " | ".join(runs) + " |")
-    print("|---" * (len(runs) + 2) + "|")
+    print("| samples | ids a bag | " + " | ".join(_lookup_runs(lookups)) + " |")
+    print("|---" * (len(PRECISIONS) + 4) + "|")
     package = _package(folder, options.shape, "int8")
     for bag_ids in BAG_IDS:
         # All packages have tables of the same rows.
         batches = {size: example_batches(package, size, bag_ids) for size in SIZES}
-        times = time_ways(runs, batches.__getitem__, SIZES, math.inf, CLOCKS[options.clock])
+        times = time_ways(_lookup_runs(lookups), batches.__getitem__, SIZES, math.inf, CLOCKS[options.clock])
         for size in SIZES:
-            cells = (f"{1e6 * times[name][size]:,.0f} ({times['fp32'][size] / times[name][size]:.2f})" for name in runs)
+            cells = (f"{1e6 * s[size]:,.0f} ({times['fp32'][size] / s[size]:.2f})" for s in times.values())
             print(f"| {size} | {bag_ids} | {' | '.join(cells)} |", flush=True)
 
 
+def _lookup_runs(lookups: Mapping[str, TableLookup]) -> dict[str, RunGraph]:
+    runs = {precision: _operator(lookup, FP32_OUTPUT) for precision, lookup in lookups.items()}
+    runs["int8, bf16 out"] = _operator(lookups["int8"], BF16_OUTPUT)
+    runs["int8, ids checked"] = lambda dense, ids, lengths: (lookups["int8"](ids, lengths), dense)
+    return runs
+
+
 def _operator(lookup: TableLookup, output_dtype: int) -> RunGraph:
-    """FBGEMM's operator on ids that are known to be sound."""
+    """FBGEMM's operator on ids that are known to be sound; batches of one size have bags of one size."""
     offsets: dict[int, torch.Tensor] = {}
 
     def run(dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,6 +229,7 @@ def _package(folder: str, shape: str, precision: str) -> Package:
     path = os.path.join(folder, precision)
     with contextlib.suppress(PackageError):
         return read_package(path)
+    shutil.rmtree(path, ignore_errors=True)
     smallest_rows, layers, top = SHAPES[shape]
     rows = [int(smallest_rows * 10 ** (number / (NUM_TABLES - 1))) for number in range(NUM_TABLES)]
     schema = Schema(

@@ -22,6 +22,8 @@ FP32_OUTPUT = 0
 ON_HOST = 3
 SUM_POOLING = 0
 ROW_ALIGNMENT = 1
+# fbgemm_gpu.split_table_batched_embeddings_ops_common.BoundsCheckMode.IGNORE: ids out of range become 0.
+IGNORE = 2
 
 
 class TableLookup(nn.Module):
@@ -29,7 +31,7 @@ class TableLookup(nn.Module):
 
     Attributes:
         weights: [bytes] uint8, `tables.bin` as it is; read-only where it is mapped.
-        num_rows: [F] int32, rows of each feature's table.
+        num_rows: [F] int64, rows of each feature's table.
     """
 
     def __init__(self, tables: Sequence[TableEntry], weights: torch.Tensor) -> None:
@@ -42,13 +44,14 @@ class TableLookup(nn.Module):
         self.is_mean: torch.Tensor
         self.register_buffer("weights", weights)
         for name, values, dtype in (
-            ("num_rows", [table.rows for table in tables], torch.int32),
+            ("num_rows", [table.rows for table in tables], torch.int64),
             ("offsets", [table.offset for table in tables], torch.int64),
             ("types", [WEIGHT_TYPES[table.precision] for table in tables], torch.uint8),
             ("places", [ON_HOST] * len(tables), torch.int32),
             ("columns", [self.dim * number for number in range(len(tables) + 1)], torch.int32),
             ("is_mean", [table.pooling == "mean" for table in tables], torch.bool),
             ("elsewhere", [], torch.uint8),
+            ("no_warning", [0], torch.int64),
         ):
             self.register_buffer(name, torch.tensor(values, dtype=dtype))
 
@@ -59,15 +62,13 @@ class TableLookup(nn.Module):
             ids: [V] int32, the bags of the first feature, then those of the second, and so on; not changed.
             lengths: [F * B] int32, ids of each bag, in the same order.
         """
-        # Not -1, which is ambiguous for a batch of no samples.
-        lengths_FB = lengths.view(self.num_features, lengths.shape[0] // self.num_features)
-        known = ids.masked_fill(self._is_unknown(ids, lengths_FB), 0)
-        pooled = self.call_operator(known, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths), FP32_OUTPUT)
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        pooled = self.call_operator(self._known_ids(ids, lengths, offsets), offsets, FP32_OUTPUT)
         pooled = pooled.view(-1, self.num_features, self.dim)
         if not self._has_means:
             return pooled
         # The operator knows one kind of pooling for all tables.
-        divisors_FB = lengths_FB.clamp_min(1).masked_fill(~self.is_mean[:, None], 1)
+        divisors_FB = self._by_feature(lengths).clamp_min(1).masked_fill(~self.is_mean[:, None], 1)
         return pooled.div_(divisors_FB.T[:, :, None])
 
     def call_operator(self, ids: torch.Tensor, offsets: torch.Tensor, output_dtype: int) -> torch.Tensor:
@@ -104,11 +105,22 @@ class TableLookup(nn.Module):
 
     def num_unknown_ids(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return how many ids are out of range, a scalar int64; arguments as of `forward`."""
-        return self._is_unknown(ids, lengths.view(self.num_features, -1)).sum()
+        known = self._known_ids(ids, lengths, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths))
+        return (known != ids).sum()
 
-    def _is_unknown(self, ids: torch.Tensor, lengths_FB: torch.Tensor) -> torch.Tensor:
-        rows_V = self.num_rows.repeat_interleave(lengths_FB.sum(1), output_size=ids.shape[0])
-        return (ids < 0) | (ids >= rows_V)
+    def _known_ids(self, ids: torch.Tensor, lengths: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Return a copy of the ids in which those out of range are 0."""
+        if not torch.compiler.is_exporting():
+            # A third of the time, but it writes into what it is given, and passes -1, which lookups would leave out.
+            known = ids.clamp_min(0)
+            torch.ops.fbgemm.bounds_check_indices(self.num_rows, known, offsets, IGNORE, self.no_warning, None)
+            return known
+        rows_V = self.num_rows.int().repeat_interleave(self._by_feature(lengths).sum(1), output_size=ids.shape[0])
+        return ids.masked_fill((ids < 0) | (ids >= rows_V), 0)
+
+    def _by_feature(self, lengths: torch.Tensor) -> torch.Tensor:
+        # Not -1, which is ambiguous for a batch of no samples.
+        return lengths.view(self.num_features, lengths.shape[0] // self.num_features)
 
 
 class FlatModel(nn.Module):

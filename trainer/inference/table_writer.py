@@ -74,20 +74,21 @@ class _Tally:
 
     def add(self, values: torch.Tensor, rows: torch.Tensor, precision: Precision) -> None:
         """Count some rows [n, D] and what they are stored as."""
-        difference = dequantize_rows(rows, precision, values.shape[1]).sub_(values)
-        self.is_finite &= bool(torch.isfinite(values).all())
-        # In fp32 the squares of a tiny row vanish.
-        lengths = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        errors = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
-        relative = torch.where(errors > 0, errors / lengths, 0)
+        lowest, highest = values.amin(1), values.amax(1)
+        self.is_finite &= bool((torch.isfinite(lowest) & torch.isfinite(highest)).all())
         self.num_rows += len(values)
         self.num_values += values.numel()
+        if precision == "fp32":
+            return
+        difference = dequantize_rows(rows, precision, values.shape[1]).sub_(values)
+        errors, lengths = (torch.linalg.vector_norm(part, dim=1).double() for part in (difference, values))
+        relative = torch.where(errors > 0, errors / lengths, 0)
         self.relative += float(relative.sum())
         self.max_relative = max(self.max_relative, float(relative.max()))
         self.squares += float(errors.square().sum())
-        self.max_absolute = max(self.max_absolute, float(difference.abs().max()))
-        if precision not in {"fp32", "fp16"}:
-            spans = values.amax(1) - values.amin(1)
+        self.max_absolute = max(self.max_absolute, float(difference.abs_().max()))
+        if precision != "fp16":
+            spans = highest - lowest
             self.num_coarse += int(((spans > 0) & (spans < smallest_fine_span(precision))).sum())
 
     def row_error(self) -> RowError:
@@ -163,7 +164,7 @@ def _write_table(
         writer.write(rows.numpy().data.cast("B"))
         on_bytes(values.numel() * 4)
     error = tally.row_error()
-    if not math.isfinite(error.rms):
+    if not (tally.is_finite and math.isfinite(error.rms)):
         raise PackageError(_why_not_finite(table.name, choice.precision, is_finite=tally.is_finite))
     return TableEntry(
         name=table.name,

@@ -44,6 +44,7 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.folder",
     "trainer.checkpoint.format",
     "trainer.checkpoint.places",
+    "trainer.inference.formats.format_folder",
     "trainer.inference.package",
     "trainer.storage",
 }

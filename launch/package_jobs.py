@@ -12,6 +12,7 @@ from launch import package_text as text
 from launch.child_process import run_module
 from launch.usage import UsageError
 from trainer.inference.export_options import options_of
+from trainer.inference.formats.format_folder import verify_formats
 from trainer.inference.package import PackageError, PackageManifest, read_manifest, read_package, verify_package
 
 MIN_COLUMNS = 80
@@ -69,7 +70,18 @@ def _verify(namespace: argparse.Namespace) -> int:
         print(f"  {problem}")
     if problems:
         print("nothing of it can be trusted; export it again, or copy it again from where it is whole")
-    return int(bool(problems))
+        return 1
+    return _verify_formats(namespace.package)
+
+
+def _verify_formats(folder: str) -> int:
+    """Read every byte of what was built beside a sound package; print what is damaged."""
+    status = 0
+    for file, problem in verify_formats(read_package(folder)):
+        if problem is not None:
+            print(f"{folder}/{file}  {problem}; build it again")
+            status = 1
+    return status
 
 
 def _build(namespace: argparse.Namespace) -> int:

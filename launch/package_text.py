@@ -110,8 +110,8 @@ def _sizes(manifest: PackageManifest) -> str:
 
 def _formats(package: Package) -> str:
     folder = package.path(FORMATS)
-    found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return ", ".join(found) if found else "none built yet; they are made when they are first asked for"
+    found = sorted(n for n in os.listdir(folder) if not n.startswith(".")) if os.path.isdir(folder) else []
+    return ", ".join(found) if found else "none built yet; `papilio package build` makes them"
 
 
 def _table_cells(table: TableEntry) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.cli import main
 from tests.support.datasets import write_dataset
 from tests.support.package_bytes import read_tables
 from tests.support.trained_runs import expected_probabilities, make_config, write_run
@@ -20,11 +21,11 @@ from trainer.inference.export_options import ExportOptions
 from trainer.inference.exporting import export_package
 from trainer.inference.flat_model import build_dense_of, build_flat_model
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
-from trainer.inference.formats.format_folder import format_path
+from trainer.inference.formats.format_folder import format_path, verify_formats
 from trainer.inference.formats.opening import build_format, open_format, open_predictor
 from trainer.inference.formats.predictor import RequestError
 from trainer.inference.formats.ways import has_compiler
-from trainer.inference.package import PackageError, read_package
+from trainer.inference.package import PackageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NAMES = ("dense", "ids", "lengths")
@@ -295,6 +296,21 @@ def test_compiled_code_for_another_machine_is_refused_by_name(package, built) ->
         path.write_text(before)
 
 
-def test_the_package_is_sound_with_formats_and_without(own) -> None:
-    assert read_package(own.folder).manifest == own.manifest
-    assert not [name for name in os.listdir(Path(own.folder, "formats")) if name.startswith(".")]
+def test_every_byte_of_a_format_can_be_verified(own, capsys) -> None:
+    names = ["formats/torch/format.json", "formats/torch/model.pt2"]
+    assert list(verify_formats(own)) == [(name, None) for name in names]
+    assert sorted(os.listdir(Path(own.folder, "formats"))) == ["torch"]
+    assert main(["package", "verify", own.folder]) == 0
+    path = Path(own.folder, names[1])
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    path.write_bytes(raw)
+    assert [problem is None for _, problem in verify_formats(own)] == [True, False]
+    capsys.readouterr()
+    assert main(["package", "verify", own.folder]) == 1
+    assert (
+        f"{own.folder}/{names[1]}  is damaged: its checksum is not what format.json" in capsys.readouterr().out
+    )
+    Path(own.folder, names[0]).write_text("{")
+    ((file, problem),) = verify_formats(own)
+    assert file == names[0] and "is damaged" in problem

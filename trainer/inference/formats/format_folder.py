@@ -168,12 +168,17 @@ def verify_formats(package: Package) -> Iterator[tuple[str, str | None]]:
         path = format_path(package, name, FORMAT_INFO)
         if not os.path.isfile(path):
             continue
+        folder, base = os.path.dirname(path), f"{FORMATS}/{name}"
         try:
-            info = read_format(package, name)
+            info = _parse(path, "building it")
         except PackageError as error:
-            yield f"{FORMATS}/{name}/{FORMAT_INFO}", str(error)
+            yield f"{base}/{FORMAT_INFO}", str(error)
             continue
-        yield from ((f"{FORMATS}/{name}/{file}", p) for file, p in _problems(os.path.dirname(path), info, None))
+        is_of_this = info.package_crc32 == file_crc32(package.path(MANIFEST))
+        yield f"{base}/{FORMAT_INFO}", None if is_of_this else f"was built from another {MANIFEST}"
+        yield from (
+            (f"{base}/{os.path.relpath(file, folder)}", problem) for file, problem in _problems(folder, info, None)
+        )
 
 
 def _parse(path: str, mend: str) -> FormatInfo:

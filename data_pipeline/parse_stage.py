@@ -117,24 +117,29 @@ def list_tasks(inputs: tuple[str, ...], source: str, schema: Schema, stage: Stag
     """Yield the blocks of all inputs in order, without the bytes of those already staged."""
     chunk = 0
     for file_index, path in enumerate(inputs):
-        for offset, num_bytes, data, header in _blocks_of(path, source, schema):
+        for offset, num_bytes, data, header in blocks_of(path, source, schema):
             held = None if os.path.exists(stage.chunk_path(chunk)) else data
             block = Block(chunk, file_index, offset, num_bytes, held, header)
             yield ParseTask(block, path, source, schema, stage)
             chunk += 1
 
 
-def _blocks_of(
-    path: str, source: str, schema: Schema
+def blocks_of(
+    path: str, source: str, schema: Schema, *, needs_label: bool = True
 ) -> Iterator[tuple[int, int, bytes | None, tuple[str, ...] | None]]:
+    """Yield (offset, length, bytes or None, header of a text table) of the blocks of an input file.
+
+    Raises:
+        PreprocessError: the file cannot be read, or lacks a column.
+    """
     if source == "table" and delimiter_of(path) is None:
-        for first_row, batch in read_parquet_batches(path, schema):
+        for first_row, batch in read_parquet_batches(path, schema, needs_label=needs_label):
             yield first_row, len(batch), batch, None
         return
     header = None
     for offset, num_bytes, data in read_blocks(path):
         if source == "table" and offset == 0:
-            header = parse_header(_first_line(path, data), path, schema)
+            header = parse_header(_first_line(path, data), path, schema, needs_label=needs_label)
         yield offset, num_bytes, data, header
 
 
@@ -152,7 +157,7 @@ def parse_block(task: ParseTask) -> dict[str, Any]:
         with ArrayFile(path) as file:
             return dict(file.meta)
     try:
-        chunk = _parse(task)
+        chunk = parse_rows(task.block, task.path, task.source, task.schema)
     except PreprocessError as error:
         raise PreprocessError(f"{task.path}, near byte {task.block.offset}: {error}") from None
     meta = _meta_of(chunk)
@@ -160,17 +165,21 @@ def parse_block(task: ParseTask) -> dict[str, Any]:
     return meta
 
 
-def _parse(task: ParseTask) -> RawChunk:
-    block = task.block
-    if task.source == "criteo":
-        return parse_criteo(load_block(block, task.path), task.schema)
-    delimiter = delimiter_of(task.path)
+def parse_rows(block: Block, path: str, source: str, schema: Schema) -> RawChunk:
+    """Parse one block of a file.
+
+    Raises:
+        PreprocessError: a quoted field holds a line break, or the file changed.
+    """
+    if source == "criteo":
+        return parse_criteo(load_block(block, path), schema)
+    delimiter = delimiter_of(path)
     if delimiter is None:
         assert block.data is not None
-        return parse_parquet_batch(block.data, task.schema)
+        return parse_parquet_batch(block.data, schema)
     assert block.header is not None
-    buffer = load_block(block, task.path)
-    return parse_text_block(buffer, block.header, delimiter, task.schema, starts_file=block.offset == 0)
+    buffer = load_block(block, path)
+    return parse_text_block(buffer, block.header, delimiter, schema, starts_file=block.offset == 0)
 
 
 def _meta_of(chunk: RawChunk) -> dict[str, Any]:

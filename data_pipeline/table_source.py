@@ -43,7 +43,7 @@ def delimiter_of(path: str) -> str | None:
     return _DELIMITERS[suffix]
 
 
-def parse_header(line: bytes, path: str, schema: Schema) -> tuple[str, ...]:
+def parse_header(line: bytes, path: str, schema: Schema, *, needs_label: bool = True) -> tuple[str, ...]:
     """Split a header line into column names.
 
     Raises:
@@ -54,12 +54,12 @@ def parse_header(line: bytes, path: str, schema: Schema) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise PreprocessError(f"{path}, line 1: the header is not UTF-8 text") from None
     names = next(csv.reader([text], delimiter=delimiter_of(path) or ","), [])
-    _check_names(names, path, schema)
+    _check_names(names, path, schema, needs_label=needs_label)
     return tuple(names)
 
 
-def _check_names(names: list[str], path: str, schema: Schema) -> None:
-    wanted = [schema.label, *schema.dense_names, *schema.categorical_names]
+def _check_names(names: list[str], path: str, schema: Schema, *, needs_label: bool) -> None:
+    wanted = [*[schema.label] * needs_label, *schema.dense_names, *schema.categorical_names]
     lacking = [name for name in wanted if name not in names]
     if lacking:
         raise PreprocessError(
@@ -71,7 +71,7 @@ def _check_names(names: list[str], path: str, schema: Schema) -> None:
         raise PreprocessError(f"{path} has several columns named {', '.join(repeated)}; names must differ")
 
 
-def read_parquet_batches(path: str, schema: Schema) -> Iterator[tuple[int, bytes]]:
+def read_parquet_batches(path: str, schema: Schema, *, needs_label: bool = True) -> Iterator[tuple[int, bytes]]:
     """Yield (first row, Arrow IPC stream) of batches with the schema's columns.
 
     Raises:
@@ -81,7 +81,8 @@ def read_parquet_batches(path: str, schema: Schema) -> Iterator[tuple[int, bytes
     try:
         with path_manager.open(path, "rb") as file:
             parquet = pyarrow.parquet.ParquetFile(file)
-            _check_names(parquet.schema_arrow.names, path, schema)
+            _check_names(parquet.schema_arrow.names, path, schema, needs_label=needs_label)
+            wanted = [name for name in wanted if name in parquet.schema_arrow.names]
             first_row = 0
             for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
                 sink = pa.BufferOutputStream()
@@ -120,8 +121,8 @@ def parse_text_block(
     line_numbers = np.flatnonzero(is_row) + 1
     if table.num_rows != len(line_numbers):
         raise PreprocessError("a quoted field holds a line break, which is not supported; write the table as Parquet")
-    wanted = [schema.label, *schema.dense_names, *schema.categorical_names]
-    arrays = {name: table.column(name).combine_chunks() for name in wanted}
+    wanted = {schema.label, *schema.dense_names, *schema.categorical_names}
+    arrays = {name: table.column(name).combine_chunks() for name in header if name in wanted}
     return _convert(_Rows(arrays, line_numbers, lines.count, lines.read, bad_rows), schema)
 
 
@@ -189,7 +190,9 @@ class _Rows:
 def _convert(rows: _Rows, schema: Schema) -> RawChunk:
     """Turn raw columns into a chunk; rows with a fault are set aside and the rest is converted again."""
     faults = Faults()
-    labels = labels_of(rows.arrays[schema.label], schema.label, faults)
+    labels = np.zeros(len(rows.line_numbers), np.uint8)
+    if schema.label in rows.arrays:  # rows to be scored need none
+        labels = labels_of(rows.arrays[schema.label], schema.label, faults)
     dense = np.empty((len(labels), len(schema.dense)), np.float32)
     num_missing = np.zeros(len(schema.dense), np.int64)
     for i, column in enumerate(schema.dense):

@@ -14,7 +14,6 @@ from typing import Any
 from data_pipeline.paths import join
 from data_pipeline.progress import Progress
 from launch import checkpoint_text as text
-from launch.checkpoint_places import complete_ones, find_checkpoint, find_folder
 from launch.checkpoint_verification import verify_checkpoint
 from launch.usage import UsageError
 from sharding.plan_file import PlanFileError, plan_from_json
@@ -23,6 +22,7 @@ from trainer.checkpoint.contents import Contents
 from trainer.checkpoint.export import plan_export
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
 from trainer.checkpoint.format import MARKER, PLAN, CheckpointError, DamagedError, Index, Marker, copy_folder
+from trainer.checkpoint.places import NoRunError, complete_ones, find_checkpoint, find_folder
 from trainer.storage import StorageError, exists
 
 MIN_COLUMNS = 80
@@ -38,7 +38,11 @@ def run_checkpoint(namespace: argparse.Namespace) -> int:
     """Do what `papilio checkpoint ACTION RUN` asks for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     actions = {"list": _list, "show": _show, "verify": _verify, "prune": _prune, "export-dense": _export}
-    return actions[namespace.action](find_folder(namespace.run), namespace)
+    try:
+        folder = find_folder(namespace.run)
+    except NoRunError as error:
+        raise UsageError(str(error)) from None
+    return actions[namespace.action](folder, namespace)
 
 
 def _list(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:

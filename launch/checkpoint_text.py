@@ -160,8 +160,13 @@ def describe_removal(found: Committed, now: datetime) -> list[str]:
 
 
 def age(marker: Marker, now: datetime) -> str:
-    """Say how long ago it was saved, in the largest unit that leaves two digits or more, or one of seconds."""
-    seconds = max(0.0, (now - datetime.fromisoformat(marker.saved_at)).total_seconds())
+    """Say how long ago it was saved."""
+    return duration_in_words((now - datetime.fromisoformat(marker.saved_at)).total_seconds())
+
+
+def duration_in_words(seconds: float) -> str:
+    """Say a duration in the largest unit that leaves two digits or more, or one of seconds."""
+    seconds = max(0.0, seconds)
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"

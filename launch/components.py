@@ -149,6 +149,58 @@ def calibrate(
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 
 
+def export(
+    run: str,
+    output: str,
+    quantize: str = "int8",
+    size_budget: float | None = None,
+    quantizer: str = "least_squares",
+    table: str = "",
+    data: str | None = None,
+    min_auc_ratio: float = 0.999,
+    checkpoint: str = "latest",
+    gate: bool = True,
+    name: str = "export",
+    python: str | None = None,
+    image: str = "papilio",
+    cpu: int = 2,
+    memory_mb: int = 8192,
+    omp_threads: int = 2,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Make a quantized package of a run on one host, if it ranks as well as the model does; no GPU is used.
+
+    Args:
+        run: a run folder, or the folder of its checkpoints
+        output: the package: a new folder on a disk of the host
+        quantize: precision of all tables (fp32, fp16, int8, int4, int2), or auto
+        size_budget: with auto, size of all tables as a share of fp32's
+        quantizer: how ranges of int4 and int2 rows are chosen (minmax, greedy, least_squares)
+        table: precisions of single tables, PATTERN=PRECISION, several with commas between them
+        data: data set with held-out samples and vocabularies (default: the run's)
+        min_auc_ratio: least AUC, as a share of the fp32 model's
+        checkpoint: a checkpoint's name, its step, latest or best
+        gate: measure what the package costs, and refuse one that costs too much
+        name: name of the job
+        python: interpreter that runs it (default: the one that runs this command)
+        image: container image, for schedulers that use one
+        cpu: cores to ask of the scheduler
+        memory_mb: memory to ask of the scheduler, in MB
+        omp_threads: threads inside a CPU operator
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+    """
+    words = [f"--run={run}", f"--output={output}", f"--quantize={quantize}", f"--quantizer={quantizer}"]
+    words += [f"--min-auc-ratio={min_auc_ratio}", f"--checkpoint={checkpoint}"]
+    words += [f"--size-budget={size_budget}"] if size_budget is not None else []
+    words += [f"--data={data}"] if data is not None else []
+    words += [f"--table={choice}" for choice in table.split(",") if choice]
+    words += [] if gate else ["--no-gate"]
+    command = ["-m", "trainer.export", *(_escape_macros(word) for word in words)]
+    role = specs.Role("export", "", entrypoint=python or sys.executable, args=command)
+    resource = specs.Resource(cpu=cpu, gpu=0, memMB=memory_mb)
+    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+
+
 def _app(
     name: str, role: specs.Role, *, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
 ) -> specs.AppDef:

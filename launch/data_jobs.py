@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
 from data_pipeline.manifest import Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
+from launch.given_options import build_options, given_options
 from launch.usage import UsageError, require_files
-
-Options = TypeVar("Options", bound=BaseModel)
 
 
 def run_preprocess(namespace: argparse.Namespace) -> int:
     """Preprocess raw files into a data set."""
-    given = _given(namespace)
+    given = given_options(namespace)
     require_files("--input", given["inputs"])
     if given["source"] == "table" and "schema_path" not in given:
         raise UsageError("--source table needs --schema FILE, which names the label, dense and categorical columns")
     require_files("--schema", [given["schema_path"]] if "schema_path" in given else [])
-    options = _build(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"})
+    options = build_options(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(summarize(options.output, preprocess(options)))
     return 0
@@ -34,7 +29,7 @@ def run_preprocess(namespace: argparse.Namespace) -> int:
 
 def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
-    options = _build(GenerateOptions, _given(namespace), {"num_rows": "--rows"})
+    options = build_options(GenerateOptions, given_options(namespace), {"num_rows": "--rows"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(summarize(options.output, generate(options)))
     return 0
@@ -51,21 +46,3 @@ def summarize(folder: str, manifest: Manifest) -> str:
             line += f"  best possible AUC {split.best_auc:.4f}, logloss {split.best_logloss:.4f}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _given(namespace: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(namespace).items() if name != "overrides"}
-
-
-def _build(options_type: type[Options], given: Mapping[str, Any], flags: Mapping[str, str]) -> Options:
-    """Validate options; `flags` names the fields whose flag is not the field's own name."""
-    try:
-        return options_type.model_validate(given)
-    except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            field = str(problem["loc"][0]) if problem["loc"] else ""
-            flag = flags.get(field, "--" + field.replace("_", "-")) + " " if field else ""
-            message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{flag}{problem['input']}: {message}" if field else message)
-        raise UsageError("; ".join(problems)) from None

@@ -140,6 +140,61 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--optimizer", action="store_true", help="the optimizers' states, too")
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.export_options import add_arguments
+
+    add_arguments(parser)
+
+
+def _package_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+
+    def add(action: str, summary: str) -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        added = actions.add_parser(action, help=summary, description=description, allow_abbrev=False)
+        added.add_argument("package", metavar="DIR", help="a package, as `papilio export` made it")
+        return added
+
+    show = add("show", "what a package is, where it came from, what was measured, and its tables")
+    show.add_argument("--all", action="store_true", help="list every table, however many")
+    show.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
+    add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
+    from trainer.inference.formats.build_options import add_arguments
+
+    add_arguments(add("build", "build a compiled form of a package, beside its own files"))
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.predict_options import PredictOptions
+
+    add = _options_of(parser, PredictOptions)
+    add("--package", required=True, metavar="DIR")
+    add("--data", metavar="DIR")
+    add("--split", choices=SPLITS)
+    add("--input", "inputs", nargs="+", action="extend", metavar="FILE")
+    add("--source", choices=("criteo", "table"))
+    add("--output", required=True, metavar="FILE")
+    add("--fastest", action="store_true")
+    add("--max-bad-rows", type=int, metavar="N")
+    add("--threads", type=int, metavar="N")
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from trainer.inference.serving.serve_options import ServeOptions
+
+    add = _options_of(parser, ServeOptions)
+    add("--package", required=True, metavar="DIR")
+    add("--host", metavar="ADDRESS")
+    add("--exact", action="store_true")
+    for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
+        add(flag, type=int, metavar="N")
+    add("--max-body-bytes", type=int, metavar="BYTES")
+    for flag in ("--max-wait-ms", "--max-delay-ms"):
+        add(flag, type=float, metavar="MS")
+    for flag in ("--body-timeout-s", "--drain-s", "--stop-timeout-s", "--watch-s"):
+        add(flag, type=float, metavar="S")
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -223,5 +278,33 @@ VERBS = (
         "papilio checkpoint list runs/quickstart",
         _checkpoint_arguments,
         "launch.checkpoint_jobs:run_checkpoint",
+    ),
+    Verb(
+        "export",
+        "make a quantized package of a trained model, if it ranks as well as the model does",
+        "papilio export --run runs/quickstart --output packages/quickstart --quantize int8",
+        _export_arguments,
+        "launch.package_jobs:run_export",
+    ),
+    Verb(
+        "package",
+        "show, verify or compile a package",
+        "papilio package show packages/quickstart",
+        _package_arguments,
+        "launch.package_jobs:run_package",
+    ),
+    Verb(
+        "predict",
+        "score a data set, or raw files, with a package",
+        "papilio predict --package packages/quickstart --data datasets/quickstart --output scores.parquet",
+        _predict_arguments,
+        "launch.serving_jobs:run_predict",
+    ),
+    Verb(
+        "serve",
+        "answer requests over HTTP with a package",
+        "papilio serve --package packages/quickstart --port 8000",
+        _serve_arguments,
+        "launch.serving_jobs:run_serve",
     ),
 )

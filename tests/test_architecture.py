@@ -43,6 +43,9 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
     "trainer.checkpoint.format",
+    "trainer.checkpoint.places",
+    "trainer.inference.formats.format_folder",
+    "trainer.inference.package",
     "trainer.storage",
 }
 
@@ -90,16 +93,29 @@ def test_a_module_imports_only_what_its_package_may(module: str) -> None:
         assert foreign <= FOREIGN_IMPORTS[package]
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("launch")))
-def test_launch_reaches_no_torch(module: str) -> None:
-    """Of the other packages launch imports configs, options, the install check and torch-free jobs."""
+def reached_from(module: str) -> set[str]:
+    """A module and all that it imports, directly or not."""
     reached: set[str] = set()
-    waiting = [module] if module != PROBE else []
+    waiting = [module]
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
             waiting += [found for found in IMPORTS.get(name, []) if found != PROBE]
+    return reached
+
+
+@pytest.mark.parametrize("module", ["trainer.inference.predict", "trainer.inference.serving.server"])
+def test_serving_needs_no_torchrec(module: str) -> None:
+    roots = {name.partition(".")[0] for name in reached_from(module)}
+    assert "torch" in roots
+    assert "torchrec" not in roots
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("launch")))
+def test_launch_reaches_no_torch(module: str) -> None:
+    """Of the other packages launch imports configs, options, the install check and torch-free jobs."""
+    reached = reached_from(module) if module != PROBE else set()
     heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
     assert heavy == set()
     direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "sharding", "trainer")}

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.dataset import open_dataset
 from sharding.config import ReplicasConfig, ShardingConfig
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import CheckpointError
@@ -20,6 +20,7 @@ from trainer.job_health import job_health
 from trainer.ranks import STALL_TIMEOUT_S, Ranks, process_group
 from trainer.run_folder import checkpoints_dir, load_run_config
 from trainer.runtime import configure_runtime
+from trainer.same_columns import check_same_columns
 from trainer.sharded_model import build_sharded_model
 from trainer.storage import read_json
 from trainer.summary import format_metrics
@@ -93,27 +94,6 @@ def check_num_ranks(replicas: ReplicasConfig, run_dir: str, ranks: Ranks) -> Non
         raise ConfigError(
             f"{run_dir} holds independent tables of {replicas.num_groups} groups, which cannot share "
             f"{ranks.world_size} rank(s) evenly; give --nproc {replicas.num_groups} or a multiple of it"
-        )
-
-
-def check_same_columns(dataset: Dataset, trained_on: dict[str, object], run_dir: str) -> None:
-    """Check that ids mean the same rows as in training.
-
-    Raises:
-        ConfigError: the data set was made with other columns, transforms or vocabularies.
-    """
-    manifest = dataset.manifest
-    found = {
-        "transform_version": manifest.transform_version,
-        "num_embeddings": dataset.num_embeddings,
-        "schema": manifest.data_schema.model_dump(mode="json"),
-        "vocabularies": {name: stats.vocabulary_crc32 for name, stats in manifest.categorical_stats.items()},
-    }
-    differing = [key for key, value in found.items() if trained_on.get(key) != value]
-    if differing:
-        raise ConfigError(
-            f"data set {dataset.folder} differs from the one {run_dir} was trained on in: {', '.join(differing)}; its "
-            "ids would look up wrong rows. Preprocess it together with the training data"
         )
 
 

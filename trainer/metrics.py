@@ -69,6 +69,11 @@ class ClickMetrics:
         dist.all_reduce(sums, group=group)
         return values_from_counts(bins[0], bins[1], *sums.tolist())
 
+    def compute_local(self) -> MetricValues:
+        """Return the metrics of the samples added here, whatever other ranks have; leaves the state as it is."""
+        self._count_buffered()
+        return values_from_counts(self._bins[0], self._bins[1], *self._sums.tolist())
+
     def reset(self) -> None:
         """Forget all samples."""
         self._buffer.clear()

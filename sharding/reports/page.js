@@ -1,16 +1,9 @@
 // Draws the page once its parts are there.
-function setTheme() {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
-  document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-}
-
 drawHead();
 drawStep();
 drawFilters();
 drawTables();
 drawCharts();
-byId("theme").addEventListener("click", setTheme);
 if (plan.notes.length) {
   byId("notes").hidden = false;
   byId("note-list").append(...plan.notes.map((note) => make("li", {text: note})));

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-from importlib.resources import files
 from typing import Any
 
 from sharding.plan_file import Phases, PlanFile, PlannedTable
 from sharding.reports.figures import MEMORY_NAMES, PHASE_NAMES, step_parts
+from sharding.reports.page_frame import fill_page, packaged_text
 
+PACKAGE = "sharding.reports"
 TEMPLATE = "page.html"
 STYLE = "page.css"
 SCRIPTS = ("page_head.js", "page_charts.js", "page_tables.js", "page.js")
@@ -23,13 +24,11 @@ def plan_page(plan: PlanFile) -> str:
     title = f"{plan.recipe} on {ranks} of {plan.machine.hardware}"
     fillings = {
         "TITLE": html.escape(title),
-        "STYLE": _package_text(STYLE),
+        "STYLE": packaged_text(PACKAGE, STYLE),
         "DATA": _script_safe(page_data(plan)),
-        "SCRIPT": "".join(map(_package_text, SCRIPTS)),
+        "SCRIPT": "".join(packaged_text(PACKAGE, name) for name in SCRIPTS),
     }
-    # Split once, so that what is filled in is never searched for placeholders itself.
-    pieces = _package_text(TEMPLATE).split("%%")
-    return "".join(fillings[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+    return fill_page(packaged_text(PACKAGE, TEMPLATE), fillings)
 
 
 def page_data(plan: PlanFile) -> dict[str, Any]:
@@ -107,7 +106,3 @@ def _script_safe(data: dict[str, Any]) -> str:
     """JSON that no name can break out of: a script element ends at `</`, whatever it holds."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _package_text(name: str) -> str:
-    return (files("sharding.reports") / name).read_text("utf-8")

@@ -54,6 +54,29 @@ def test_evaluate_passes_its_arguments_on() -> None:
     assert role.env["OMP_NUM_THREADS"] == "4"
 
 
+def test_export_is_one_process_without_ranks() -> None:
+    app = components.export(
+        run="runs/$a", output="p", quantize="auto", size_budget=0.2, table="t_*=int4,t_C1=fp16", data="d", gate=False
+    )
+    role = resolve(app)
+    assert (role.entrypoint, role.num_replicas, role.resource.gpu) == (sys.executable, 1, 0)
+    assert role.args == [
+        "-m",
+        "trainer.export",
+        "--run=runs/$a",
+        "--output=p",
+        "--quantize=auto",
+        "--quantizer=least_squares",
+        "--min-auc-ratio=0.999",
+        "--checkpoint=latest",
+        "--size-budget=0.2",
+        "--data=d",
+        "--table=t_*=int4",
+        "--table=t_C1=fp16",
+        "--no-gate",
+    ]
+
+
 @pytest.mark.parametrize("nnodes", [1, 2])
 def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     """`--run` is the beginning of two options of torchrun's own."""

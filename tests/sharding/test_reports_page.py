@@ -9,6 +9,7 @@ from setuptools.config.setupcfg import read_configuration
 
 import sharding.reports.page
 from sharding.reports.page import SCRIPTS, STYLE, TEMPLATE, plan_page
+from sharding.reports.page_frame import FRAME
 from tests.support.plan_files import hand_made, real_plan, table
 
 VOID = {"meta", "input", "link", "br", "img", "hr"}
@@ -99,6 +100,6 @@ def test_the_files_of_the_page_are_packaged():
     patterns = options["package_data"]["sharding.reports"]
     assert "sharding.reports" in options["packages"]
     folder = Path(sharding.reports.page.__file__).parent
-    for name in (TEMPLATE, STYLE, *SCRIPTS):
+    for name in (TEMPLATE, STYLE, *SCRIPTS, *FRAME.values()):
         assert (folder / name).is_file()
         assert any(Path(name).match(pattern) for pattern in patterns)

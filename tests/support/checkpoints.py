@@ -56,25 +56,40 @@ def saved_tensors(path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_checkpoint(folder, tensors, num_copies=1):
-    """Write a checkpoint by hand, each tensor one block; tensors of copies by number where there are several."""
+def write_checkpoint(folder, tensors, num_copies=1, *, config=None, data=None, rows_per_block=None):
+    """Write a checkpoint by hand; tensors of copies by number where there are several.
+
+    Each tensor is one block, or with `rows_per_block` several of so many rows.
+    """
     path = Path(folder, NAME.format(7))
     files = {}
     for copy in range(num_copies):
         part = path / f"group_{copy}" if num_copies > 1 else path
         part.mkdir(parents=True)
-        entries, raw = {}, b""
-        for key, values in (tensors[copy] if num_copies > 1 else tensors).items():
-            data = values.tobytes()
-            block = Block((0,) * values.ndim, values.shape, "r.bin", len(raw), len(data), zlib.crc32(data))
-            entries[key] = SavedTensor(str(values.dtype), values.shape, (block,))
-            raw += data
-        (part / "r.bin").write_bytes(raw)
+        with (part / "r.bin").open("wb") as file:
+            of_copy = tensors[copy] if num_copies > 1 else tensors
+            entries = {key: _write_blocks(file, values, rows_per_block) for key, values in of_copy.items()}
+            num_bytes = file.tell()
         index = Index(entries).to_json()
         (part / INDEX).write_text(index)
         prefix = f"group_{copy}/" if num_copies > 1 else ""
         files[f"{prefix}{INDEX}"] = (len(index), zlib.crc32(index.encode()))
-        files[f"{prefix}r.bin"] = (len(raw), None)
-    marker = Marker("test", 7, "2026-01-01T00:00:00+00:00", "end", num_copies, 1, files, {}, {}, {}, {})
+        files[f"{prefix}r.bin"] = (num_bytes, None)
+    marker = Marker(
+        "test", 7, "2026-01-01T00:00:00+00:00", "end", num_copies, 1, files, {}, config or {}, data or {}, {}
+    )
     (path / MARKER).write_text(marker.to_json())
     return path
+
+
+def _write_blocks(file, values, rows_per_block):
+    rows = values.shape[0] if values.ndim else 1
+    step = rows_per_block if rows_per_block and values.ndim else max(rows, 1)
+    blocks = []
+    for start in range(0, max(rows, 1), step):
+        piece = values[start : start + step] if values.ndim else values
+        data = piece.tobytes()
+        offsets = (start, *(0,) * (values.ndim - 1)) if values.ndim else ()
+        blocks.append(Block(offsets, piece.shape, "r.bin", file.tell(), len(data), zlib.crc32(data)))
+        file.write(data)
+    return SavedTensor(str(values.dtype), values.shape, tuple(blocks))

@@ -5,7 +5,7 @@ Needs neither torchrec nor the training loader; a block is a slice of each colum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from data_pipeline.dataset import Dataset, Split
 from data_pipeline.manifest import DatasetError
 
-DEFAULT_SPLITS = ("test", "validation")
 BLOCK_ROWS = 4096
+# Scores, labels and their ranks take some 100 bytes a sample; this many tell AUCs apart that differ by a few 1e-6.
+MAX_GATE_SAMPLES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,26 @@ class HeldOut:
     dataset: Dataset
     split: str
     max_samples: int | None = None
+
+    @classmethod
+    def for_gate(cls, dataset: Dataset) -> HeldOut:
+        """Return what to certify on: the test split, or the validation split where that is empty.
+
+        Raises:
+            DatasetError: the data set has neither.
+        """
+        return cls(dataset, _first_with_rows(dataset, ("test", "validation")), MAX_GATE_SAMPLES)
+
+    @classmethod
+    def for_search(cls, dataset: Dataset) -> HeldOut:
+        """Return what to choose precisions on: the validation split, or the test split where that is empty.
+
+        What is chosen on samples looks better on them than it is.
+
+        Raises:
+            DatasetError: the data set has neither.
+        """
+        return cls(dataset, _first_with_rows(dataset, ("validation", "test")), MAX_GATE_SAMPLES)
 
     @property
     def num_rows(self) -> int:
@@ -110,30 +131,14 @@ class _Slice:
     lengths: list[NDArray[np.int32]]
 
 
-def choose_split(dataset: Dataset, split: str | None) -> str:
-    """Return the split to certify on: the one asked for, else test, else validation.
-
-    Raises:
-        DatasetError: the data set has neither.
-    """
-    if split is not None:
-        return split
-    for name in DEFAULT_SPLITS:
+def _first_with_rows(dataset: Dataset, splits: Sequence[str]) -> str:
+    for name in splits:
         if name in dataset.manifest.splits and dataset.manifest.splits[name].num_rows:
             return name
     raise DatasetError(
         f"data set {dataset.folder} has no rows in a test or validation split, so there is nothing held out to measure "
-        "on; name a data set that the model was not trained on (--data DIR --split train), or preprocess with a split"
+        "quality on; name a data set that has (--data DIR), preprocessed with the training data"
     )
-
-
-def choose_search_split(dataset: Dataset, certified_on: str) -> str:
-    """Return the split to choose precisions on: validation where that is not the one certified on, else the same.
-
-    What is chosen on samples looks better on them than it is.
-    """
-    info = dataset.manifest.splits.get("validation")
-    return "validation" if info is not None and info.num_rows else certified_on
 
 
 def _joined(parts: list[_Slice]) -> Block:

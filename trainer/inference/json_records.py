@@ -40,9 +40,8 @@ def check_records(payload: Any, schema: Schema) -> list[Record]:
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise RequestError(f"record {index} is {_json_name(record)}, must be an object of values by column name")
-        unknown = sorted(record.keys() - allowed)
-        if unknown:
-            raise RequestError(f"record {index}: {unknown_column(unknown[0], schema)}")
+        if not allowed.issuperset(record):
+            raise RequestError(f"record {index}: {unknown_column(min(record.keys() - allowed), schema)}")
     return records
 
 

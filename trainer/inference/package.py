@@ -71,14 +71,17 @@ class RowError(_Section):
         max_relative: the largest of these.
         rms: root of the mean square of the difference of single values.
         max_absolute: the largest difference of a single value.
-        num_subnormal_rows: rows whose scale is below fp16's normal numbers, and so has fewer than 11 bits.
+        num_coarse_rows: those that span so little that rounding the scale to fp16 may cost more than rounding to codes.
     """
+
+    # Nothing is computed from these: another version may say more.
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     mean_relative: float = 0.0
     max_relative: float = 0.0
     rms: float = 0.0
     max_absolute: float = 0.0
-    num_subnormal_rows: int = 0
+    num_coarse_rows: int = 0
 
 
 class TableEntry(_Section):
@@ -219,20 +222,25 @@ def read_package(folder: str) -> Package:
         PackageError: it is none, is not complete, is damaged, or was written by another version.
     """
     folder = folder.rstrip("/") or "/"
-    path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
-        raise PackageError(
-            f"{folder} is not a package: it has no {MANIFEST}; `papilio export --run RUN_DIR --output {folder}` "
-            "makes one"
-        )
-    manifest = _parse_manifest(path)
-    package = Package(folder, manifest)
-    for name, entry in manifest.files.items():
+    package = Package(folder, read_manifest(folder))
+    for name, entry in package.manifest.files.items():
         problem = _wrong_size(package.path(name), entry)
         if problem is not None:
             raise PackageError(f"{problem}; export it again, or copy it again from where it is whole")
     _check_places(package)
     return package
+
+
+def read_manifest(folder: str) -> PackageManifest:
+    """Read the manifest of a package alone, and look at nothing else.
+
+    Raises:
+        PackageError: there is none, it is damaged, or it was written by another version.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        raise PackageError(_no_package(folder))
+    return _parse_manifest(path)
 
 
 def verify_package(
@@ -247,7 +255,7 @@ def verify_package(
     Raises:
         PackageError: the folder is no package, its manifest is damaged, or of another version.
     """
-    manifest = _parse_manifest(os.path.join(folder, MANIFEST))
+    manifest = read_manifest(folder)
     yield MANIFEST, None
     for name, entry in manifest.files.items():
         path = os.path.join(folder, name)
@@ -271,6 +279,14 @@ def describe_files(folder: str, names: list[str]) -> dict[str, FileEntry]:
     """Return size and checksum of files of a folder."""
     paths = {name: os.path.join(folder, name) for name in names}
     return {name: FileEntry(num_bytes=os.path.getsize(p), crc32=file_crc32(p)) for name, p in paths.items()}
+
+
+def _no_package(folder: str) -> str:
+    if not os.path.isdir(folder):
+        what = "is a file, not a package" if os.path.exists(folder) else "does not exist"
+    else:
+        what = f"is not a package: it has no {MANIFEST}"
+    return f"{folder} {what}; `papilio export --run RUN_DIR --output DIR` makes one"
 
 
 def _parse_manifest(path: str) -> PackageManifest:

@@ -41,20 +41,34 @@ def numbers_of_array(array: pa.Array, column: CategoricalColumn) -> Numbers | No
     """Read the raw numbers of a one-hot column of kind hex or integer; None if a value is not well-formed."""
     if pa.types.is_integer(array.type):
         return _integers(array, column)
-    is_text = pa.types.is_string(array.type) or pa.types.is_binary(array.type)
-    is_large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
-    if column.kind != "hex" or not (is_text or is_large):
+    if column.kind != "hex" or not _is_text(array):
         return None
     return _hexadecimal(array.cast(pa.large_binary()))
 
 
-def dense_numbers_of_array(array: pa.Array) -> NDArray[np.float64] | None:
-    """Read a numeric column, NaN for missing values; None if it is of another type, or has an infinite value."""
-    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+def hex_numbers_of_arrays(arrays: Sequence[pa.Array]) -> Numbers | None:
+    """Read columns of hexadecimal text of one type, one after the other; None if a value is not well-formed."""
+    if len({array.type for array in arrays}) != 1 or not _is_text(arrays[0]):
         return None
+    return _hexadecimal(pa.concat_arrays(arrays).cast(pa.large_binary()))
+
+
+def dense_numbers_of_arrays(arrays: Sequence[pa.Array]) -> NDArray[np.float64] | None:
+    """Read numeric columns to [I, B], NaN for missing values; None if one is of another type or a value infinite."""
+    kinds = pa.types
+    if not all(kinds.is_integer(a.type) or kinds.is_floating(a.type) or kinds.is_null(a.type) for a in arrays):
+        return None
+    if len({array.type for array in arrays}) > 1:
+        arrays = [array.cast(pa.float64(), safe=False) for array in arrays]
     # Not checked: a 64-bit integer is rounded, as preprocessing rounds one that it reads from text.
-    numbers = array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    whole = pa.concat_arrays(arrays).cast(pa.float64(), safe=False)
+    numbers = whole.fill_null(np.nan).to_numpy(zero_copy_only=False).reshape(len(arrays), -1)
     return None if np.isinf(numbers).any() else numbers
+
+
+def _is_text(array: pa.Array) -> bool:
+    tests = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
+    return any(test(array.type) for test in tests)
 
 
 def _integers(array: pa.Array, column: CategoricalColumn) -> Numbers | None:

@@ -22,7 +22,13 @@ from data_pipeline.transforms import transform_dense
 from data_pipeline.vocabulary import load_vocabulary, vocabulary_file
 from trainer.inference.json_records import Record, RequestError, categorical_array, dense_matrix, unknown_column
 from trainer.inference.package import SCHEMA, Package, PackageError
-from trainer.inference.plain_numbers import dense_numbers_of_array, hex_numbers_of_texts, numbers_of_array
+from trainer.inference.plain_numbers import (
+    Numbers,
+    dense_numbers_of_arrays,
+    hex_numbers_of_arrays,
+    hex_numbers_of_texts,
+    numbers_of_array,
+)
 
 # Ids of an identity column beyond its table are unknown ones, not malformed: new items are born every day.
 _NO_LIMIT = 2**31 - 1
@@ -66,6 +72,11 @@ class RequestEncoder:
             i for i, column in enumerate(schema.categorical) if column.kind == "hex" and not column.multi_hot
         ]
 
+    @property
+    def raw_schema(self) -> Schema:
+        """The schema to parse raw files by: other than in preprocessing, ids beyond an identity table are sound."""
+        return self.schema.model_copy(update={"categorical": tuple(self._open_columns)})
+
     def encode_records(self, records: Sequence[Record]) -> EncodedBatch:
         """Encode JSON objects by column name (see `check_records`); an absent column is a missing value."""
         faults = Faults()
@@ -88,23 +99,27 @@ class RequestEncoder:
         self._check_columns(table)
         faults = Faults()
         dense = self._dense_of_table(table, faults)
-        bags = [
-            self._map(_plain(table, name), number, faults) for number, name in enumerate(self.schema.categorical_names)
-        ]
+        arrays = [_plain(table, name) for name in self.schema.categorical_names]
+        quick = self._hex_of_arrays(arrays)
+        bags = []
+        for number, array in enumerate(arrays):
+            ready = quick.get(number)
+            bags.append(ready if ready is not None else self._map(array, number, faults))
         return self._assemble(dense, bags, faults)
 
     def encode_chunk(self, chunk: RawChunk) -> EncodedBatch:
         """Encode rows as a source of `papilio preprocess` parsed them (malformed ones are not among them)."""
         bags = []
-        for mapper, codes in zip(self._mappers, chunk.columns, strict=True):
-            bags.append(_bags(mapper.ids_of_codes(codes)[codes.codes], codes.lengths))
+        for number, (mapper, codes) in enumerate(zip(self._mappers, chunk.columns, strict=True)):
+            ids = self._within_table(mapper.ids_of_codes(codes)[codes.codes], number)
+            bags.append(_bags(ids, codes.lengths))
         return self._assemble(chunk.dense, bags, Faults())
 
     def _dense_of_table(self, table: pa.Table, faults: Faults) -> NDArray[np.float32]:
         arrays = [_plain(table, name) for name in self.schema.dense_names]
-        plain = [numbers for numbers in map(dense_numbers_of_array, arrays) if numbers is not None]
-        if len(plain) == len(arrays):
-            return self._transform(np.array(plain).reshape(len(plain), table.num_rows).T, faults)
+        plain = dense_numbers_of_arrays(arrays) if arrays else np.empty((0, table.num_rows))
+        if plain is not None:
+            return self._transform(plain.T, faults)
         dense = np.empty((table.num_rows, len(arrays)), np.float32)
         for i, (array, column) in enumerate(zip(arrays, self.schema.dense, strict=True)):
             dense[:, i], _ = dense_values(array, column, faults)
@@ -126,10 +141,20 @@ class RequestEncoder:
     def _encode_hex(self, records: Sequence[Record]) -> dict[int, Bags]:
         """Encode all one-hot features of hexadecimal text at once, or none: if one is malformed, it is found later."""
         names = [self.schema.categorical[number].name for number in self._hex_features]
-        plain = hex_numbers_of_texts([record.get(name) for name in names for record in records])
-        if plain is None or not names or not records:
+        if not names or not records:
             return {}
-        numbers, missing = (part.reshape(len(names), -1) for part in plain)
+        return self._bags_of_hex(hex_numbers_of_texts([record.get(name) for name in names for record in records]))
+
+    def _hex_of_arrays(self, arrays: Sequence[pa.Array]) -> dict[int, Bags]:
+        """As `_encode_hex`, of Arrow columns."""
+        if not self._hex_features or len(arrays[0]) == 0:
+            return {}
+        return self._bags_of_hex(hex_numbers_of_arrays([arrays[number] for number in self._hex_features]))
+
+    def _bags_of_hex(self, plain: Numbers | None) -> dict[int, Bags]:
+        if plain is None:
+            return {}
+        numbers, missing = (part.reshape(len(self._hex_features), -1) for part in plain)
         return {
             number: self._ids_of_numbers(numbers[place], missing[place], number)
             for place, number in enumerate(self._hex_features)

@@ -1,4 +1,7 @@
-"""Which checkpoints a command line means: RUN is a folder of several kinds, NAME a name, a step, or a role."""
+"""Which checkpoints a command line means: RUN is a folder of several kinds, NAME a name, a step, or a role.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,31 @@ import difflib
 from typing import Any
 
 from data_pipeline.paths import join
-from launch.usage import UsageError
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
 from trainer.checkpoint.format import MARKER, STEP_FOLDER, CheckpointError
 from trainer.storage import exists, list_folder, read_json
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+# A package has a config, too, that of its run.
+PACKAGE = "package.json"
 LATEST, BEST = "latest", "best"
 MAX_NAMED = 5
+
+
+class NoRunError(CheckpointError):
+    """A path that leads to no run and to no checkpoints."""
 
 
 def find_folder(run: str) -> CheckpointFolder:
     """Return the folder of a run's checkpoints; `run` is the run's folder, or that of the checkpoints itself.
 
     Raises:
-        UsageError: it is neither; names the runs near by.
+        NoRunError: it is neither; names the runs near by.
     """
     run = run.rstrip("/") or "/"
+    if exists(join(run, PACKAGE)):
+        raise NoRunError(f"{run} is a package, not a run; `papilio package show {run}` says which run it was made of")
     if exists(join(run, CONFIG)):
         return CheckpointFolder(_configured(read_json(join(run, CONFIG))) or join(run, CHECKPOINTS))
     names = list_folder(run)
@@ -33,8 +43,8 @@ def find_folder(run: str) -> CheckpointFolder:
         return CheckpointFolder(join(run, CHECKPOINTS))
     if exists(join(run, MARKER)):
         parent, _, name = run.rpartition("/")
-        raise UsageError(f"{run} is one checkpoint; write {parent or '.'} {name}")
-    raise UsageError(_no_run(run, is_there=bool(names)))
+        raise NoRunError(f"{run} is one checkpoint; write {parent or '.'} {name}")
+    raise NoRunError(_no_run(run, is_there=bool(names)))
 
 
 def find_checkpoint(folder: CheckpointFolder, word: str) -> str:
@@ -123,7 +133,7 @@ def _no_run(run: str, *, is_there: bool) -> str:
 
 def _runs_in(folder: str) -> list[str]:
     try:
-        return [name for name in list_folder(folder) if exists(join(folder, name, CONFIG))]
+        return [name for name in list_folder(folder) if _is_run(join(folder, name))]
     except OSError:  # forbidden, or a file
         return []
 
@@ -132,3 +142,7 @@ def _listed(names: list[str]) -> str:
     """The last of these, which are the newest."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[-MAX_NAMED:]) + more
+
+
+def _is_run(folder: str) -> bool:
+    return exists(join(folder, CONFIG)) and not exists(join(folder, PACKAGE))

@@ -1,0 +1,27 @@
+"""Runs a module in a Python process of its own, for jobs that need torch: the command line itself imports none."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+# Ctrl-C on a terminal reaches the child by itself; these reach only the process that was told.
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
+
+
+def run_module(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module` to its end, passing on signals to end, and return its exit status as a shell tells it."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    before = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGINT)}
+    for number in PASSED_ON:
+        if before[number] is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda received, _: process.send_signal(received))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,103 @@
+"""`papilio export` and `papilio package`: the first in a process of its own, since quantizing needs torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+
+from data_pipeline.progress import Progress
+from launch import package_text as text
+from launch.child_process import run_module
+from launch.usage import UsageError
+from trainer.inference.export_options import options_of
+from trainer.inference.formats.format_folder import verify_formats
+from trainer.inference.package import PackageError, PackageManifest, read_manifest, read_package, verify_package
+
+MIN_COLUMNS = 80
+
+
+def run_export(namespace: argparse.Namespace) -> int:
+    """Export a run; options that do not go together are told before any process starts."""
+    try:
+        options_of(namespace)
+    except PackageError as error:
+        raise UsageError(str(error)) from None
+    return run_module("trainer.export", _arguments(namespace))
+
+
+def run_package(namespace: argparse.Namespace) -> int:
+    """Do what `papilio package ACTION DIR` asks for."""
+    return {"show": _show, "verify": _verify, "build": _build}[namespace.action](namespace)
+
+
+def _arguments(namespace: argparse.Namespace) -> list[str]:
+    words = []
+    for flag in ("run", "output", "quantize", "size_budget", "quantizer", "data", "min_auc_ratio", "checkpoint"):
+        value = getattr(namespace, flag)
+        if value is not None:
+            words.append(f"--{flag.replace('_', '-')}={value}")
+    words += [f"--table={choice}" for choice in namespace.table]
+    return words + ["--no-gate"] * namespace.no_gate
+
+
+def _show(namespace: argparse.Namespace) -> int:
+    """Print what a package is; of its tables, nothing is read."""
+    package = read_package(namespace.package)
+    if namespace.json:
+        print(json.dumps(package.manifest.model_dump(mode="json"), indent=1))
+        return 0
+    columns = _columns()
+    sections = [text.describe(package, text.utc_now(), columns)]
+    sections.append(text.describe_tables(package.manifest.tables, columns, show_all=namespace.all))
+    print(text.joined(sections))
+    return 0
+
+
+def _verify(namespace: argparse.Namespace) -> int:
+    """Read every byte; print what is damaged."""
+    begin_s = time.perf_counter()
+    manifest: PackageManifest = read_manifest(namespace.package)
+    problems = []
+    with Progress("verify", manifest.num_bytes, "B", is_shown=True, is_kept=False) as progress:
+        for _, problem in verify_package(namespace.package, progress.advance):
+            problems += [problem] if problem is not None else []
+    seconds = time.perf_counter() - begin_s
+    verdict = "DAMAGED" if problems else "sound"
+    print(f"{namespace.package}  {verdict}: {text.reading(manifest, seconds)}")
+    for problem in problems:
+        print(f"  {problem}")
+    if problems:
+        print("nothing of it can be trusted; export it again, or copy it again from where it is whole")
+        return 1
+    return _verify_formats(namespace.package)
+
+
+def _verify_formats(folder: str) -> int:
+    """Read every byte of what was built beside a sound package; print what is damaged."""
+    status = 0
+    for file, problem in verify_formats(read_package(folder)):
+        if problem is not None:
+            print(f"{folder}/{file}  {problem}; build it again")
+            status = 1
+    return status
+
+
+def _build(namespace: argparse.Namespace) -> int:
+    """Build a format; what cannot be is told before any process starts."""
+    read_package(namespace.package)
+    words = [namespace.package]
+    for flag in ("format", "data", "dense", "threads"):
+        value = getattr(namespace, flag)
+        if value is not None:
+            words.append(f"--{flag}={value}")
+            if flag != "format" and namespace.format != "fastest":
+                raise UsageError(f"--{flag} is for --format fastest, not for --format {namespace.format}")
+    if namespace.threads is not None and namespace.threads < 1:
+        raise UsageError(f"--threads {namespace.threads}: at least one thread is needed")
+    return run_module("trainer.build_format", words)
+
+
+def _columns() -> int:
+    return max(MIN_COLUMNS, shutil.get_terminal_size().columns)

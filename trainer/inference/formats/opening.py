@@ -1,0 +1,66 @@
+"""Builds and opens a package's formats by their names; needs no torchrec."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from trainer.inference.flat_model import build_flat_model
+from trainer.inference.formats.aoti import build_aoti, open_aoti
+from trainer.inference.formats.build_options import DEFAULT_DENSE, DenseArithmetic, FormatName
+from trainer.inference.formats.fastest import build_fastest, open_fastest
+from trainer.inference.formats.format_folder import FormatInfo, has_format
+from trainer.inference.formats.onnx_model import build_onnx, open_onnx
+from trainer.inference.formats.predictor import Predictor
+from trainer.inference.formats.torch_program import build_torch_program, open_torch_program
+from trainer.inference.formats.ways import EAGER, run_of_model
+from trainer.inference.package import Package, PackageError
+
+logger = logging.getLogger(__name__)
+_BUILDERS = {"aoti": build_aoti, "torch": build_torch_program, "onnx": build_onnx}
+_OPENERS = {"fastest": open_fastest, "aoti": open_aoti, "torch": open_torch_program, "onnx": open_onnx}
+
+
+def build_format(
+    package: Package,
+    name: FormatName,
+    *,
+    data: str | None = None,
+    dense: DenseArithmetic = DEFAULT_DENSE,
+    num_threads: int | None = None,
+) -> FormatInfo:
+    """Build a format; one that is there is replaced.
+
+    Args:
+        package: what to build it of.
+        name: the format.
+        data: of "fastest": data set with held-out samples; that of the run by default.
+        dense: of "fastest": the coarsest arithmetic that the dense part may have.
+        num_threads: of "fastest": threads to measure with; changed for the whole process.
+
+    Raises:
+        PackageError: something that it takes is missing.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return build_fastest(package, data, dense) if name == "fastest" else _BUILDERS[name](package)
+
+
+def open_format(package: Package, name: FormatName) -> Predictor:
+    """Open a format.
+
+    Raises:
+        PackageError: it was not built, is damaged, or does not fit this machine.
+    """
+    return _OPENERS[name](package)
+
+
+def open_predictor(package: Package) -> Predictor:
+    """Open a package by format "fastest" where it was built and fits this machine, else eagerly, with a warning."""
+    if has_format(package, "fastest"):
+        try:
+            return open_fastest(package)
+        except PackageError as error:
+            logger.warning("%s; the package is used without it: slower, and its dense part in fp32", error)
+    return Predictor(EAGER, package.manifest, run_of_model(build_flat_model(package)))

@@ -1,0 +1,97 @@
+"""Raw files, as `papilio preprocess` takes them, encoded for a package a block at a time. Labels may be absent.
+
+N sound rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_pipeline.bad_rows import BadRow, PreprocessError
+from data_pipeline.byte_blocks import PADDING_BYTES, Block, load_block
+from data_pipeline.criteo import NUM_FIELDS, parse_criteo
+from data_pipeline.parse_stage import blocks_of, parse_rows
+from data_pipeline.raw_chunk import RawChunk
+from data_pipeline.schema import Schema
+from data_pipeline.table_source import delimiter_of
+from trainer.inference.request_encoder import EncodedBatch, RequestEncoder
+
+# Of a Criteo file without labels, as Kaggle's test.txt.
+_NO_LABEL = b"0\t"
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """A block of one file.
+
+    Attributes:
+        batch: its sound rows, encoded.
+        lines: [N] their lines in the file, from 1; in Parquet, their rows, from 1.
+        labels: [N] their labels, None where the file has none.
+        bad_rows: the others, by line in the file.
+        num_bytes: of the block.
+    """
+
+    batch: EncodedBatch
+    lines: NDArray[np.int64]
+    labels: NDArray[np.uint8] | None
+    bad_rows: tuple[BadRow, ...]
+    num_bytes: int
+
+
+def read_raw_rows(path: str, source: str, encoder: RequestEncoder) -> Iterator[RawRows]:
+    """Yield the blocks of a file, in order.
+
+    Raises:
+        PreprocessError: the file cannot be read, lacks a column, or is malformed beyond single rows.
+    """
+    schema = encoder.raw_schema
+    is_text_table = source == "table" and delimiter_of(path) is not None
+    first_line = 0
+    has_label: bool | None = None
+    for offset, num_bytes, data, header in blocks_of(path, source, schema, needs_label=False):
+        block = Block(0, 0, offset, num_bytes, data, header)
+        if has_label is None:
+            has_label = _has_label(block, path, source, schema)
+        try:
+            chunk = _parse(block, path, source, schema, has_label=has_label)
+        except PreprocessError as error:
+            raise PreprocessError(f"{path}, near byte {offset}: {error}") from None
+        lines = _sound_lines(chunk, num_header_lines=int(is_text_table and offset == 0)) + first_line
+        bad_rows = tuple(BadRow(row.line + first_line, row.field, row.reason, row.raw) for row in chunk.bad_rows)
+        yield RawRows(encoder.encode_chunk(chunk), lines, chunk.labels if has_label else None, bad_rows, num_bytes)
+        first_line += chunk.num_lines
+
+
+def _parse(block: Block, path: str, source: str, schema: Schema, *, has_label: bool) -> RawChunk:
+    if has_label or source != "criteo":
+        return parse_rows(block, path, source, schema)
+    text = load_block(block, path)[PADDING_BYTES:].tobytes()
+    with_labels = _NO_LABEL + text[:-1].replace(b"\n", b"\n" + _NO_LABEL) + b"\n"
+    padded = np.zeros(PADDING_BYTES + len(with_labels), np.uint8)
+    padded[PADDING_BYTES:] = np.frombuffer(with_labels, np.uint8)
+    return parse_criteo(padded, schema)
+
+
+def _has_label(block: Block, path: str, source: str, schema: Schema) -> bool:
+    if source == "criteo":
+        text = load_block(block, path)[PADDING_BYTES:]
+        first_end = int(np.argmax(text == ord("\n")))
+        return int(np.count_nonzero(text[:first_end] == ord("\t"))) != NUM_FIELDS - 2
+    if block.header is not None:
+        return schema.label in block.header
+    return schema.label in pa.ipc.open_stream(block.data).schema.names
+
+
+def _sound_lines(chunk: RawChunk, *, num_header_lines: int) -> NDArray[np.int64]:
+    is_sound = np.ones(chunk.num_lines, np.bool_)
+    is_sound[:num_header_lines] = False
+    is_sound[[row.line - 1 for row in chunk.bad_rows]] = False
+    lines: NDArray[np.int64] = np.flatnonzero(is_sound) + 1
+    assert len(lines) == len(chunk.labels)
+    return lines

@@ -308,9 +308,7 @@ def test_every_byte_of_a_format_can_be_verified(own, capsys) -> None:
     assert [problem is None for _, problem in verify_formats(own)] == [True, False]
     capsys.readouterr()
     assert main(["package", "verify", own.folder]) == 1
-    assert (
-        f"{own.folder}/{names[1]}  is damaged: its checksum is not what format.json" in capsys.readouterr().out
-    )
+    assert f"{own.folder}/{names[1]}  is damaged: its checksum is not what format.json" in capsys.readouterr().out
     Path(own.folder, names[0]).write_text("{")
     ((file, problem),) = verify_formats(own)
     assert file == names[0] and "is damaged" in problem

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 # Longer than the idle time of common load balancers and clients, so that it is they who close idle connections.
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
-# Under overload the thread that answers HTTP never rests, and the one that scores, which gives up the interpreter's lock
-# in every operator, would wait Python's default of 5 ms to get it back each time.
+# Under overload the thread that answers HTTP never rests, and the one that scores, which gives up the interpreter's
+# lock in every operator, would wait Python's default of 5 ms to get it back each time.
 GIL_SWITCH_S = 2e-4
 
 

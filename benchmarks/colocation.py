@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.colocation_chart import LIMITS_MS, best_within, write_page
+from benchmarks.colocation_chart import LIMITS_MS, MAX_OTHER_CORES, best_within, words_on_disturbance, write_page
 from benchmarks.random_package import make_package
 from data_pipeline.progress import Progress
 from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
@@ -39,8 +39,6 @@ BATCH_SIZES = (1, 16, 64, 256)
 # (threads a copy, how OpenMP's threads wait, weights)
 VARIANTS = ((1, "passive", "shared"), (1, "passive", "private"), (2, "passive", "shared"), (2, "spin", "shared"))
 WAITS: dict[str, dict[str, str]] = {"passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}, "spin": {}}
-# Rows are measured again, as often as `--passes` says, if other processes kept more than this of the cores busy.
-MAX_OTHER_CORES = 0.1
 Row = Mapping[str, Any]
 
 
@@ -87,6 +85,7 @@ def main() -> None:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     write_page(rows, {name: shape.words for name, shape in SHAPES.items()}, output / "colocation.html")
     print("\n".join(tables_of(rows)))
+    print(words_on_disturbance(rows))
 
 
 def measure_all(options: argparse.Namespace) -> list[Row]:

@@ -19,7 +19,7 @@ from tests.support.package_bytes import read_tables
 from tests.support.trained_runs import expected_probabilities, make_config, write_run
 from trainer.inference.export_options import ExportOptions
 from trainer.inference.exporting import export_package
-from trainer.inference.flat_model import build_dense_of, build_flat_model
+from trainer.inference.flat_model import build_dense_of, build_device_model, build_flat_model
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
 from trainer.inference.formats.format_folder import format_path, verify_formats
 from trainer.inference.formats.opening import build_format, open_format, open_predictor
@@ -204,6 +204,13 @@ def test_rounded_dense_parts_are_near_the_exact_one(architecture, tmp_path) -> N
         rounded = change(build_dense_of(package))(dense, pooled)
         assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
         torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03 * float(exact.abs().max()))
+
+
+def test_tables_with_padded_rows_as_on_a_device_give_the_same(package) -> None:
+    model, padded = build_flat_model(package), build_device_model(package, torch.device("cpu"))
+    for parts in make_requests(package):
+        request = [torch.from_numpy(part) for part in parts]
+        torch.testing.assert_close(padded(*request), model(*request), rtol=0, atol=0)
 
 
 def test_requests_that_do_not_fit_are_refused_and_nothing_is_read(package) -> None:

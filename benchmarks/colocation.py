@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,20 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     if not options.draw_only:
-        rows = measure_all(options)
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for rows in measure_all(options):
+            results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     write_page(rows, {name: shape.words for name, shape in SHAPES.items()}, output / "colocation.html")
     print("\n".join(tables_of(rows)))
     print(words_on_disturbance(rows))
 
 
-def measure_all(options: argparse.Namespace) -> list[Row]:
-    """Measure every set of copies of every shape, and again those that were disturbed by other processes."""
+def measure_all(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every set of copies of every shape, and again those that were disturbed by other processes.
+
+    Yields:
+        The rows after each pass, each the least disturbed one of its kind so far.
+    """
     found: dict[tuple[Any, ...], Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         sets = [
@@ -107,9 +111,9 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
                     progress.advance(1)
             disturbed = {_set_key(row) for row in found.values() if row["other_cores"] > MAX_OTHER_CORES}
             sets = [each for each in sets if _set_key(each) in disturbed]
+            yield list(found.values())
             if not sets:
                 break
-    return list(found.values())
 
 
 def _set_key(row: Row) -> tuple[Any, ...]:

@@ -23,12 +23,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.colocation_chart import LIMITS_MS, best_within, write_page
+from benchmarks.colocation_chart import LIMITS_MS, MAX_OTHER_CORES, best_within, words_on_disturbance, write_page
 from benchmarks.random_package import make_package
 from data_pipeline.progress import Progress
 from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
@@ -39,8 +39,6 @@ BATCH_SIZES = (1, 16, 64, 256)
 # (threads a copy, how OpenMP's threads wait, weights)
 VARIANTS = ((1, "passive", "shared"), (1, "passive", "private"), (2, "passive", "shared"), (2, "spin", "shared"))
 WAITS: dict[str, dict[str, str]] = {"passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}, "spin": {}}
-# Rows are measured again, as often as `--passes` says, if other processes kept more than this of the cores busy.
-MAX_OTHER_CORES = 0.1
 Row = Mapping[str, Any]
 
 
@@ -82,15 +80,20 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     if not options.draw_only:
-        rows = measure_all(options)
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for rows in measure_all(options):
+            results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     write_page(rows, {name: shape.words for name, shape in SHAPES.items()}, output / "colocation.html")
     print("\n".join(tables_of(rows)))
+    print(words_on_disturbance(rows))
 
 
-def measure_all(options: argparse.Namespace) -> list[Row]:
-    """Measure every set of copies of every shape, and again those that were disturbed by other processes."""
+def measure_all(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Measure every set of copies of every shape, and again those that were disturbed by other processes.
+
+    Yields:
+        The rows after each pass, each the least disturbed one of its kind so far.
+    """
     found: dict[tuple[Any, ...], Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         sets = [
@@ -108,9 +111,9 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
                     progress.advance(1)
             disturbed = {_set_key(row) for row in found.values() if row["other_cores"] > MAX_OTHER_CORES}
             sets = [each for each in sets if _set_key(each) in disturbed]
+            yield list(found.values())
             if not sets:
                 break
-    return list(found.values())
 
 
 def _set_key(row: Row) -> tuple[Any, ...]:

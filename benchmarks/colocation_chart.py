@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+# A row says little if other processes kept more of the cores busy meanwhile.
+MAX_OTHER_CORES = 0.1
 # Limits on the 99th percentile that a service may have to keep.
 LIMITS_MS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 78, 16, 20, 92
@@ -51,9 +53,20 @@ def write_page(rows: Sequence[Row], words: Mapping[str, str], path: Path) -> Non
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Co-located copies</title>'
         f"<style>{STYLE_SHEET}</style><h1>Co-located copies of a model</h1>"
-        f'<p class="note">{note}</p>{"".join(parts)}</html>'
+        f'<p class="note">{note} {html.escape(words_on_disturbance(rows))}</p>{"".join(parts)}</html>'
     )
     path.write_text(page, encoding="utf-8")
+
+
+def words_on_disturbance(rows: Sequence[Row]) -> str:
+    """Say how far the machine was the copies' own."""
+    disturbed = sum(row["other_cores"] > MAX_OTHER_CORES for row in rows)
+    if not disturbed:
+        return "No other process disturbed it."
+    return (
+        f"{disturbed} of {len(rows)} points were measured while other processes kept more than {MAX_OTHER_CORES:g} "
+        "cores busy, and say little: run it again on an idle machine."
+    )
 
 
 def figure(rows: Sequence[Row]) -> str:

@@ -197,6 +197,8 @@ def export(
     words += [] if gate else ["--no-gate"]
     command = ["-m", "trainer.export", *(_escape_macros(word) for word in words)]
     role = specs.Role("export", "", entrypoint=python or sys.executable, args=command)
+    # Threads that spin while they wait take the cores from whatever else runs on the host.
+    role.env["OMP_WAIT_POLICY"] = "passive"
     resource = specs.Resource(cpu=cpu, gpu=0, memMB=memory_mb)
     return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 
@@ -14,6 +15,7 @@ from launch.usage import UsageError
 from trainer.inference.export_options import options_of
 from trainer.inference.formats.format_folder import verify_formats
 from trainer.inference.package import PackageError, PackageManifest, read_manifest, read_package, verify_package
+from trainer.inference.serving.serve_options import PASSIVE_WAITS
 
 MIN_COLUMNS = 80
 
@@ -24,6 +26,8 @@ def run_export(namespace: argparse.Namespace) -> int:
         options_of(namespace)
     except PackageError as error:
         raise UsageError(str(error)) from None
+    for name, value in PASSIVE_WAITS.items():
+        os.environ.setdefault(name, value)
     return run_module("trainer.export", _arguments(namespace))
 
 

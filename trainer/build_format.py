@@ -70,10 +70,11 @@ def describe_choice(choice: Choice) -> list[str]:
     plural = "s" if choice.num_threads > 1 else ""
     lines = [f"  median ms of a call with {choice.num_threads} thread{plural}, by batch size{measured_on}"]
     lines.append(f"  {'way':<18}" + "".join(f"{column:>9}" for column in SHOWN_SIZES) + "    AUC kept   chosen for")
-    ranges, smallest = {}, 1
+    ranges: dict[str, list[str]] = {name: [] for name in choice.ways}
+    smallest = 1
     for largest, way in choice.up_to:
         is_last = largest == choice.up_to[-1][0]
-        ranges[way] = f"{smallest} and more" if is_last else f"{smallest} to {largest}"
+        ranges[way].append(f"{smallest} and more" if is_last else f"{smallest} to {largest}")
         smallest = largest + 1
     for name, figures in choice.ways.items():
         times = "".join(
@@ -81,7 +82,7 @@ def describe_choice(choice: Choice) -> list[str]:
             for column in SHOWN_SIZES
         )
         kept = "exact" if figures.auc_ratio is None else f"{figures.auc_ratio:.4%}"
-        lines.append(f"  {name:<18}{times}{kept:>12}   {figures.refusal or ranges.get(name, '')}".rstrip())
+        lines.append(f"  {name:<18}{times}{kept:>12}   {figures.refusal or ', '.join(ranges[name])}".rstrip())
     return lines
 
 

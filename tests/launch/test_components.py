@@ -60,6 +60,7 @@ def test_export_is_one_process_without_ranks() -> None:
     )
     role = resolve(app)
     assert (role.entrypoint, role.num_replicas, role.resource.gpu) == (sys.executable, 1, 0)
+    assert role.env["OMP_WAIT_POLICY"] == "passive"
     assert role.args == [
         "-m",
         "trainer.export",

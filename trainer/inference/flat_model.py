@@ -19,9 +19,11 @@ from trainer.models.dense_part import DensePart, build_dense_part
 # FBGEMM's own numbers: fbgemm_gpu.split_embedding_configs.SparseType, EmbeddingLocation and PoolingMode.
 WEIGHT_TYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3, "int2": 4}
 FP32_OUTPUT = 0
-ON_HOST = 3
+ON_HOST, ON_DEVICE = 3, 0
 SUM_POOLING = 0
 ROW_ALIGNMENT = 1
+# FBGEMM's kernels for GPUs read rows that begin at multiples of it.
+DEVICE_ROW_ALIGNMENT = 16
 # fbgemm_gpu.split_table_batched_embeddings_ops_common.BoundsCheckMode.IGNORE: ids out of range become 0.
 IGNORE = 2
 
@@ -34,8 +36,18 @@ class TableLookup(nn.Module):
         num_rows: [F] int64, rows of each feature's table.
     """
 
-    def __init__(self, tables: Sequence[TableEntry], weights: torch.Tensor) -> None:
+    def __init__(
+        self,
+        tables: Sequence[TableEntry],
+        weights: torch.Tensor,
+        *,
+        offsets: Sequence[int] | None = None,
+        row_alignment: int = ROW_ALIGNMENT,
+    ) -> None:
+        """Look up tables in `weights`, where they lie as in `tables.bin` unless `offsets` and `row_alignment` say."""
         super().__init__()
+        self._row_alignment = row_alignment
+        place = ON_HOST if weights.device.type == "cpu" else ON_DEVICE
         self.num_features, self.dim = len(tables), tables[0].dim
         self._largest_dims = dict.fromkeys(PRECISIONS, 0) | {table.precision: self.dim for table in tables}
         self._has_means = any(table.pooling == "mean" for table in tables)
@@ -45,15 +57,15 @@ class TableLookup(nn.Module):
         self.register_buffer("weights", weights)
         for name, values, dtype in (
             ("num_rows", [table.rows for table in tables], torch.int64),
-            ("offsets", [table.offset for table in tables], torch.int64),
+            ("offsets", offsets or [table.offset for table in tables], torch.int64),
             ("types", [WEIGHT_TYPES[table.precision] for table in tables], torch.uint8),
-            ("places", [ON_HOST] * len(tables), torch.int32),
+            ("places", [place] * len(tables), torch.int32),
             ("columns", [self.dim * number for number in range(len(tables) + 1)], torch.int32),
             ("is_mean", [table.pooling == "mean" for table in tables], torch.bool),
             ("elsewhere", [], torch.uint8),
             ("no_warning", [0], torch.int64),
         ):
-            self.register_buffer(name, torch.tensor(values, dtype=dtype))
+            self.register_buffer(name, torch.tensor(values, dtype=dtype, device=weights.device))
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return the pooled rows [B, F, D] fp32; an empty bag gives zeros, an id out of range row 0, the unknown one.
@@ -99,7 +111,7 @@ class TableLookup(nn.Module):
             output_dtype=output_dtype,
             lxu_cache_weights=None,
             lxu_cache_locations=None,
-            row_alignment=ROW_ALIGNMENT,
+            row_alignment=self._row_alignment,
         )
         return sums
 
@@ -172,6 +184,27 @@ def build_flat_model(package: Package, *, is_mapped: bool = True) -> FlatModel:
     )
     model = FlatModel(TableLookup(package.manifest.tables, weights if is_mapped else weights.clone()), dense_part)
     return model.eval().requires_grad_(False)
+
+
+def build_device_model(package: Package, device: torch.device) -> FlatModel:
+    """Build the model of a package with its tables in a device's memory, their rows padded as FBGEMM wants them there.
+
+    Not run on a GPU so far; on "cpu" it gives what `build_flat_model` does, from padded rows.
+
+    Raises:
+        PackageError: a file is damaged, or does not fit the others.
+    """
+    mapped = build_flat_model(package).lookup.weights
+    padded, offsets, end = [], [], 0
+    for table in package.manifest.tables:
+        rows = mapped[table.offset : table.offset + table.num_bytes].view(table.rows, table.row_bytes)
+        padded.append(nn.functional.pad(rows.to(device), (0, -table.row_bytes % DEVICE_ROW_ALIGNMENT)).view(-1))
+        offsets.append(end)
+        end += padded[-1].numel()
+    lookup = TableLookup(
+        package.manifest.tables, torch.cat(padded), offsets=offsets, row_alignment=DEVICE_ROW_ALIGNMENT
+    )
+    return FlatModel(lookup, build_dense_of(package).to(device)).eval().requires_grad_(False)
 
 
 def build_dense_of(package: Package) -> DensePart:

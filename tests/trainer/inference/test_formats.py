@@ -19,12 +19,12 @@ from tests.support.package_bytes import read_tables
 from tests.support.trained_runs import expected_probabilities, make_config, write_run
 from trainer.inference.export_options import ExportOptions
 from trainer.inference.exporting import export_package
-from trainer.inference.flat_model import build_dense_of, build_flat_model
+from trainer.inference.flat_model import build_dense_of, build_device_model, build_flat_model
+from trainer.inference.formats.aoti import has_compiler
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
 from trainer.inference.formats.format_folder import format_path, verify_formats
 from trainer.inference.formats.opening import build_format, open_format, open_predictor
 from trainer.inference.formats.predictor import RequestError
-from trainer.inference.formats.ways import has_compiler
 from trainer.inference.package import PackageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -59,6 +59,14 @@ def require(name):
     for library in ("onnx", "onnxscript", "onnxruntime") if name == "onnx" else ():
         if importlib.util.find_spec(library) is None:
             pytest.skip(f'{library} is not installed: pip install "papilio[onnx]"')
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A package of one test's own, with its portable program built."""
+    package, _, _ = make_package(tmp_path)
+    build_format(package, "torch")
+    return package
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +214,13 @@ def test_rounded_dense_parts_are_near_the_exact_one(architecture, tmp_path) -> N
         torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03 * float(exact.abs().max()))
 
 
+def test_tables_with_padded_rows_as_on_a_device_give_the_same(package) -> None:
+    model, padded = build_flat_model(package), build_device_model(package, torch.device("cpu"))
+    for parts in make_requests(package):
+        request = [torch.from_numpy(part) for part in parts]
+        torch.testing.assert_close(padded(*request), model(*request), rtol=0, atol=0)
+
+
 def test_requests_that_do_not_fit_are_refused_and_nothing_is_read(package) -> None:
     predictor = open_predictor(package)
     dense, ids, lengths = (torch.from_numpy(part) for part in make_requests(package)[4])
@@ -227,17 +242,25 @@ def test_requests_that_do_not_fit_are_refused_and_nothing_is_read(package) -> No
     torch.testing.assert_close(predictor.predict(dense, wide, lengths), predictor.predict(dense, ids, lengths))
 
 
+def test_a_machine_without_a_compiler_is_told_what_to_do(own, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(
+        PackageError, match=r"needs a C\+\+ compiler and finds none; install one .* or use --format torch"
+    ):
+        build_format(own, "aoti")
+    assert os.listdir(Path(own.folder, "formats")) == ["torch"]
+
+
+def test_a_machine_without_onnx_is_told_what_to_install(own, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PackageError, match=r'ONNX needs onnx, which is not installed: pip install "papilio\[onnx\]"'):
+        build_format(own, "onnx")
+
+
 def test_a_format_that_was_not_built_is_named_with_the_command(package) -> None:
     with pytest.raises(PackageError, match=r"has no format fastest; `papilio package build .* --format fastest` makes"):
         open_format(package, "fastest")
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A package of one test's own, with its portable program built."""
-    package, _, _ = make_package(tmp_path)
-    build_format(package, "torch")
-    return package
 
 
 def test_changed_bytes_of_a_format_are_refused_by_name(own) -> None:

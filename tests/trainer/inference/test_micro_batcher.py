@@ -131,6 +131,28 @@ def test_who_waited_too_long_is_refused_and_costs_no_scoring() -> None:
     drive(model, steps, max_delay_ms=20)
 
 
+def test_who_would_wait_too_long_is_refused_at_once() -> None:
+    model = SteppedModel()
+
+    async def steps(batcher: MicroBatcher) -> None:
+        slow = batcher.submit(records(1), 1)
+        await model.wait_until_busy()
+        await asyncio.sleep(0.3)  # so that a record is known to take 30 ms or more: a tenth of the newest
+        model.step()
+        await slow
+        running = batcher.submit(records(2), 1)
+        await model.wait_until_busy()
+        queued = [batcher.submit(records(3, 4), 2), batcher.submit(records(5, 6), 2)]
+        with pytest.raises(OverloadError, match=r"^\d+ ms of work wait already; try again later"):
+            batcher.submit(records(7), 1)
+        with pytest.raises(OverloadError, match="ms of work wait already"):
+            batcher.require_room()
+        model.step(10)
+        await asyncio.gather(running, *queued, return_exceptions=True)
+
+    drive(model, steps, max_delay_ms=100)
+
+
 def test_a_first_request_waits_for_others_until_the_batch_is_full() -> None:
     model = SteppedModel()
 

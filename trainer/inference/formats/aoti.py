@@ -7,6 +7,7 @@ whose constants were not loaded ends the process, a missing input is an error.
 from __future__ import annotations
 
 import os
+import shutil
 
 import fbgemm_gpu
 import torch
@@ -60,20 +61,23 @@ def compile_graph(package: Package, dense_part: nn.Module, path: str, *, is_froz
     Raises:
         PackageError: there is no C++ compiler.
     """
+    if not has_compiler():
+        raise PackageError(
+            "AOTInductor needs a C++ compiler and finds none; install one (Debian and Ubuntu: apt-get install g++) or "
+            "name it in CXX, or use --format torch or onnx, which need none"
+        )
     # Imported here alone: it takes seconds, and opening a format does without.
     import torch._inductor
-    from torch._inductor.exc import InvalidCxxCompiler
 
     # Tables that are not read: only their size counts.
     table_bytes = torch.empty(64, dtype=torch.uint8)
     program = export_program(GraphOnFile(package, dense_part), package, table_bytes)
-    try:
-        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={"freezing": is_frozen})
-    except InvalidCxxCompiler:
-        raise PackageError(
-            "AOTInductor needs a C++ compiler and finds none; install one (Debian and Ubuntu: apt-get install g++) or "
-            "name it in CXX, or use --format torch or onnx, which need none"
-        ) from None
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={"freezing": is_frozen})
+
+
+def has_compiler() -> bool:
+    """Say whether AOTInductor will find a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
 def load_graph(path: str, table_bytes: torch.Tensor) -> RunGraph:

@@ -115,7 +115,9 @@ def _choose(package: Package, folder: str, held_out: HeldOut | None, dense: Dens
         rounded = {name: run for name, run in runs.items() if WAYS[name].dense != "fp32"}
         figures |= accuracy.measure(model, rounded, held_out, package.manifest)
         runs = {name: run for name, run in runs.items() if figures[name].refusal is None}
-    times = time_ways(runs, lambda num_samples: example_batches(package, num_samples))
+    # Of one thread, time on the processor: other work on this machine then does not decide.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = time_ways(runs, lambda num_samples: example_batches(package, num_samples), BATCH_SIZES, clock=clock)
     figures |= {
         name: figures[name].model_copy(update={"median_ms": {str(size): 1e3 * s for size, s in found.items()}})
         for name, found in times.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model
-from trainer.inference.formats.aoti import compile_graph, load_graph
+from trainer.inference.formats.aoti import compile_graph, has_compiler, load_graph
 from trainer.inference.formats.build_options import DenseArithmetic
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
 from trainer.inference.formats.graph import map_tables
@@ -48,11 +47,6 @@ class Way:
         if self.is_compiled and not has_compiler():
             return "there is no C++ compiler"
         return None
-
-
-def has_compiler() -> bool:
-    """Say whether AOTInductor will find a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
 def load_eager(package: Package, folder: str = "") -> RunGraph:

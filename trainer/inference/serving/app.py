@@ -90,6 +90,7 @@ class ServingApp:
                 max_bytes=self._options.max_body_bytes,
                 timeout_s=self._options.body_timeout_s,
             )
+            self._batcher.require_room()
             scorer = self._batcher.scorer
             content: Content = read_json(body, scorer.encoder.schema) if kind == "json" else read_arrow(body)
             num_records = len(content)

@@ -26,6 +26,7 @@ from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
+_NEWEST_SHARE = 0.1
 # For what is being scored; the thread is a daemon, so that a model that hangs does not keep the process.
 _JOIN_TIMEOUT_S = 10.0
 Scores = NDArray[np.float32]
@@ -69,6 +70,7 @@ class MicroBatcher:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
+        self._record_s = 0.0  # that a record takes, lately
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
@@ -86,11 +88,8 @@ class MicroBatcher:
             OverloadError: the queue is full; from the future: the request waited too long.
             RecordError, RequestError: from the future: a record is malformed.
         """
+        self.require_room(num_records)
         with self._changed:
-            if self._num_waiting + num_records > self._options.max_queue:
-                raise OverloadError(
-                    f"{self._num_waiting} records wait already, {self._options.max_queue} may; try again later"
-                )
             waiting = _Waiting(self.scorer, content, num_records, self._loop.create_future())
             self._queue.append(waiting)
             self._count(num_records)
@@ -98,6 +97,19 @@ class MicroBatcher:
             if len(self._queue) == 1 or self._num_waiting >= self._options.max_batch:
                 self._changed.notify()
         return waiting.answer
+
+    def require_room(self, num_records: int = 1) -> None:
+        """Make sure that records may be queued; asked before a body is parsed, it keeps refusals cheap.
+
+        Raises:
+            OverloadError: the queue is full, or so long that they would wait for more than is allowed.
+        """
+        options = self._options
+        if self._num_waiting + num_records > options.max_queue:
+            raise OverloadError(f"{self._num_waiting} records wait already, {options.max_queue} may; try again later")
+        expected_ms = self._num_waiting * self._record_s * 1e3
+        if expected_ms > options.max_delay_ms:
+            raise OverloadError(f"{expected_ms:.0f} ms of work wait already; try again later")
 
     def close(self) -> None:
         """Score what waits, and end the thread."""
@@ -108,7 +120,11 @@ class MicroBatcher:
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
+            begin_s = time.monotonic()
             outcomes = _score_or_split(batch, self._metrics)
+            num_records = sum(waiting.num_records for waiting in batch)
+            if num_records:
+                self._record_s += _NEWEST_SHARE * ((time.monotonic() - begin_s) / num_records - self._record_s)
             self._loop.call_soon_threadsafe(_deliver, outcomes)
 
     def _next_batch(self) -> list[_Waiting] | None:

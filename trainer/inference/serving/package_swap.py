@@ -38,7 +38,7 @@ class PackageSwap:
             old = self._batcher.scorer
             try:
                 new = await asyncio.get_running_loop().run_in_executor(None, self._load)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:
                 logger.error("package refused, %s goes on: %s", old.label, error)
                 self._metrics.record_swap("refused")
                 return False

@@ -32,7 +32,7 @@ class ServeOptions(BaseModel):
     )
     max_queue: int = Field(4096, ge=1, description="Records of a process that may wait; a request beyond gets a 503.")
     max_delay_ms: float = Field(
-        1000.0, gt=0, description="A request that has waited longer gets a 503 instead of scores."
+        500.0, gt=0, description="A request that has waited longer, or will by all appearances, gets a 503."
     )
     max_requests: int = Field(512, ge=1, description="Requests of a process under way at once; beyond, a 503.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Size of a request's body at most; beyond, a 413.")

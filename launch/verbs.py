@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 SPLITS = ("train", "validation", "test")
+SCHEDULERS = ("local_cwd", "slurm", "kubernetes")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,55 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--optimizer", action="store_true", help="the optimizers' states, too")
 
 
+def _launch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-s", "--scheduler", choices=SCHEDULERS, default="local_cwd", help="where to run (default: local_cwd)"
+    )
+    parser.add_argument(
+        "-cfg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="settings of the scheduler, e.g. partition=gpu",
+    )
+    parser.add_argument("--dryrun", action="store_true", help="print what would be submitted, and submit nothing")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="show the job's output to its end, and leave with its status"
+    )
+    parser.add_argument("component", metavar="COMPONENT", help="what to run: train, evaluate, ...")
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="its arguments and settings (`papilio launch train --help` lists them)",
+    )
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_job(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_job(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the job ends, and leave with its status"
+    )
+    parser.add_argument("--host", type=int, metavar="N", help="only what host N prints (default: all hosts)")
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-s", "--scheduler", choices=SCHEDULERS, help="only of this one (default: all there are here)")
+    parser.add_argument("--all", action="store_true", help="however many there are")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "job", nargs="?", metavar="JOB", help="a handle, as slurm://papilio/12, or an id (default: the newest job)"
+    )
+
+
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
@@ -223,5 +273,40 @@ VERBS = (
         "papilio checkpoint list runs/quickstart",
         _checkpoint_arguments,
         "launch.checkpoint_jobs:run_checkpoint",
+    ),
+    Verb(
+        "launch",
+        "start a job on Slurm, Kubernetes or this machine: one host or many",
+        "papilio launch -s slurm train --recipe quickstart --nnodes 4 --nproc 8",
+        _launch_arguments,
+        "launch.scheduled_jobs:run_launch",
+    ),
+    Verb(
+        "status",
+        "say how a job does: its state, its hosts, and the first error if it failed",
+        "papilio status slurm://papilio/12",
+        _status_arguments,
+        "launch.scheduled_jobs:run_status",
+    ),
+    Verb(
+        "logs",
+        "show what the hosts of a job print",
+        "papilio logs -f slurm://papilio/12",
+        _logs_arguments,
+        "launch.scheduled_jobs:run_logs",
+    ),
+    Verb(
+        "cancel",
+        "tell a job to end, after its ranks have saved",
+        "papilio cancel slurm://papilio/12",
+        _add_job,
+        "launch.scheduled_jobs:run_cancel",
+    ),
+    Verb(
+        "list",
+        "list the jobs that were launched from here",
+        "papilio list",
+        _list_arguments,
+        "launch.scheduled_jobs:run_list",
     ),
 )

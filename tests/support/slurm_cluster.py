@@ -188,7 +188,7 @@ class SlurmCluster:
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={folder / name}" for option, name in files.items()]
         self._start_daemon("munged", ["munged", "--foreground", "--force", *options])
-        self._wait(lambda: (folder / "socket").exists(), "munged")
+        self._wait((folder / "socket").exists, "munged")
 
     def _start_daemon(self, name: str, command: list[str], marks: dict[str, str] | None = None) -> None:
         log = self.folder / "log" / f"{name}.out"
@@ -199,9 +199,7 @@ class SlurmCluster:
 
     def _num_idle(self) -> int:
         command = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-        done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=30, check=False
-        )
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30, check=False)
         return sum(int(word) for word in done.stdout.split() if word.isdigit())
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:

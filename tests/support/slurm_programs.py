@@ -88,9 +88,7 @@ def _fetch(root: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> str:
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise NoSlurmError(f"Slurm is not installed; fetching it took too long; {HOW_TO_INSTALL}") from None
     if done.returncode:

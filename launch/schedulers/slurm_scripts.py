@@ -1,0 +1,134 @@
+"""The two shell scripts of a job on Slurm: job.sh, which sbatch gets, and host.sh, which each host runs.
+
+A plain job of N hosts with one task each, not TorchX's heterogeneous job of N components of one host: it needs no
+backfill scheduler, has one state instead of N, and squeue shows it in one line. What else is different:
+
+- environment values are exported in host.sh; `srun --export=A=1,2` would cut the value at its comma;
+- tasks get the job's CPUs: srun does not hand them on by itself since Slurm 22.05;
+- srun does not kill the other hosts when the first one fails, but 60 s later (`--wait`): the agents end by themselves,
+  and with their own statuses, of which the job's is the largest;
+- status 75 (saved, resume me) leads to a requeue, unless the job was cancelled; other failures to another attempt on
+  the same hosts at once, as often as max_retries says. A requeue would wait for the 2 minutes that Slurm builds in.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from torchx import specs
+
+# Where host.sh leaves the first host's name for the component's own shell lines.
+FIRST_HOST = "PAPILIO_FIRST_HOST"
+# After the first host is done: all agents wait for each other at the end, so this is for those that hang.
+WAIT_FOR_HOSTS_S = 60
+# What TorchX fills in at submission is known here only when the job runs.
+RUNTIME_VALUES = {specs.macros.app_id: "$SLURM_JOB_ID", specs.macros.replica_id: "$SLURM_NODEID"}
+
+JOB_SCRIPT = """#!/bin/bash
+# {title}
+{options}
+folder={folder}
+retries={max_retries}
+grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\\t' "$folder/job.events") || attempts=0
+note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
+is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
+
+# Told to end: wait for the hosts, which save. Without this bash would end and Slurm kill them.
+trap : TERM INT
+export {first_host}="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+while true; do
+    attempt=$((attempts + 1))
+    note begins "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')"
+    export PAPILIO_ATTEMPT=$attempt
+    srun {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
+    status=$?
+    note ended $status
+    [ $status -eq 0 ] && exit 0
+    is_running || exit $status
+    if [ $status -eq {resume} ]; then
+        note requeued 'the ranks saved'
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        exit $status
+    fi
+    # An attempt that Slurm ended with the host it ran on has no line here and costs no retry.
+    [ "$(grep -c $'\\tretried\\t' "$folder/job.events")" -lt "$retries" ] || exit $status
+    note retried "status $status"
+    attempts=$attempt
+done
+"""
+
+HOST_SCRIPT = """#!/bin/bash
+# What each host of the job runs.
+{exports}
+note() {{
+    printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$PAPILIO_ATTEMPT" "$1" "$2" \\
+        >> {folder}/host_"$SLURM_NODEID".events
+}}
+# The agent gets the signal, too, and ends after its ranks have saved.
+trap : TERM INT
+echo "papilio: attempt $PAPILIO_ATTEMPT on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
+note begins "$SLURMD_NODENAME"
+{command}
+status=$?
+note ended $status
+exit $status
+"""
+
+
+@dataclass(frozen=True)
+class SlurmScripts:
+    """One job, as files."""
+
+    job: str
+    host: str
+
+
+def quote(word: str) -> str:
+    """Quote a word for the shell, but for what only the running job knows."""
+    pieces = [word]
+    for macro, variable in RUNTIME_VALUES.items():
+        pieces = [piece for part in pieces for piece in _split(part, macro, f'"{variable}"')]
+    return "".join(piece if piece in _variables() else shlex.quote(piece) for piece in pieces if piece) or "''"
+
+
+def _variables() -> set[str]:
+    return {f'"{variable}"' for variable in RUNTIME_VALUES.values()}
+
+
+def _split(text: str, macro: str, variable: str) -> list[str]:
+    if text in _variables():
+        return [text]
+    first, *rest = text.split(macro)
+    return [first, *(piece for part in rest for piece in (variable, part))]
+
+
+def resolve_role(role: specs.Role) -> specs.Role:
+    """Fill in what is known at submission."""
+    values = specs.macros.Values(
+        img_root="", app_id=specs.macros.app_id, replica_id=specs.macros.replica_id, rank0_env=FIRST_HOST
+    )
+    return values.apply(role)
+
+
+def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
+    """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
+    srun = [f"--wait={WAIT_FOR_HOSTS_S}", "--kill-on-bad-exit=0", "--open-mode=append", "--unbuffered"]
+    if role.resource.cpu > 0:
+        srun.append(f"--cpus-per-task={role.resource.cpu}")
+    job = JOB_SCRIPT.format(
+        title=title.replace("\n", " "),
+        options="\n".join(f"#SBATCH {option}" for option in sbatch_options),
+        folder=shlex.quote(folder),
+        max_retries=role.max_retries,
+        first_host=FIRST_HOST,
+        srun_options=" ".join(srun),
+        resume=resume_status,
+    )
+    environment = {"PYTHONUNBUFFERED": "1", **role.env}
+    host = HOST_SCRIPT.format(
+        exports="\n".join(f"export {name}={quote(value)}" for name, value in environment.items()),
+        folder=shlex.quote(folder),
+        command=" ".join(quote(word) for word in [role.entrypoint, *role.args]),
+    )
+    return SlurmScripts(job, host)

@@ -45,6 +45,7 @@ def hardware_from_values(
         device_memory=_figure(device_bytes, "GiB"),
         host_memory=_figure(host_bytes, "GiB"),
         framework_memory=_figure(framework_bytes, "MiB"),
+        host_cores=_figure(float(os.cpu_count() or 1), "1"),
         rates=(RatesEntry(ranks_per_host=ranks_per_host, figures={n: _named_figure(n, v) for n, v in values.items()}),),
     )
 
@@ -75,8 +76,9 @@ def to_toml(hardware: Hardware) -> str:
     lines = [f"format_version = {hardware.format_version}"]
     lines += [f"{name} = {json.dumps(getattr(hardware, name))}" for name in ("name", "description", "device")]
     lines.append(f"ranks_per_host = {hardware.ranks_per_host}")
-    for name in ("device_memory", "host_memory", "framework_memory"):
-        lines.append(f"{name} = {_inline(getattr(hardware, name))}")
+    for name in ("device_memory", "host_memory", "framework_memory", "host_cores"):
+        if (figure := getattr(hardware, name)) is not None:
+            lines.append(f"{name} = {_inline(figure)}")
     for entry in hardware.rates:
         lines += ["", "[[rates]]", f"ranks_per_host = {entry.ranks_per_host}", "", "[rates.figures]"]
         lines += [f"{name} = {_inline(figure)}" for name, figure in entry.figures.items()]

@@ -347,3 +347,47 @@ def study(
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
     command = roles.verb_command("study", [*words, *overrides])
     return roles.make_app(name, "study", command, asked, around)
+
+
+def preflight(
+    *overrides: str,
+    recipe: str,
+    host: str | None = None,
+    nproc: int | None = None,
+    nnodes: int = 1,
+    wait_s: float = 120.0,
+    name: str = "preflight",
+    python: str | None = None,
+    image: str | None = None,
+    cpu: int | None = None,
+    gpu: int | None = None,
+    memory_mb: int | None = None,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
+    omp_threads: int = 1,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Ask on every node of a job, in a minute or two, whether the job would run there; node 0 prints the table.
+
+    Args:
+        overrides: settings that replace the recipe's, after `--`; also --json, --no-links, --read-gib=N, --data-port=N
+        recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
+        host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for, and what to plan for
+        nproc: ranks on each node (default: one for each GPU of the host profile, or 2)
+        nnodes: number of nodes
+        wait_s: seconds that nodes may come later than the first one
+        name: name of the job
+        python: interpreter that runs the job (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for on each node (default: the host profile's, or one for each thread of the ranks)
+        gpu: GPUs to ask for on each node (default: with a GPU host profile one for each rank, else none)
+        memory_mb: memory to ask for on each node, in MB (default: nine tenths of the host profile's, or 4096)
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
+        omp_threads: threads of each rank inside a CPU operator
+        rdzv_port: port on the first node where the nodes meet; unused with one node
+    """
+    asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    command = roles.preflight_command(recipe, overrides, asked, nnodes, wait_s)
+    around = Surroundings(python, image, env, mounts, omp_threads, 0)
+    return roles.make_app(name, "preflight", command, asked, around, str(nnodes), rdzv_port)

@@ -71,6 +71,16 @@ def verb_command(verb: str, words: Sequence[str]) -> list[str]:
     return ["launch.cli", verb, *(escape_macros(word) for word in words)]
 
 
+def preflight_command(
+    recipe: str, overrides: Sequence[str], request: HostRequest, nnodes: int, wait_s: float
+) -> list[str]:
+    """Return the words of one host's part of a preflight (launch/preflight/worker.py), without where the hosts meet."""
+    words = ["launch.preflight.worker", "--recipe", recipe, "--nnodes", str(nnodes), "--nproc", str(request.nproc)]
+    words += ["--index", specs.macros.replica_id, "--job", specs.macros.app_id, "--wait-s", f"{wait_s:g}"]
+    words += ["--host", request.hardware] if request.hardware else []
+    return [*words, *(escape_macros(word) for word in overrides)]
+
+
 def make_app(
     name: str,
     role_name: str,

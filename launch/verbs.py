@@ -184,6 +184,32 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead")
 
 
+def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
+    )
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts of the job (default: 1)")
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks of a host (default: the profile's, its GPUs, or 2)"
+    )
+    parser.add_argument("--host", metavar="NAME|FILE", help="profile of the hosts, or a file of `papilio calibrate`")
+    parser.add_argument("-s", "--scheduler", choices=SCHEDULERS, help="where the job would run (default: here)")
+    parser.add_argument("-cfg", action="append", default=[], metavar="KEY=VALUE,...", help="settings of the scheduler")
+    parser.add_argument(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="without a scheduler, on each host: the first host, and a free port",
+    )
+    parser.add_argument(
+        "--index", type=int, metavar="I", help="number of this host, with --rdzv-endpoint; 0: the first"
+    )
+    parser.add_argument("--wait-s", type=float, metavar="S", help="how much later hosts may come (default: 120)")
+    parser.add_argument("--read-gib", type=float, metavar="G", help="data whose checksums each host reads (default: 1)")
+    parser.add_argument("--data-port", type=int, metavar="P", help="try this port between the hosts (default: any)")
+    parser.add_argument("--no-links", action="store_false", dest="links", help="do not measure bandwidth")
+    parser.add_argument("--json", action="store_true", help="print findings and facts as JSON")
+
+
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "job", nargs="?", metavar="JOB", help="a handle, as slurm://papilio/12, or an id (default: the newest job)"
@@ -251,6 +277,14 @@ VERBS = (
         "papilio calibrate --output my_machine.toml",
         _calibrate_arguments,
         "launch.local_jobs:run_calibrate",
+    ),
+    Verb(
+        "preflight",
+        "ask all hosts of a job whether it would run there: names, ports, clocks, versions, data, links",
+        "papilio preflight --recipe quickstart --nnodes 2",
+        _preflight_arguments,
+        "launch.preflight_jobs:run_preflight",
+        takes_overrides=True,
     ),
     Verb(
         "train",

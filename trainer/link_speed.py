@@ -60,9 +60,6 @@ def measure(rank: int, world_size: int, local_world_size: int, device: torch.dev
     def all_to_all(values: torch.Tensor) -> None:
         dist.all_to_all_single(torch.empty_like(values), values)
 
-    def ring(values: torch.Tensor) -> None:
-        _exchange_with_neighbours(values, rank, world_size, local_world_size)
-
     _say(phase="all-to-all")
     num_bytes = _find_size(all_to_all, device, world_size)
     values = torch.ones(num_bytes // VALUE_BYTES, device=device)
@@ -70,7 +67,8 @@ def measure(rank: int, world_size: int, local_world_size: int, device: torch.dev
     _say(phase="all-reduce")
     all_reduce_s = _time(dist.all_reduce, values)
     _say(phase="exchange with the neighbouring hosts")
-    neighbour_s = _time(ring, values) if world_size > local_world_size else 0.0
+    is_wide = world_size > local_world_size
+    neighbour_s = _receive_from_before(values, rank, world_size, local_world_size) if is_wide else 0.0
     return {
         "message_bytes": num_bytes,
         "all_to_all_s": all_to_all_s,
@@ -93,13 +91,33 @@ def _find_size(exchange: Exchange, device: torch.device, world_size: int) -> int
         num_bytes *= 4
 
 
-def _exchange_with_neighbours(values: torch.Tensor, rank: int, world_size: int, local_world_size: int) -> None:
-    """Send to the same rank of the next host and receive from that of the host before, all ranks at once."""
-    received = torch.empty_like(values)
+def _receive_from_before(values: torch.Tensor, rank: int, world_size: int, local_world_size: int) -> float:
+    """Send to the same rank of the next host and receive from that of the host before; return seconds of receiving.
+
+    Of two links of a host one is used at a time, so that the times of fast links do not hide behind slow ones.
+    """
+    num_hosts, host = world_size // local_world_size, rank // local_world_size
     after, before = (rank + local_world_size) % world_size, (rank - local_world_size) % world_size
-    operations = [dist.P2POp(dist.isend, values, after), dist.P2POp(dist.irecv, received, before)]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+    received, took_s = torch.empty_like(values), 0.0
+    for turn in range(2 + num_hosts % 2):
+        operations = []
+        if _turn_of(host, num_hosts) == turn:
+            operations.append(dist.P2POp(dist.isend, values, after))
+        if _turn_of((host - 1) % num_hosts, num_hosts) == turn:
+            operations.append(dist.P2POp(dist.irecv, received, before))
+
+        def exchange(_: torch.Tensor, operations: list[dist.P2POp] = operations) -> None:
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+
+        turn_s = _time(exchange, values)
+        took_s = turn_s if _turn_of((host - 1) % num_hosts, num_hosts) == turn else took_s
+    return took_s
+
+
+def _turn_of(host: int, num_hosts: int) -> int:
+    """Return when a host sends to the next one: neighbouring links of a ring have different turns."""
+    return 2 if num_hosts % 2 and host == num_hosts - 1 else host % 2
 
 
 def _time(exchange: Exchange, values: torch.Tensor) -> float:

@@ -87,14 +87,14 @@ class HostFacts(_Facts):
 
 
 class RankSpeed(_Facts):
-    """What one rank measured. Rates are bytes a second; `incoming` is from the same rank of the host before it."""
+    """What one rank measured, with messages of so many bytes."""
 
     rank: int
     backend: str
     message_bytes: int
     all_to_all_s: float
     all_reduce_s: float
-    neighbour_s: float = Field(description="To send `message_bytes` to the next host and receive as many.")
+    neighbour_s: float = Field(description="To receive a message from the same rank of the host before.")
 
 
 class LinkFacts(_Facts):

@@ -35,6 +35,7 @@ class Evidence:
     hardware: str | None
     cards: Sequence[Card | None]
     absent: dict[int, str]
+    absent_names: dict[int, str]
     arrived_s: float
     facts: Sequence[HostFacts | None]
     plan: PlanFacts
@@ -59,7 +60,7 @@ class Evidence:
         """Name a host as short as can be, with its number where another one has the same name."""
         card = self.cards[index]
         if card is None:
-            return f"host {index}"
+            return _short(self.absent_names.get(index, "")) or f"host {index}"
         names = [_short(other.name) for other in self.cards if other is not None]
         short = _short(card.name)
         return short if names.count(short) == 1 else f"{short}#{index}"

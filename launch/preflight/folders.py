@@ -80,15 +80,15 @@ class SharedFolder:
         except StorageError:
             return
 
-    def excuses(self) -> dict[int, str]:
-        """Return what hosts left word of, by their number."""
+    def excuses(self) -> dict[int, tuple[str, str]]:
+        """Return what hosts left word of, by their number: their name, and why they do not come."""
         found = {}
         try:
             for name in list_folder(self._marks):
                 if name.startswith(EXCUSE):
                     excuse = json.loads(read_bytes(f"{self._marks}/{name}"))
                     if excuse["index"] is not None:
-                        found[int(excuse["index"])] = f"{excuse['name']} {excuse['why']}"
+                        found[int(excuse["index"])] = (str(excuse["name"]), str(excuse["why"]))
         except (StorageError, ValueError, KeyError):
             return found
         return found

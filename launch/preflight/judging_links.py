@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 
 from launch.preflight.facts import RankSpeed
-from launch.preflight.finding import Evidence, Finding
+from launch.preflight.finding import Evidence, Finding, Status
 from sharding.hardware import HardwareError, Rates, load_hardware
 
 # gloo's large all-to-alls move at half the line's rate, as its directions do not overlap (two hosts shaped to 1 Gbit/s,
@@ -15,6 +16,8 @@ FAIR_SHARE = 0.8
 # A link that is slower than those between the other hosts by more than chance.
 MIN_SHARE_OF_MEDIAN = 0.6
 MIN_LINKS_TO_COMPARE = 3
+# `papilio calibrate` writes a rate like this for what one rank cannot measure.
+UNKNOWN_BYTES_PER_S = 1e14
 
 
 def check_links(evidence: Evidence) -> list[Finding]:
@@ -32,78 +35,80 @@ def check_links(evidence: Evidence) -> list[Finding]:
     if stuck:
         return stuck
     speeds = [links.speeds for links in evidence.links if links is not None]
-    slow = _slow_neighbours(evidence, speeds)
-    return [*slow, *_collectives(evidence, speeds, is_explained=bool(slow))]
+    slow = _slow_links(evidence, speeds)
+    return [*slow, _collectives(evidence, speeds, is_explained=bool(slow))]
 
 
-def _slow_neighbours(evidence: Evidence, speeds: list[tuple[RankSpeed, ...]]) -> list[Finding]:
+def _slow_links(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]]) -> list[Finding]:
     """Name the hosts whose links to the next host are slow."""
     if evidence.num_hosts == 1:
         return []
-    rates = _link_rates(speeds)
-    hosts = range(evidence.num_hosts)
-    expected = _rates(evidence)
-    usual = statistics.median(rates) if len(rates) >= MIN_LINKS_TO_COMPARE else None
-    floor, against = 0.0, ""
-    if usual is not None:
-        floor, against = MIN_SHARE_OF_MEDIAN * usual, f"the other links reach {_rate(usual)}"
-    if expected is not None and expected.inter_host_bytes_per_s * MIN_SHARE > floor:
-        floor = expected.inter_host_bytes_per_s * MIN_SHARE
-        against = f"{_profile(evidence)} has {_rate(expected.inter_host_bytes_per_s)} a rank"
-    slow = [host for host in hosts if rates[host] < floor]
-    if len(slow) == len(rates) > 2:
-        return [_slow(evidence, list(hosts), f"ranks send {_rate(min(rates))} to the next host; {against}")]
+    # By host: bytes a second of a rank, from the host before.
+    rates = [host[0].message_bytes / max(1e-9, *(speed.neighbour_s for speed in host)) for host in speeds]
+    floor, against, status = _least(evidence, rates)
+    slow = [host for host, rate in enumerate(rates) if rate < floor]
+    if len(slow) == len(rates):
+        found = f"no host gets more than {_rate(max(rates))} a rank from the one before; {against}"
+        return [_slow(evidence, status, range(len(rates)), found)]
     findings, left = [], set(slow)
-    for host in hosts:  # both its links are slow: the one to the next host and the one from the host before
-        before = (host - 1) % len(rates)
-        if len(rates) > 2 and {host, before} <= left:
-            left -= {host, before}
-            rate = min(rates[host], rates[before])
-            findings.append(
-                _slow(evidence, [host], f"its links to both neighbours carry {_rate(rate)} a rank; {against}")
-            )
-    for host in sorted(left):
+    for host in slow:
         after = (host + 1) % len(rates)
-        found = f"{evidence.name(host)} to {evidence.name(after)}: {_rate(rates[host])} a rank; {against}"
-        findings.append(_slow(evidence, [host, after], found))
+        if len(rates) > 2 and {host, after} <= left:  # both of its links
+            left -= {host, after}
+            rate = _rate(min(rates[host], rates[after]))
+            found = f"{rate} a rank between it and both its neighbours; {against}"
+            findings.append(_slow(evidence, status, [host], found))
+    for host in sorted(left):
+        before = (host - 1) % len(rates)
+        found = f"{_rate(rates[host])} a rank from {evidence.name(before)} to {evidence.name(host)}; {against}"
+        findings.append(_slow(evidence, status, [before, host], found))
     return findings
 
 
-def _link_rates(speeds: list[tuple[RankSpeed, ...]]) -> list[float]:
-    """Return bytes a second of a rank, from each host to the next: the faster of the times that its two ends took."""
-    seconds = [max(speed.neighbour_s for speed in host) for host in speeds]
-    size = speeds[0][0].message_bytes
-    return [size / max(1e-9, min(seconds[host], seconds[(host + 1) % len(seconds)])) for host in range(len(seconds))]
+def _least(evidence: Evidence, rates: Sequence[float]) -> tuple[float, str, Status]:
+    """Return the rate that a link must have, by what measure, and what it means to have less."""
+    expected = _between_hosts(evidence)
+    usual = statistics.median(rates) if len(rates) >= MIN_LINKS_TO_COMPARE else 0.0
+    if expected * MIN_SHARE > usual * MIN_SHARE_OF_MEDIAN:
+        return expected * MIN_SHARE, f"{_profile(evidence)} has {_rate(expected)}", _worst_status(evidence)
+    status: Status = "warn" if _is_one_machine(evidence) else "FAIL"
+    return usual * MIN_SHARE_OF_MEDIAN, f"the median of all is {_rate(usual)}", status
 
 
-def _collectives(evidence: Evidence, speeds: list[tuple[RankSpeed, ...]], *, is_explained: bool) -> list[Finding]:
+def _collectives(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]], *, is_explained: bool) -> Finding:
     """Hold the collectives of all ranks against what the planner expects of them."""
     everyone = [speed for host in speeds for speed in host]
-    size, backend = everyone[0].message_bytes, everyone[0].backend
-    rates = _rates(evidence)
+    size, rates = everyone[0].message_bytes, _rates(evidence)
     seconds = {
         "all-to-all": max(speed.all_to_all_s for speed in everyone),
         "all-reduce": max(speed.all_reduce_s for speed in everyone),
     }
-    shown = {name: _rate(size * _sent_share(name, evidence) / took_s) for name, took_s in seconds.items()}
-    shares = (
-        {name: _expected_s(name, size, rates, evidence) / took_s for name, took_s in seconds.items()} if rates else {}
-    )
-    told = ", ".join(
-        f"{name} {shown[name]} a rank" + (f" ({shares[name]:.0%} of the profile's)" if shares else "")
-        for name in seconds
-    )
-    found = f"{backend}, {size / 1024:,.0f} KiB: {told}"
-    worst = min(shares.values(), default=1.0)
-    if worst < MIN_SHARE and not is_explained:
-        return [Finding("links", "FAIL", evidence.everyone, found, _advice(evidence))]
-    if worst < FAIR_SHARE and not is_explained:
-        return [
-            Finding(
-                "links", "warn", evidence.everyone, found, "the plan's step times will not hold; see papilio calibrate"
-            )
-        ]
-    return [Finding("links", "warn" if is_explained else "ok", evidence.everyone, found)]
+    told, worst = [], 1.0
+    for name, took_s in seconds.items():
+        text = f"{name} {_rate(size * _sent_share(name, evidence) / took_s)}"
+        if rates is not None:
+            share = _expected_s(name, size, rates, evidence) / took_s
+            worst = min(worst, share)
+            text += f" ({share:.0%} of {_profile(evidence)}'s)"
+        told.append(text)
+    found = f"{everyone[0].backend}, {size / 1024:,.0f} KiB a rank: {', '.join(told)}"
+    if is_explained or worst >= FAIR_SHARE:
+        return Finding("links", "ok", evidence.everyone, found)
+    if worst < MIN_SHARE:
+        return Finding("links", _worst_status(evidence), evidence.everyone, found, _advice(evidence))
+    mend = "the plan's times will not hold; papilio calibrate measures what these hosts do"
+    return Finding("links", "warn", evidence.everyone, found, mend)
+
+
+def _worst_status(evidence: Evidence) -> Status:
+    """Links that are slower than a profile that nobody named, or between hosts that are one machine, prove nothing."""
+    return "warn" if evidence.hardware is None or _is_one_machine(evidence) else "FAIL"
+
+
+def _is_one_machine(evidence: Evidence) -> bool:
+    """Whether hosts are processes of one machine, which share its cores."""
+    names = [card.name for card in evidence.cards if card is not None]
+    return len(set(names)) < len(names)
 
 
 def _sent_share(collective: str, evidence: Evidence) -> float:
@@ -131,11 +136,15 @@ def _expected_s(collective: str, size: int, rates: Rates, evidence: Evidence) ->
     return seconds
 
 
-def _slow(evidence: Evidence, hosts: list[int], found: str) -> Finding:
-    return Finding("links", "FAIL", tuple(evidence.name(host) for host in hosts), found, _advice(evidence))
+def _slow(evidence: Evidence, status: Status, hosts: Iterable[int], found: str) -> Finding:
+    return Finding("links", status, tuple(evidence.name(host) for host in hosts), found, _advice(evidence))
 
 
 def _advice(evidence: Evidence) -> str:
+    if _is_one_machine(evidence):
+        return "none: these hosts are processes of one machine, which share its cores"
+    if evidence.hardware is None:
+        return "name the hosts' profile (--host), or measure one: papilio calibrate"
     if evidence.plan.device == "cuda":
         return (
             "run with NCCL_DEBUG=INFO and see which network it takes (NCCL_SOCKET_IFNAME, NCCL_IB_HCA); ibstat and "
@@ -145,10 +154,18 @@ def _advice(evidence: Evidence) -> str:
 
 
 def _rates(evidence: Evidence) -> Rates | None:
+    """Return what the profile says of ranks like these, if it says how fast they talk to each other."""
     try:
-        return load_hardware(_profile(evidence)).rates_of(evidence.nproc)
+        rates = load_hardware(_profile(evidence)).rates_of(evidence.nproc)
     except HardwareError:
         return None  # the plan says so
+    return rates if rates.inter_host_bytes_per_s < UNKNOWN_BYTES_PER_S else None
+
+
+def _between_hosts(evidence: Evidence) -> float:
+    """Return the profile's bytes a second of a rank to other hosts, 0 where it does not say."""
+    rates = _rates(evidence)
+    return rates.inter_host_bytes_per_s if rates is not None else 0.0
 
 
 def _profile(evidence: Evidence) -> str:

@@ -20,6 +20,8 @@ NUM_CLOCK_QUESTIONS = 5
 HANDSHAKE_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.2
+TELL_S = 5.0
+MAX_NAMED = 8
 # What the head needs beyond the limit of a step, to hear of all and to answer.
 ANSWER_MARGIN_S = 10.0
 
@@ -61,6 +63,7 @@ class Meeting:
     clock_ahead_s: float = 0.0
     clock_error_s: float = 0.0
     arrived_s: float = 0.0
+    absent_names: dict[int, str] = field(default_factory=dict)
 
     @property
     def is_head(self) -> bool:
@@ -131,7 +134,8 @@ def open_meeting(
     now: Callable[[], float],
     *,
     note: Callable[[str], None] = lambda why: None,
-    excuses: Callable[[], Mapping[int, str]] = dict,
+    excuses: Callable[[], Mapping[int, tuple[str, str]]] = dict,
+    tell: Callable[[str], None] = lambda progress: None,
 ) -> Meeting:
     """Come to the meeting, or hold it on the first host; every host gets the cards of all.
 
@@ -140,13 +144,14 @@ def open_meeting(
         card: what the others should know of this host before they know it better.
         now: this host's clock, in seconds since 1970.
         note: called with the reason, each time that the first host is not reached.
-        excuses: on the first host, what hosts that do not reach it left word of, by number.
+        excuses: on the first host, what hosts that do not reach it left word of, by number: name and reason.
+        tell: called on the first host, now and then while it waits, with how many are there.
 
     Raises:
         MeetingError: this host cannot take part; the message names the mend.
     """
     is_head = place.index == 0 if place.index is not None else is_own_address(place.head)
-    meeting = _receive_guests(place, dict(card), now, excuses) if is_head else _go(place, dict(card), now, note)
+    meeting = _receive_guests(place, dict(card), now, excuses, tell) if is_head else _go(place, dict(card), now, note)
     meeting.roster = meeting.gather("cards", meeting.roster[meeting.index], HANDSHAKE_TIMEOUT_S)
     return meeting
 
@@ -168,9 +173,15 @@ def is_own_address(host: str) -> bool:
 
 
 def _receive_guests(
-    place: Place, card: dict[str, Any], now: Callable[[], float], excuses: Callable[[], Mapping[int, str]]
+    place: Place,
+    card: dict[str, Any],
+    now: Callable[[], float],
+    excuses: Callable[[], Mapping[int, tuple[str, str]]],
+    tell: Callable[[str], None],
 ) -> Meeting:
     """Wait until all are there, or the time is over."""
+    if place.num_hosts == 1:
+        return Meeting(place, 0, {}, [card])
     try:
         server = listen(place.port)
     except OSError as error:
@@ -183,9 +194,13 @@ def _receive_guests(
     with server:
         thread = threading.Thread(target=reception.run, args=(server,), name="reception", daemon=True)
         thread.start()
+        told_s = begin_s
         while len(reception.lines) < place.num_hosts - 1 and time.monotonic() < begin_s + place.wait_s:
             reception.changed.wait(RETRY_S)
             reception.changed.clear()
+            if time.monotonic() > told_s + TELL_S:
+                told_s = time.monotonic()
+                tell(_who_is_missing(reception, place, begin_s))
         reception.is_over = True
     thread.join(HANDSHAKE_TIMEOUT_S)
     lines = dict(reception.lines)
@@ -193,13 +208,22 @@ def _receive_guests(
         card["address"] = next(iter(lines.values())).own_address
     meeting = Meeting(place, 0, lines, [card, *(None for _ in range(1, place.num_hosts))])
     meeting.arrived_s = time.monotonic() - begin_s
+    never = reception.refused or f"did not come to {place.endpoint} within {place.wait_s:g} s"
+    known = excuses()
     for index in range(1, place.num_hosts):
         if index in lines:
             meeting.roster[index] = {}
         else:
-            never = f"did not come to {place.endpoint} within {place.wait_s:g} s"
-            meeting.absent[index] = {**excuses()}.get(index, reception.refused or never)
+            meeting.absent_names[index], meeting.absent[index] = known.get(index, ("", never))
     return meeting
+
+
+def _who_is_missing(reception: _Reception, place: Place, begin_s: float) -> str:
+    missing = [str(index) for index in range(1, place.num_hosts) if index not in reception.lines]
+    shown = ", ".join(missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+    left_s = max(0.0, begin_s + place.wait_s - time.monotonic())
+    here = f"{place.num_hosts - len(missing)} of {place.num_hosts} hosts are at {place.endpoint}"
+    return f"{here}; waiting up to {left_s:.0f} s for host {shown}"
 
 
 class _Reception:
@@ -281,7 +305,8 @@ def _reach(place: Place, note: Callable[[str], None]) -> Line:
     deadline = time.monotonic() + place.wait_s
     while True:
         try:
-            connection = socket.create_connection((place.head, place.port), CONNECT_TIMEOUT_S)
+            left_s = deadline - time.monotonic()
+            connection = socket.create_connection((place.head, place.port), max(1.0, min(CONNECT_TIMEOUT_S, left_s)))
             return Line(connection)
         except OSError as error:
             why = f"does not reach the first host at {place.endpoint}: {why_not(error)}"

@@ -98,6 +98,12 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=512)
 
 
+def free_port() -> int:
+    """Return a port that no program has at the moment."""
+    with listen(0) as probe:
+        return int(probe.getsockname()[1])
+
+
 def plain_address(address: str) -> str:
     """Return an IPv4 address that was seen through an IPv6 socket as IPv4."""
     return address.removeprefix("::ffff:").partition("%")[0]

@@ -10,6 +10,7 @@ import argparse
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_pipeline.verification import check_data
-from launch.preflight.facts import Card, DataFacts, Folder, HostFacts, LinkFacts, PlanFacts
+from launch.preflight.facts import Card, DataFacts, Folder, Gpu, HostFacts, LinkFacts, PlanFacts
 from launch.preflight.folders import SharedFolder, written_folders
 from launch.preflight.gpus import query_gpus
 from launch.preflight.installed import code_hashes, installed_versions
@@ -27,7 +28,8 @@ from launch.preflight.meeting import Meeting, MeetingError, Place, open_meeting
 from launch.preflight.planning import plan_job
 from launch.preflight.reach import DataPort, gloo_address, interface_of, is_loopback, reach_all
 from launch.preflight.report import format_report, report_as_json
-from launch.preflight.wire import listen
+from launch.preflight.wire import free_port
+from launch.usage import UsageError
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.install import InstallError, check_install
@@ -47,9 +49,8 @@ class Options:
     overrides: tuple[str, ...]
     nnodes: int
     nproc: int
-    hardware: str | None = None
-    head: str = "localhost"
-    port: int = 29500
+    host: str | None = None
+    rdzv_endpoint: str = "localhost:29500"
     index: int | None = None
     job: str = "preflight"
     wait_s: float = 120.0
@@ -67,7 +68,11 @@ class Senses:
     now: Callable[[], float] = time.time
     free_bytes: Callable[[str], int | None] = free_bytes
     versions: Callable[[], dict[str, str]] = installed_versions
+    code: Callable[[], dict[str, str]] = code_hashes
+    gpus: Callable[[], tuple[tuple[Gpu, ...], str, str]] = query_gpus
+    data_port: Callable[[str, int], DataPort] = DataPort
     links: Callable[[LinkJob], LinkFacts] = measure_links
+    plan: Callable[[str, Sequence[str], str | None, int, int], PlanFacts] = plan_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = read_options(arguments)
         config = load_config(options.recipe, options.overrides)
         return take_part(options, config)
-    except (ConfigError, InstallError, MeetingError) as error:
+    except (ConfigError, InstallError, MeetingError, UsageError) as error:
         print(f"papilio preflight: error: {error}", file=sys.stderr, flush=True)
         return 1
 
@@ -96,15 +101,15 @@ def take_part(options: Options, config: Config, senses: Senses | None = None) ->
     ]
     for folder in folders:
         folder.leave_mark(token)
-    data_port = _open_data_port(options, token)
+    data_port = _open_data_port(options, token, senses)
     name = options.name or socket.getfqdn()
 
     def note(why: str) -> None:
         folders[0].excuse(options.index, name, why)
 
-    place = Place(options.nnodes, options.head, options.port, options.job, options.index, options.wait_s)
+    place = make_place(options)
     card = Card(name=name, data_port=data_port.port, gloo_address=gloo_address(socket.gethostname()), token=token)
-    meeting = open_meeting(place, card.model_dump(), senses.now, note=note, excuses=folders[0].excuses)
+    meeting = open_meeting(place, card.model_dump(), senses.now, note=note, excuses=folders[0].excuses, tell=_tell)
     try:
         return _Part(options, config, senses, meeting, folders, begin_s).finish()
     finally:
@@ -133,10 +138,11 @@ class _Part:
         self._meeting = meeting
         self._folders = folders
         self._begin_s = begin_s
+        self._hardware = options.host or config.sharding.hardware
         self._cards = [Card.model_validate(card) if card else None for card in meeting.roster]
 
     def finish(self) -> int:
-        meeting, options = self._meeting, self._options
+        meeting = self._meeting
         with ThreadPoolExecutor(1) as pool:
             planning = pool.submit(self._plan) if meeting.is_head else None
             facts = meeting.gather("facts", self._facts().model_dump(), FACTS_TIMEOUT_S)
@@ -144,27 +150,27 @@ class _Part:
             links, why_no_links = self._measure_links(found)
             failed = self._report(found, links, why_no_links, planning) if planning else None
         verdict = meeting.gather("verdict", failed, VERDICT_TIMEOUT_S)[0]
-        if not meeting.is_head:
+        if not meeting.is_head and not self._options.as_json:
             first = self._cards[0]
-            where = first.name if first else options.head
+            where = first.name if first else meeting.place.head
             print(f"papilio preflight: host {meeting.index} took part; {where} prints the report", flush=True)
         return int(verdict)
 
     def _plan(self) -> PlanFacts:
         options = self._options
-        return plan_job(options.recipe, options.overrides, options.hardware, options.nnodes, options.nproc)
+        return self._senses.plan(options.recipe, options.overrides, self._hardware, options.nnodes, options.nproc)
 
     def _facts(self) -> HostFacts:
         """Find out all that needs no torch."""
         tokens = [card.token for card in self._cards if card is not None]
         own = self._cards[self._meeting.index]
-        gpus, driver, gpu_error = query_gpus()
+        gpus, driver, gpu_error = self._senses.gpus()
         shared_memory = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
         return HostFacts(
             clock_ahead_s=self._meeting.clock_ahead_s,
             clock_error_s=self._meeting.clock_error_s,
             versions=self._senses.versions(),
-            code=code_hashes(),
+            code=self._senses.code(),
             reached=reach_all(self._meeting.index, self._cards),
             interface=interface_of(own.address) if own else "",
             gpus=gpus,
@@ -202,12 +208,12 @@ class _Part:
         why_not = _why_no_links(options, meeting, facts)
         if why_not:
             return nothing, why_not
-        port = meeting.gather("the port", _free_port() if meeting.is_head else None, LINKS_TIMEOUT_S)[0]
+        port = meeting.gather("the port", free_port() if meeting.is_head else None, LINKS_TIMEOUT_S)[0]
         job = LinkJob(
             index=present.index(meeting.index),
             num_hosts=len(present),
             nproc=options.nproc,
-            master_address=options.head,
+            master_address=meeting.place.head,
             master_port=int(port),
             timeout_s=LINKS_TIMEOUT_S,
         )
@@ -226,9 +232,10 @@ class _Part:
             config=self._config,
             nproc=self._options.nproc,
             endpoint=self._meeting.place.endpoint,
-            hardware=self._options.hardware or self._config.sharding.hardware,
+            hardware=self._hardware,
             cards=self._cards,
             absent=self._meeting.absent,
+            absent_names=_expected_names() | {i: n for i, n in self._meeting.absent_names.items() if n},
             arrived_s=self._meeting.arrived_s,
             facts=facts,
             plan=planning.result(),
@@ -260,9 +267,9 @@ def _why_no_links(options: Options, meeting: Meeting, facts: Sequence[HostFacts 
     return ""
 
 
-def _open_data_port(options: Options, token: str) -> DataPort:
+def _open_data_port(options: Options, token: str, senses: Senses) -> DataPort:
     try:
-        return DataPort(token, options.data_port)
+        return senses.data_port(token, options.data_port)
     except OSError as error:
         raise MeetingError(
             f"cannot listen on data port {options.data_port}: {error.strerror}; take another one with --data-port, or "
@@ -270,9 +277,35 @@ def _open_data_port(options: Options, token: str) -> DataPort:
         ) from None
 
 
-def _free_port() -> int:
-    with listen(0) as probe:
-        return int(probe.getsockname()[1])
+def make_place(options: Options) -> Place:
+    """Return this host's place in the job.
+
+    Raises:
+        UsageError: where the hosts meet is not HOST:PORT.
+    """
+    head, _, port = options.rdzv_endpoint.rpartition(":")
+    if not head or not port.isdigit():
+        raise UsageError(f"--rdzv-endpoint {options.rdzv_endpoint}: give the first host and a port, as in n1:29500")
+    return Place(options.nnodes, head.strip("[]"), int(port), options.job, options.index, options.wait_s)
+
+
+def _tell(progress: str) -> None:
+    print(f"papilio preflight: {progress}", file=sys.stderr, flush=True)
+
+
+def _expected_names() -> dict[int, str]:
+    """Return the names that Slurm has for the job's hosts, by number; none under another scheduler."""
+    groups = [value for key, value in os.environ.items() if key.startswith("SLURM_JOB_NODELIST_HET_GROUP_")]
+    node_list = ",".join(groups) or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not node_list:
+        return {}
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(enumerate(shown.stdout.split()))
 
 
 def read_options(arguments: Sequence[str] | None = None) -> Options:
@@ -281,9 +314,8 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--nnodes", type=int, required=True)
     parser.add_argument("--nproc", type=int, required=True)
-    parser.add_argument("--hardware")
-    parser.add_argument("--head", default="localhost")
-    parser.add_argument("--port", type=int, default=29500)
+    parser.add_argument("--host")
+    parser.add_argument("--rdzv-endpoint", default=Options.rdzv_endpoint)
     parser.add_argument("--index", type=int)
     parser.add_argument("--job", default="preflight")
     parser.add_argument("--wait-s", type=float, default=Options.wait_s)

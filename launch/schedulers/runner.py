@@ -38,6 +38,6 @@ def _local(session_name: str, **parameters: Any) -> Scheduler[Any]:
 
 
 def _kubernetes(session_name: str, **parameters: Any) -> Scheduler[Any]:
-    from torchx.schedulers.kubernetes_scheduler import create_scheduler
+    from launch.schedulers.kubernetes import create_scheduler
 
     return create_scheduler(session_name, **parameters)

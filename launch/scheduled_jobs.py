@@ -90,8 +90,9 @@ def run_logs(namespace: argparse.Namespace) -> int:
         if not paths and scheduler != "kubernetes":
             raise SchedulerError(f"no host of {handle} has printed anything yet; papilio status {handle} says why")
         for host in [namespace.host] if namespace.host is not None else sorted(paths):
-            for line in runner.log_lines(handle, _role(runner, handle), host, streams=Stream.STDOUT):
-                print(_prefixed(host, line.rstrip("\n")))
+            for stream in _log_streams(runner, handle):
+                for line in runner.log_lines(handle, _role(runner, handle), host, streams=stream):
+                    print(_prefixed(host, line.rstrip("\n")))
     return 0
 
 
@@ -114,9 +115,12 @@ def run_list(namespace: argparse.Namespace) -> int:
     rows = []
     with make_runner() as runner:
         for name in names:
+            submitted_s = 0.0
             for job in runner.list(name):
                 record = find_record(name, job.app_id)
-                rows.append((record.submitted_s if record else 0.0, job, record))
+                # A job that another launched has no record; schedulers list theirs in order.
+                submitted_s = record.submitted_s if record else submitted_s
+                rows.append((submitted_s, job, record))
     rows.sort(key=lambda row: row[0])
     if namespace.json:
         print(json.dumps([_row_json(job, record) for _, job, record in rows], indent=1))
@@ -206,11 +210,25 @@ def _role(runner: Runner, handle: str) -> str:
     return str(app.roles[0].name) if app is not None and app.roles else "train"
 
 
-def _log_paths(runner: Runner, handle: str) -> dict[int, Path]:
+def _log_paths(runner: Runner, handle: str, stream: Stream | None = None) -> dict[int, Path]:
     scheduler, _, app_id = specs.parse_app_handle(handle)
     find = getattr(scheduler_of(runner, scheduler), "log_paths", None)
-    paths: dict[int, Path] = find(app_id) if find is not None else {}
+    paths: dict[int, Path] = find(app_id, stream) if find is not None else {}
     return paths
+
+
+def _log_streams(runner: Runner, handle: str) -> tuple[Stream | None, ...]:
+    """What to ask for to get all that the hosts print: None, but where a scheduler keeps the streams apart."""
+    scheduler, _, app_id = specs.parse_app_handle(handle)
+    ask = getattr(scheduler_of(runner, scheduler), "log_streams", None)
+    streams: tuple[Stream | None, ...] = ask(app_id) if ask is not None else (None,)
+    return streams
+
+
+def _first_error(runner: Runner, handle: str) -> str | None:
+    """Agents and ranks complain on stderr, where that is a file of its own."""
+    record = _record(handle)
+    return find_first_error(record.folder if record else None, _log_paths(runner, handle, Stream.STDERR))
 
 
 def _status_lines(runner: Runner, handle: str, status: AppStatus) -> Iterator[str]:
@@ -223,7 +241,7 @@ def _status_lines(runner: Runner, handle: str, status: AppStatus) -> Iterator[st
         rows += [[str(r.id), r.hostname or "-", r.state.name] for r in sorted(role.replicas, key=lambda r: r.id)]
         yield from (f"  {line}" for line in _table(rows))
     if status.state == AppState.FAILED:
-        error = find_first_error(record.folder if record else None, _log_paths(runner, handle))
+        error = _first_error(runner, handle)
         yield f"  first error: {error}" if error else "  the logs do not say why"
     if record is not None:
         yield f"  logs: {record.folder}"
@@ -241,7 +259,7 @@ def _status_json(runner: Runner, handle: str, status: AppStatus) -> dict[str, An
     tree["exit_status"] = _exit_status(handle, status) if status.is_terminal() else None
     tree["folder"] = record.folder if record else None
     if status.state == AppState.FAILED:
-        tree["first_error"] = find_first_error(tree["folder"], _log_paths(runner, handle))
+        tree["first_error"] = _first_error(runner, handle)
     return tree
 
 
@@ -253,19 +271,20 @@ def _follow(runner: Runner, handle: str, only_host: int | None = None) -> int:
     lines: queue.Queue[str | None] = queue.Queue()
     role = _role(runner, handle)
 
-    def read(host: int) -> None:
+    def read(host: int, stream: Stream | None) -> None:
         try:
-            for line in runner.log_lines(handle, role, host, should_tail=True, streams=Stream.STDOUT):
+            for line in runner.log_lines(handle, role, host, should_tail=True, streams=stream):
                 lines.put(_prefixed(host, line.rstrip("\n")))
         except (SchedulerError, RuntimeError, OSError) as error:
             lines.put(f"papilio: the log of host {host} cannot be read: {error}")
         lines.put(None)
 
     chosen = hosts if only_host is None else [only_host]
-    for host in chosen:
-        threading.Thread(target=read, args=(host,), daemon=True).start()
+    readers = [(host, stream) for host in chosen for stream in _log_streams(runner, handle)]
+    for reader in readers:
+        threading.Thread(target=read, args=reader, daemon=True).start()
     try:
-        for _ in chosen:
+        for _ in readers:
             while (line := lines.get()) is not None:
                 printer.print(line)
         status = runner.wait(handle, wait_interval=POLL_S) or status

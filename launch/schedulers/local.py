@@ -221,6 +221,6 @@ def _state(record: JobRecord, events: list[Event]) -> tuple[AppState, str]:
 
 def _host_state(record: JobRecord, host: int, state: AppState, attempt: int) -> AppState:
     ended = last_event(read_events(record.folder, f"host_{host}.events"), "ended")
-    if ended is None or ended.attempt != attempt:
+    if state == AppState.CANCELLED or ended is None or ended.attempt != attempt:
         return state
     return AppState.SUCCEEDED if ended.details[0] == "0" else AppState.FAILED

@@ -45,6 +45,14 @@ LEAST_PARTITION_MEMORY_MB = 1_000
 MARGIN_S = 30
 DEFAULT_GRACE_S = 30
 
+REASONS: Mapping[str, str] = {
+    "BeginTime": "Slurm holds back a job that was requeued",
+    "PartitionNodeLimit": "it asks for more hosts or time than the partition has: cancel it",
+    "PartitionTimeLimit": "it asks for more time than the partition has: cancel it",
+    "Priority": "others are before it",
+    "ReqNodeNotAvail": "hosts that it needs are down or reserved",
+    "Resources": "it waits for hosts",
+}
 STATES: Mapping[str, AppState] = {
     "BOOT_FAIL": AppState.FAILED,
     "CANCELLED": AppState.CANCELLED,
@@ -233,13 +241,20 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
     def log_paths(self, app_id: str, streams: Stream | None = None) -> dict[int, Path]:
         """Return the log files of a job's hosts that are there now, by host."""
         record = find_record("slurm", app_id)
-        rows = queries.query_job(app_id)
-        if record is not None and not (rows and rows[0].component is not None):
+        if record is not None and not self._is_heterogeneous(app_id):
             return host_logs(record.folder)
         folder = Path(queries.show_job(app_id).get("WorkDir", "."))
         ending = "err" if streams == Stream.STDERR else "out"
         found = {path: re.search(r"-(\d+)\.\w+$", path.name) for path in folder.glob(f"slurm-{app_id}-*.{ending}")}
         return dict(sorted((int(match[1]), path) for path, match in found.items() if match is not None))
+
+    def log_streams(self, app_id: str) -> tuple[Stream | None, ...]:
+        """Return what to ask `log_iter` for to get everything: TorchX's own jobs have a file for each stream."""
+        return (Stream.STDOUT, Stream.STDERR) if self._is_heterogeneous(app_id) else (None,)
+
+    def _is_heterogeneous(self, app_id: str) -> bool:
+        rows = queries.query_job(app_id)
+        return bool(rows) and rows[0].component is not None
 
     def _has_ended(self, app_id: str) -> bool:
         description = self.describe(app_id)
@@ -300,7 +315,8 @@ def _message(row: SlurmRow, record: JobRecord) -> str:
     ended = last_event(read_events(record.folder), "ended")
     if row.state == "PENDING":
         when = "" if row.start in ("N/A", "Unknown", "") else f", expected to start {row.start}"
-        return f"{row.state}: {row.reason}{when}"
+        meaning = f", {REASONS[row.reason]}" if row.reason in REASONS else ""
+        return f"{row.state}: {row.reason}{meaning}{when}"
     if not row.has_ended or row.state == "COMPLETED":
         return row.state
     saved = ", the ranks saved before" if ended is not None and ended.details[0] == str(RESUME_EXIT_CODE) else ""
@@ -349,7 +365,7 @@ def _response(record: JobRecord, state: AppState, message: str, names: list[str]
 def _host_state(record: JobRecord, host: int, state: AppState, attempt: int) -> AppState:
     """State of one host: as the host itself noted it in this attempt, or else the job's."""
     ended = last_event(read_events(record.folder, f"host_{host}.events"), "ended")
-    if state == AppState.PENDING or ended is None or ended.attempt != attempt:
+    if state in (AppState.PENDING, AppState.CANCELLED) or ended is None or ended.attempt != attempt:
         return state
     return AppState.SUCCEEDED if ended.details[0] == "0" else AppState.FAILED
 

@@ -5,8 +5,10 @@ backfill scheduler, has one state instead of N, and squeue shows it in one line.
 
 - environment values are exported in host.sh; `srun --export=A=1,2` would cut the value at its comma;
 - tasks get the job's CPUs: srun does not hand them on by itself since Slurm 22.05;
-- srun does not kill the other hosts when the first one fails, but 60 s later (`--wait`): the agents end by themselves,
-  and with their own statuses, of which the job's is the largest;
+- a host that failed lets the others end by themselves for some seconds, before srun kills them; the job's status is
+  that of the host that failed first, where srun has the largest, often that of a host it killed itself;
+- a host that neither ended nor answers is lost, and the job is requeued: Slurm itself notices after SlurmdTimeout only
+  (300 s), and until then the surviving hosts' failure would look like the job's own;
 - status 75 (saved, resume me) leads to a requeue, unless the job was cancelled; other failures to another attempt on
   the same hosts at once, as often as max_retries says. A requeue would wait for the 2 minutes that Slurm builds in.
 """
@@ -20,8 +22,10 @@ from torchx import specs
 
 # Where host.sh leaves the first host's name for the component's own shell lines.
 FIRST_HOST = "PAPILIO_FIRST_HOST"
-# After the first host is done: all agents wait for each other at the end, so this is for those that hang.
-WAIT_FOR_HOSTS_S = 60
+# What the other hosts get after one has failed: to hear of it, let their ranks speak, and end by themselves.
+WAIT_FOR_HOSTS_S = 15
+# For a host to say that it is there.
+PROBE_TIMEOUT_S = 30
 # What TorchX fills in at submission is known here only when the job runs.
 RUNTIME_VALUES = {specs.macros.app_id: "$SLURM_JOB_ID", specs.macros.replica_id: "$SLURM_NODEID"}
 
@@ -31,8 +35,24 @@ JOB_SCRIPT = """#!/bin/bash
 folder={folder}
 retries={max_retries}
 grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\\t' "$folder/job.events") || attempts=0
+first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first
+    grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n | awk -F'\t' '$4 != 0 {{ print $4; exit }}'
+}}
 note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
 is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
+lost_hosts() {{
+    local host index=0
+    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        grep -qs $'\t'"$attempt"$'\tended\t' "$folder/host_$index.events" ||
+            timeout {probe_timeout_s} srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true > /dev/null 2>&1 ||
+            echo "$host"
+        index=$((index + 1))
+    done
+}}
+requeue() {{
+    note requeued "$1"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
+}}
 
 # Told to end: wait for the hosts, which save. Without this bash would end and Slurm kill them.
 trap : TERM INT
@@ -43,15 +63,16 @@ while true; do
     export PAPILIO_ATTEMPT=$attempt
     srun {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
     status=$?
+    [ $status -eq 0 ] || status=$(first_status || true)
+    status=${{status:-1}}
     note ended $status
     [ $status -eq 0 ] && exit 0
     is_running || exit $status
-    if [ $status -eq {resume} ]; then
-        note requeued 'the ranks saved'
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
-        exit $status
-    fi
-    # An attempt that Slurm ended with the host it ran on has no line here and costs no retry.
+    lost=$(lost_hosts)
+    [ -z "$lost" ] || requeue "lost $(echo $lost)"
+    [ $status -ne {resume} ] || requeue 'the ranks saved'
+    [ -z "$lost" ] && [ $status -ne {resume} ] || exit $status
+    # Neither a lost host nor ranks that saved cost a retry.
     [ "$(grep -c $'\\tretried\\t' "$folder/job.events")" -lt "$retries" ] || exit $status
     note retried "status $status"
     attempts=$attempt
@@ -69,9 +90,19 @@ note() {{
 trap : TERM INT
 echo "papilio: attempt $PAPILIO_ATTEMPT on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
 note begins "$SLURMD_NODENAME"
-{command}
+run() {{
+    exec {command}
+}}
+( run )
 status=$?
 note ended $status
+[ $status -gt 128 ] && [ $status -ne 143 ] &&
+    echo "papilio: error: the agent of this host was killed by SIG$(kill -l $((status - 128)))" >&2
+# srun kills the other hosts when this one leaves with a failure.
+num_ended() {{ grep -ls $'\t'"$PAPILIO_ATTEMPT"$'\tended\t' {folder}/host_*.events | wc -l; }}
+for _ in $(seq {wait_for_hosts_s}); do
+    [ $status -eq 0 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep 1
+done
 exit $status
 """
 
@@ -113,7 +144,7 @@ def resolve_role(role: specs.Role) -> specs.Role:
 
 def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
     """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
-    srun = [f"--wait={WAIT_FOR_HOSTS_S}", "--kill-on-bad-exit=0", "--open-mode=append", "--unbuffered"]
+    srun = ["--wait=0", "--kill-on-bad-exit=1", "--open-mode=append", "--unbuffered"]
     if role.resource.cpu > 0:
         srun.append(f"--cpus-per-task={role.resource.cpu}")
     job = JOB_SCRIPT.format(
@@ -122,6 +153,7 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
         folder=shlex.quote(folder),
         max_retries=role.max_retries,
         first_host=FIRST_HOST,
+        probe_timeout_s=PROBE_TIMEOUT_S,
         srun_options=" ".join(srun),
         resume=resume_status,
     )
@@ -129,6 +161,7 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
     host = HOST_SCRIPT.format(
         exports="\n".join(f"export {name}={quote(value)}" for name, value in environment.items()),
         folder=shlex.quote(folder),
+        wait_for_hosts_s=WAIT_FOR_HOSTS_S,
         command=" ".join(quote(word) for word in [role.entrypoint, *role.args]),
     )
     return SlurmScripts(job, host)

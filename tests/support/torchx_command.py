@@ -12,14 +12,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_torchx(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run `torchx` with the entry points that setup.cfg names, in an empty folder."""
+def run_torchx(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `torchx` with the entry points that setup.cfg names; in an empty folder, if no other is given."""
     with tempfile.TemporaryDirectory() as folder:
         _write_entry_points(Path(folder, "site"))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(folder, "site"))])}
         command = [str(Path(sys.executable).with_name("torchx")), "--log_level", "ERROR", *words]
         return subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120, check=False
+            command, capture_output=True, text=True, env=environment, cwd=cwd or folder, timeout=120, check=False
         )
 
 

@@ -109,6 +109,23 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio")
+    add("--output", required=True, metavar="DIR", help="folder of the measured runs and of study.json; goes on there")
+    add("--ranks", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of ranks to measure (default: 1 2)")
+    add("--steps", type=int, default=200, metavar="N", help="steps of each measured run (default: 200)")
+    add(
+        "--scaling",
+        choices=("strong", "weak"),
+        default="strong",
+        help="strong: the global batch stays; weak: a rank's does",
+    )
+    add("--hardware", metavar="NAME|FILE", help="profile of the hosts, where the recipe names none")
+    add("--predict-hosts", type=int, nargs="+", default=[], metavar="N", help="numbers of whole hosts to predict, too")
+    add("--json", action="store_true", help="print the study as JSON instead of a table")
+
+
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
 
@@ -269,6 +286,14 @@ VERBS = (
         "papilio plan --recipe criteo_terabyte_dcnv2 --hardware big_basin_v100 --num-nodes 16",
         _plan_arguments,
         "launch.plan_jobs:run_plan",
+        takes_overrides=True,
+    ),
+    Verb(
+        "study",
+        "measure training at several numbers of ranks, beside the plan's prediction",
+        "papilio study --recipe quickstart --ranks 1 2 --output studies/quickstart",
+        _study_arguments,
+        "launch.study_jobs:run_study",
         takes_overrides=True,
     ),
     Verb(

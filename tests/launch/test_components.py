@@ -9,6 +9,8 @@ from torchx import specs
 from torchx.specs import finder
 
 from launch import components, start
+from launch.cli import parse_arguments
+from launch.verbs import VERBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_NODE_VARIABLE = "HEAD_NODE_OF_THIS_TEST"
@@ -192,6 +194,46 @@ def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         specs.builders.materialize_appdef(component.fn, ["--help"])
     assert "path of a .toml file, or the bare name" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("app", "expected"),
+    [
+        (
+            components.preprocess("--split", "random", source="criteo", input=["a.gz", "b.gz"], output="d", cpu=3),
+            {"source": "criteo", "inputs": ["a.gz", "b.gz"], "output": "d", "num_workers": 3, "split": "random"},
+        ),
+        (
+            components.export("runs/a", "p", "auto", size_budget=0.2, table=["t_a=fp16", "t_b=int4"], gate=False),
+            {"run": "runs/a", "quantize": "auto", "table": ["t_a=fp16", "t_b=int4"], "no_gate": True},
+        ),
+        (
+            components.predict("p", "s.parquet", input=["a.tsv", "b.tsv"], source="criteo", cpu=3),
+            {"package": "p", "output": "s.parquet", "inputs": ["a.tsv", "b.tsv"], "source": "criteo", "threads": 3},
+        ),
+        (
+            components.study(
+                "--seed=3", recipe="r", output="s", ranks=["1", "4"], hosts_predicted=["2"], host="dgx_h100"
+            ),
+            {"recipe": "r", "ranks": [1, 4], "predict_hosts": [2], "hardware": "dgx_h100", "overrides": ["--seed=3"]},
+        ),
+        (components.study(recipe="r", output="s", host="dgx_h100"), {"ranks": [1, 2, 4, 8], "steps": 200}),
+    ],
+)
+def test_a_verb_understands_what_its_component_says(app: specs.AppDef, expected: dict[str, object]) -> None:
+    role = resolve(app)
+    name, *words = role.args[role.args.index("launch.cli") + 1 :]
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if verb is None:
+        pytest.skip(f"there is no verb {name} yet")
+    parsed = vars(parse_arguments(verb, words))
+    assert {key: parsed[key] for key in expected} == expected
+    assert role.num_replicas == 1
+
+
+def test_a_study_asks_for_the_ranks_it_measures() -> None:
+    resource = components.study(recipe="r", output="s", ranks=["1", "4"], host="dgx_h100").roles[0].resource
+    assert (resource.gpu, resource.cpu) == (4, 112)
 
 
 def test_submitting_needs_no_torch() -> None:

@@ -7,10 +7,10 @@ import statistics
 from launch.preflight.facts import Gpu, HostFacts
 from launch.preflight.finding import Evidence, Finding, Status, odd_ones_out, or_all_well
 from sharding.hardware import Hardware, HardwareError, load_hardware
+from sharding.reports.figures import size
 from trainer.install import PACKAGES
 
 GIB = 1 << 30
-MIB = 1 << 20
 # Signs of life and first failures are compared by their times, and S3 refuses signatures that are off by minutes.
 MAX_CLOCK_DIFFERENCE_S = 1.0
 # Of a GPU's memory, what a driver, a display and a forgotten shell may hold.
@@ -100,16 +100,16 @@ def check_memory(evidence: Evidence) -> list[Finding]:
         host = evidence.name(index)
         needed = _needed_bytes(evidence, index)
         if needed > facts.memory_bytes:
-            found = f"{_gib(facts.memory_bytes)} of memory; the plan puts {_gib(needed)} there"
+            found = f"{size(facts.memory_bytes)} of memory; the plan puts {size(needed)} there"
             mend = "name a profile that fits it (--host; papilio calibrate makes one), or take more or larger hosts"
             problems.append(Finding("memory", "FAIL", (host,), found, mend))
         if evidence.nproc > 1 and facts.shared_memory_bytes < MIN_SHARED_MEMORY_BYTES:
-            found = f"/dev/shm has {facts.shared_memory_bytes / MIB:,.0f} MiB, through which ranks of a host pass data"
+            found = f"/dev/shm has {size(facts.shared_memory_bytes)}, through which ranks of a host pass data"
             mend = "there: mount -o remount,size=8G /dev/shm; in a container: docker run --shm-size=8g"
             problems.append(Finding("memory", "warn", (host,), found, mend))
     least = min(facts.memory_bytes for *_, facts in evidence.present)
     needed = max(_needed_bytes(evidence, index) for index, *_ in evidence.present)
-    return or_all_well("memory", problems, evidence, lambda: f"{_gib(least)} or more a host; {_gib(needed)} planned")
+    return or_all_well("memory", problems, evidence, lambda: f"{size(least)} or more a host; {size(needed)} planned")
 
 
 def _install(key: str, usual: str, value: str) -> str:
@@ -142,13 +142,13 @@ def _one_gpu(gpu: Gpu, hardware: Hardware | None) -> list[Problem]:
         found = f"{number} has {gpu.uncorrected_errors} uncorrected memory errors"
         problems.append(("FAIL", found, f"there: nvidia-smi --gpu-reset -i {gpu.index}, or take the host out"))
     if gpu.used_bytes > MAX_USED_BYTES:
-        found = f"{number} is in use: {_gib(gpu.used_bytes)} of {_gib(gpu.memory_bytes)}"
+        found = f"{number} is in use: {size(gpu.used_bytes)} of {size(gpu.memory_bytes)}"
         problems.append(("FAIL", found, f"there: nvidia-smi -i {gpu.index} names the processes; end them"))
     if gpu.is_slowed or (gpu.celsius or 0) >= HOT_CELSIUS:
         found = f"{number} is slowed down by its hardware, at {gpu.celsius} °C"
         problems.append(("warn", found, "look at its cooling and power: nvidia-smi -q -d PERFORMANCE"))
     if hardware is not None and hardware.device == "cuda" and gpu.memory_bytes < REAL_SHARE * hardware.device_memory.si:
-        found = f"{number}, {gpu.name}, has {_gib(gpu.memory_bytes)}; profile {hardware.name} has more"
+        found = f"{number}, {gpu.name}, has {size(gpu.memory_bytes)}; profile {hardware.name} has more"
         problems.append(("FAIL", found, "name the hosts' own profile with --host"))
     return problems
 
@@ -178,7 +178,3 @@ def _needed_bytes(evidence: Evidence, index: int) -> int:
     ranks = [rank % len(plan.rank_device_bytes) for rank in range(index * evidence.nproc, (index + 1) * evidence.nproc)]
     needed = sum(plan.rank_host_bytes[rank] for rank in ranks)
     return needed + (sum(plan.rank_device_bytes[rank] for rank in ranks) if plan.device == "cpu" else 0)
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
+from launch.preflight.facts import Reached
 from launch.preflight.finding import MAX_NAMED, Evidence, Finding, named, or_all_well
-from launch.preflight.reach import is_loopback
+from launch.preflight.reach import TOO_LARGE, is_loopback
 
 NEVER = (
     "papilio logs, or the scheduler's, show what happened on it; a host that is slow to start gets longer with --wait"
@@ -49,28 +51,21 @@ def check_names(evidence: Evidence) -> list[Finding]:
 
 def check_ports(evidence: Evidence) -> list[Finding]:
     """Does every host get data to every other one?"""
-    refused: dict[tuple[int, str], list[tuple[int, str]]] = defaultdict(list)
-    failures: dict[int, int] = defaultdict(int)
-    for source, _, facts in evidence.present:
-        for reached in facts.reached:
-            if reached.port_error:
-                refused[reached.host, reached.port_error].append((source, reached.tried))
-                failures[source] += 1
-    problems = []
-    for (host, error), sources in refused.items():
-        # One that reaches nobody while others do is itself the culprit.
-        lonely = [source for source, _ in sources if failures[source] == len(evidence.present) - 1 > 1]
-        accused = lonely if len(lonely) == len(sources) else [host]
-        who = named([evidence.name(source) for source, _ in sources], evidence.num_hosts)
-        name = evidence.name(host)
-        mend = (
-            f"let TCP pass from {who} to {name}, at all ports from 1024 on (firewall or security group): torch and "
-            "NCCL take any that is free"
-        )
-        if "packets of full size" in error:
-            mend = f"give the interfaces of {who} and {name} the same MTU: ip link set dev INTERFACE mtu 1500"
-        found = f"{who} to {name} ({sources[0][1]}): {error}"
-        problems += [Finding("ports", "FAIL", (evidence.name(each),), found, mend) for each in accused]
+    failures = {
+        (source, reached.host): reached
+        for source, _, facts in evidence.present
+        for reached in facts.reached
+        if reached.port_error
+    }
+    problems = [
+        *_too_large(evidence, failures),
+        *_closed(evidence, {pair: found for pair, found in failures.items() if TOO_LARGE not in found.port_error}),
+    ]
+    if len(problems) > MAX_NAMED:
+        ways = evidence.num_hosts * (evidence.num_hosts - 1)
+        hosts = tuple(dict.fromkeys(host for problem in problems for host in problem.hosts))
+        found = f"{len(failures)} of {ways} ways between hosts fail, as {problems[0].found}"
+        problems = [Finding("ports", "FAIL", hosts, found, problems[0].mend)]
     return or_all_well("ports", problems, evidence, lambda: _ports_found(evidence))
 
 
@@ -88,6 +83,40 @@ def check_interfaces(evidence: Evidence) -> list[Finding]:
             mend += f"resolve to {card.address} in its /etc/hosts"
             problems.append(Finding("interface", "FAIL", (evidence.name(index),), found, mend))
     return or_all_well("interface", problems, evidence, lambda: "gloo gives the others an address that they reach")
+
+
+def _too_large(evidence: Evidence, failures: Mapping[tuple[int, int], Reached]) -> list[Finding]:
+    """Name pairs of hosts between which only small packets pass, once for both directions."""
+    problems = []
+    for (source, host), found in failures.items():
+        if TOO_LARGE not in found.port_error or (host < source and (host, source) in failures):
+            continue
+        names = evidence.name(source), evidence.name(host)
+        way = f"{names[0]} to {names[1]} ({found.tried}){', and back' if (host, source) in failures else ''}"
+        mend = f"give the interfaces of {names[0]} and {names[1]}, and what is between them, the same MTU: "
+        mend += "ip link set dev INTERFACE mtu 1500"
+        problems.append(Finding("ports", "FAIL", names, f"{way}: {found.port_error}", mend))
+    return problems
+
+
+def _closed(evidence: Evidence, failures: Mapping[tuple[int, int], Reached]) -> list[Finding]:
+    """Name the hosts that others do not reach, or that reach no other while others do."""
+    to_host: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for (source, host), found in failures.items():
+        to_host[host, found.port_error].append(source)
+    others = len(evidence.present) - 1
+    lonely = {source for source, _ in failures if sum(each == source for each, _ in failures) == others > 1}
+    problems = []
+    for (host, error), sources in to_host.items():
+        accused = sources if lonely >= set(sources) else [host]
+        who, name = named([evidence.name(source) for source in sources], evidence.num_hosts), evidence.name(host)
+        way = f"{who} to {name} ({failures[sources[0], host].tried}): {error}"
+        mend = (
+            f"let TCP pass from {who} to {name}, at all ports from 1024 on (firewall or security group): torch and "
+            "NCCL take any that is free"
+        )
+        problems.append(Finding("ports", "FAIL", tuple(evidence.name(each) for each in accused), way, mend))
+    return problems
 
 
 def _mend_of_absence(evidence: Evidence, why: str) -> str:

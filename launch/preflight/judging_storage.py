@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.preflight.facts import DataFacts
 from launch.preflight.finding import Evidence, Finding, named, or_all_well
+from sharding.reports.figures import size
 
 GIB = 1 << 30
 # Metrics, TensorBoard's events, the report, logs.
@@ -17,10 +18,9 @@ def check_folders(evidence: Evidence) -> list[Finding]:
     for index, _, facts in evidence.present:
         for folder in facts.folders:
             if folder.error:
-                mend = (
-                    "there: give the job's user the right to write, or room; or take another folder: --output.runs_dir"
-                )
-                problems.append(Finding("run folder", "FAIL", (evidence.name(index),), folder.error, mend))
+                found, _, mend = folder.error.rpartition("; ")
+                mend = f"{mend} (--output.runs_dir)" if found else "choose another folder: --output.runs_dir"
+                problems.append(Finding("run folder", "FAIL", (evidence.name(index),), found or folder.error, mend))
                 continue
             unseen = [host for token, host in tokens.items() if token not in folder.marks]
             if unseen:
@@ -52,14 +52,14 @@ def check_room(evidence: Evidence) -> list[Finding]:
                 continue
             told.append(folder.free_bytes)
             if folder.free_bytes < wanted:
-                found = f"{_size(folder.free_bytes)} free in {folder.path}; {_size(wanted)} are needed"
+                found = f"{size(folder.free_bytes)} free in {folder.path}; {size(wanted)} are needed"
                 if wanted == needed:
-                    found += f", for {num_kept} checkpoints of {_size(evidence.plan.model_bytes)}"
+                    found += f", for {num_kept} checkpoints of {size(evidence.plan.model_bytes)}"
                 mend = (
                     "free some, or choose another disk: --output.runs_dir=DIR, --checkpoint.folder=s3://bucket/prefix"
                 )
                 problems.append(Finding("room", "FAIL", (evidence.name(index),), found, mend))
-    say = f"{_size(min(told))} free, {_size(max(needed, RUN_FOLDER_BYTES))} needed" if told else "not known here"
+    say = f"{size(min(told))} free, {size(max(needed, RUN_FOLDER_BYTES))} needed" if told else "not known here"
     return or_all_well("room", problems, evidence, lambda: say)
 
 
@@ -90,12 +90,7 @@ def check_data(evidence: Evidence) -> list[Finding]:
 def _data_found(data: list[DataFacts]) -> str:
     checked = set().union(*(each.checked_shards for each in data))
     first = data[0]
-    total = f"{first.num_shards:,} shards of {_size(first.num_bytes)}"
+    total = f"{first.num_shards:,} shards of {size(first.num_bytes)}"
     if all(len(each.checked_shards) == each.num_shards for each in data):
         return f"{first.path}: {total}, every checksum right on every host"
     return f"{first.path}: {total}, all there; {len(checked):,} of them read and right (--read-gib reads more)"
-
-
-def _size(num_bytes: float) -> str:
-    unit, name = (GIB, "GiB") if num_bytes >= GIB else (1 << 20, "MiB")
-    return f"{num_bytes / unit:,.1f} {name}"

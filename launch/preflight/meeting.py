@@ -21,6 +21,7 @@ HANDSHAKE_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.2
 TELL_S = 5.0
+SMALL_SEGMENT_BYTES = 536  # what every network carries (RFC 879)
 MAX_NAMED = 8
 # What the head needs beyond the limit of a step, to hear of all and to answer.
 ANSWER_MARGIN_S = 10.0
@@ -190,6 +191,8 @@ def _receive_guests(
             f"'sport = :{place.port}'` names it): end that one, or take another port with --rdzv-port"
         ) from None
     begin_s = time.monotonic()
+    # Where packets of full size are lost, the hosts should still be able to say so.
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SMALL_SEGMENT_BYTES)
     reception = _Reception(place, now)
     with server:
         thread = threading.Thread(target=reception.run, args=(server,), name="reception", daemon=True)
@@ -303,6 +306,7 @@ def _go(place: Place, card: dict[str, Any], now: Callable[[], float], note: Call
 def _reach(place: Place, note: Callable[[str], None]) -> Line:
     """Connect to the first host, which may not be up yet, until the time is over."""
     deadline = time.monotonic() + place.wait_s
+    note(f"does not reach the first host at {place.endpoint}: no answer")
     while True:
         try:
             left_s = deadline - time.monotonic()

@@ -14,9 +14,10 @@ from launch.preflight.facts import Card, Reached
 from launch.preflight.wire import Line, SilenceError, listen, plain_address, why_not
 
 # More than one packet of any network: where packets of full size are dropped, a connection opens and then stalls.
-PARCEL_BYTES = 256 << 10
-CONNECT_TIMEOUT_S = 5.0
-ECHO_TIMEOUT_S = 10.0
+PARCEL_BYTES = 64 << 10
+CONNECT_TIMEOUT_S = 4.0  # room for the second try of TCP, after 3 s
+ECHO_TIMEOUT_S = 5.0
+TOO_LARGE = "packets of full size may be dropped"
 LOOPBACKS = ("127.", "::1")
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>: address of an interface
 
@@ -98,12 +99,7 @@ def is_loopback(address: str) -> bool:
 
 def _reach(index: int, card: Card) -> Reached:
     addresses, name_error = resolve(card.name)
-    reverse_error = ""
-    if not name_error:
-        try:
-            socket.gethostbyaddr(addresses[0])
-        except OSError as error:
-            reverse_error = f"{addresses[0]} has no name: {why_not(error)}"
+    reverse_error = "" if name_error or card.name in addresses else _reverse_error(addresses[0])
     # The name is what torch will use; where it leads nowhere, the address tells whether the port at least is open.
     address = addresses[0] if addresses else card.address
     if is_loopback(address) and not is_loopback(card.address):
@@ -117,6 +113,14 @@ def _reach(index: int, card: Card) -> Reached:
         port_error=send_parcel(address, card.data_port, card.token),
         tried=f"{address}:{card.data_port}",
     )
+
+
+def _reverse_error(address: str) -> str:
+    try:
+        socket.gethostbyaddr(address)
+    except OSError as error:
+        return f"{address} has no name: {(error.strerror or str(error)).lower()}"
+    return ""
 
 
 def resolve(name: str) -> tuple[tuple[str, ...], str]:
@@ -141,7 +145,7 @@ def send_parcel(address: str, port: int, token: str) -> str:
         line.send(parcel, ECHO_TIMEOUT_S)
         answer = line.receive(ECHO_TIMEOUT_S)
     except SilenceError as error:
-        return f"opens, but {PARCEL_BYTES >> 10} KiB do not come through ({error}); packets of full size may be dropped"
+        return f"opens, but {PARCEL_BYTES >> 10} KiB do not come through ({error}); {TOO_LARGE}"
     finally:
         line.close()
     if not isinstance(answer, dict) or answer.get("token") != token:

@@ -1,7 +1,7 @@
 """Hosts on one machine: each a network, host-name and mount namespace of its own, on one switch. Needs root.
 
-    with HostNamespaces(folder, ["n1", "n2"]) as hosts:
-        subprocess.run(hosts.command("n1", ["ping", "-c1", "n2"]))
+with HostNamespaces(folder, ["n1", "n2"]) as hosts:
+    subprocess.run(hosts.command("n1", ["ping", "-c1", "n2"]))
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def why_not_here() -> str:
     missing = [name for name in ("ip", "tc", "unshare", "nsenter") if shutil.which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (iproute2, util-linux)"
-    tried = subprocess.run(["unshare", "-n", "-u", "-m", "ip", "link", "set", "lo", "up"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "-n", "-u", "-m", "ip", "link", "set", "lo", "up"], capture_output=True, check=False
+    )
     return "" if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.decode().strip()}"
 
 
@@ -100,7 +102,20 @@ class HostNamespaces:
     def _start(self, name: str) -> None:
         lines = ["127.0.0.1 localhost", *(f"{self.address(each)} {each}" for each in self.names)]
         self.hosts_file(name).write_text("\n".join(lines) + "\n")
-        words = ["unshare", "-n", "-u", "-m", "--propagation", "private", "bash", "-ec", HOLD, "_", name, str(self._folder)]
+        words = [
+            "unshare",
+            "-n",
+            "-u",
+            "-m",
+            "--propagation",
+            "private",
+            "bash",
+            "-ec",
+            HOLD,
+            "_",
+            name,
+            str(self._folder),
+        ]
         self._holders[name] = subprocess.Popen(words, stderr=subprocess.PIPE)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (self._folder / f"{name}.ready").exists():

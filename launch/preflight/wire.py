@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import time
 from typing import Any
@@ -115,4 +116,5 @@ def why_not(error: OSError) -> str:
         return "no answer"
     if isinstance(error, socket.gaierror):
         return "the name does not resolve"
-    return (error.strerror or str(error)).lower()
+    # Not the error's own text, to which Python adds what it was doing.
+    return (os.strerror(error.errno) if error.errno else str(error)).lower()

@@ -47,6 +47,7 @@ DEFAULT_GRACE_S = 30
 
 REASONS: Mapping[str, str] = {
     "BeginTime": "Slurm holds back a job that was requeued",
+    "PartitionConfig": "it asks for more hosts or time than the partition has: cancel it",
     "PartitionNodeLimit": "it asks for more hosts or time than the partition has: cancel it",
     "PartitionTimeLimit": "it asks for more time than the partition has: cancel it",
     "Priority": "others are before it",

@@ -104,7 +104,7 @@ def submit(script: str) -> str:
     """
     done = _run(["sbatch", "--parsable", script])
     if done.returncode:
-        reason = done.stderr.strip().removeprefix("sbatch: error: ")
+        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
         raise SchedulerError(f"Slurm refused the job: {reason}; the script is {script}")
     return done.stdout.strip().partition(";")[0]
 

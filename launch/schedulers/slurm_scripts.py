@@ -23,7 +23,7 @@ from torchx import specs
 # Where host.sh leaves the first host's name for the component's own shell lines.
 FIRST_HOST = "PAPILIO_FIRST_HOST"
 # What the other hosts get after one has failed: to hear of it, let their ranks speak, and end by themselves.
-WAIT_FOR_HOSTS_S = 15
+WAIT_FOR_HOSTS_S = 10
 # For a host to say that it is there.
 PROBE_TIMEOUT_S = 30
 # What TorchX fills in at submission is known here only when the job runs.

@@ -142,7 +142,7 @@ def test_why_a_job_waits_is_told(runner: Runner) -> None:
     handle = runner.run(make_app("true", num_hosts=4), "slurm")
     status = runner.status(handle)
     assert status is not None and status.state == AppState.PENDING
-    assert status.msg.startswith("PENDING: PartitionNodeLimit, it asks for more hosts or time than the partition has")
+    assert status.msg.startswith("PENDING: PartitionConfig, it asks for more hosts or time than the partition has")
     runner.cancel(handle)
     status = runner.status(handle)
     assert status is not None and status.state == AppState.CANCELLED

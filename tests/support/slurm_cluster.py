@@ -79,7 +79,7 @@ class SlurmCluster:
         *,
         cpus_per_host: int = 2,
         memory_mb: int = 6000,
-        host_timeout_s: int = 6,
+        host_timeout_s: int = 20,
         job_age_s: int = 600,
         more_config: str = "",
     ) -> None:

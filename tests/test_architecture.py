@@ -37,12 +37,14 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.paths",
     "data_pipeline.preprocess",
     "data_pipeline.progress",
+    "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
     "trainer.checkpoint.format",
+    "trainer.retries",
     "trainer.storage",
 }
 

@@ -20,13 +20,14 @@ def format_report(evidence: Evidence, findings: Sequence[Finding], took_s: float
     check_width = max(len(finding.check) for finding in findings)
     host_width = min(MAX_HOST_WIDTH, max(map(len, hosts)))
     indent = " " * (6 + check_width + 2 + host_width + 2)
+    shallow = " " * (6 + check_width + 2)  # commands should break as little as can be
     columns = max(MIN_COLUMNS, shutil.get_terminal_size().columns)
     lines = [_title(evidence, took_s), ""]
     for finding, host in zip(findings, hosts, strict=True):
         head = f"{finding.status:4}  {finding.check:{check_width}}  {host:{host_width}}  "
         lines += _wrapped(finding.found, head, indent, columns)
         if finding.mend:
-            lines += _wrapped(finding.mend, f"{indent}mend: ", f"{indent}      ", columns)
+            lines += _wrapped(finding.mend, f"{shallow}mend: ", f"{shallow}      ", columns)
     return "\n".join([*lines, "", _verdict(findings)])
 
 

@@ -232,7 +232,7 @@ def test_the_table_fits_the_terminal(columns, capsys, monkeypatch, tmp_path) -> 
     lines = [line for line in out.splitlines() if str(tmp_path) not in line]  # a word that cannot be broken
     assert max(map(len, lines)) <= columns
     assert re.search(r"^FAIL  room +127.0.0.11 +4.77 MiB", out, re.MULTILINE)
-    assert re.search(r"^ +mend: free some, or choose another disk: ", out, re.MULTILINE)
+    assert re.search(r"^ +mend: free some, or choose another disk:", out, re.MULTILINE)
     assert "\nnot ready: 1 thing to mend" in out
     assert "host 1 took part; 127.0.0.10 prints the report" in out
 

@@ -48,21 +48,17 @@ QUANTITIES = {
 MAX_POD_NAME = 63
 
 LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-Event = Literal[
-    "*",
-    "PodPending",
-    "PodRunning",
-    "PodFailed",
-    "PodEvicted",
-    "Unknown",
-    "TaskCompleted",
-    "TaskFailed",
-    "OutOfSync",
-    "CommandIssued",
-    "JobUpdated",
-]
+# Those that Volcano's admission takes from users, of more that it has.
+Event = Literal["*", "PodPending", "PodFailed", "PodEvicted", "Unknown", "TaskCompleted", "TaskFailed", "JobUpdated"]
 Action = Literal[
-    "AbortJob", "RestartJob", "RestartTask", "RestartPod", "TerminateJob", "CompleteJob", "ResumeJob", "SyncJob"
+    "AbortJob",
+    "RestartJob",
+    "RestartTask",
+    "RestartPod",
+    "RestartPartition",
+    "TerminateJob",
+    "CompleteJob",
+    "ResumeJob",
 ]
 
 
@@ -131,9 +127,23 @@ def find_problems(manifest: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{place}.name: the pod's name {pod_name} has {len(pod_name)} letters, {MAX_POD_NAME} are allowed"
             )
-        both = [policy for policy in task.policies if policy.exit_code is not None and (policy.event or policy.events)]
-        problems += [f"{place}.policies: exitCode and event exclude each other"] * bool(both)
-    return problems
+        problems += _contradictions(task.policies, f"{place}.policies")
+    return problems + _contradictions(job.spec.policies, "spec.policies")
+
+
+def _contradictions(policies: list[_Policy], place: str) -> list[str]:
+    """What Volcano's admission refuses of policies, besides wrong fields."""
+    problems = []
+    causes: list[str | int] = []
+    for policy in policies:
+        events = [*(policy.events or []), *([policy.event] if policy.event else [])]
+        if events and policy.exit_code is not None:
+            problems.append(f"{place}: exitCode and event exclude each other")
+        if not events and policy.exit_code is None:
+            problems.append(f"{place}: a policy needs an event or an exitCode")
+        causes += events or ([policy.exit_code] if policy.exit_code is not None else [])
+    twice = sorted({str(cause) for cause in causes if causes.count(cause) > 1})
+    return problems + [f"{place}: {cause} stands in two policies" for cause in twice]
 
 
 def _reason(problem: Any) -> str:

@@ -162,6 +162,12 @@ POD = "spec.tasks.0.template.spec"
         (drop(("spec", "tasks", 0, "template")), "spec.tasks.0.template: is missing"),
         (put(("spec", "tasks", 0, "policies", 0, "action"), "Restart"), "spec.tasks.0.policies.0.action: "),
         (put(("spec", "tasks", 0, "policies", 0, "event"), "PodFailed"), "exitCode and event exclude each other"),
+        (put(("spec", "tasks", 0, "policies", 1, "event"), "PodRunning"), "spec.tasks.0.policies.1.event: "),
+        (drop(("spec", "tasks", 0, "policies", 0, "exitCode")), "a policy needs an event or an exitCode"),
+        (
+            put(("spec", "tasks", 0, "policies", 0), {"event": "PodEvicted", "action": "AbortJob"}),
+            "spec.tasks.0.policies: PodEvicted stands in two policies",
+        ),
         (put(("metadata", "name"), "Train_1"), "metadata.name: String should match pattern"),
         (put(("apiVersion",), "batch/v1"), "apiVersion: "),
     ],

@@ -9,6 +9,7 @@ backfill scheduler, has one state instead of N, and squeue shows it in one line.
   that of the host that failed first, where srun has the largest, often that of a host it killed itself;
 - a host that neither ended nor answers is lost, and the job is requeued: Slurm itself notices after SlurmdTimeout only
   (300 s), and until then the surviving hosts' failure would look like the job's own;
+- an elastic job (--nnodes 2:4) goes on without a host that is lost, and succeeds when its remaining hosts do;
 - status 75 (saved, resume me) leads to a requeue, unless the job was cancelled; other failures to another attempt on
   the same hosts at once, as often as max_retries says. A requeue would wait for the 2 minutes that Slurm builds in.
 """
@@ -38,6 +39,7 @@ grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\
 first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first
     grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n | awk -F'\t' '$4 != 0 {{ print $4; exit }}'
 }}
+one_succeeded() {{ grep -qs $'\t'"$attempt"$'\tended\t0$' "$folder"/host_*.events; }}
 note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
 is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
 lost_hosts() {{
@@ -63,6 +65,7 @@ while true; do
     export PAPILIO_ATTEMPT=$attempt
     srun {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
     status=$?
+    [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)
     status=${{status:-1}}
     note ended $status
@@ -144,7 +147,9 @@ def resolve_role(role: specs.Role) -> specs.Role:
 
 def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
     """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
-    srun = ["--wait=0", "--kill-on-bad-exit=1", "--open-mode=append", "--unbuffered"]
+    is_elastic = role.min_replicas is not None and role.min_replicas < role.num_replicas
+    srun = ["--wait=0", "--open-mode=append", "--unbuffered"]
+    srun += ["--kill-on-bad-exit=0", "--no-kill"] if is_elastic else ["--kill-on-bad-exit=1"]
     if role.resource.cpu > 0:
         srun.append(f"--cpus-per-task={role.resource.cpu}")
     job = JOB_SCRIPT.format(
@@ -152,6 +157,7 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
         options="\n".join(f"#SBATCH {option}" for option in sbatch_options),
         folder=shlex.quote(folder),
         max_retries=role.max_retries,
+        is_elastic=int(is_elastic),
         first_host=FIRST_HOST,
         probe_timeout_s=PROBE_TIMEOUT_S,
         srun_options=" ".join(srun),

@@ -11,6 +11,7 @@ from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
 from launch.hosts.request import HostRequest
+from launch.usage import UsageError
 
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
 JOIN_TIMEOUT_S = 900
@@ -52,9 +53,9 @@ def agent_command(
     """
     fewest, most = bounds(nnodes)
     if nproc < 1 or fewest < 1:
-        raise ValueError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
+        raise UsageError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
     if not 0 < rdzv_port < 1 << 16:
-        raise ValueError(f"rdzv_port is a port, 1 to 65535; got {rdzv_port}")
+        raise UsageError(f"rdzv_port is a port, 1 to 65535; got {rdzv_port}")
     rendezvous = [f"join_timeout={LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S}"]
     rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
     words = ["trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
@@ -122,7 +123,7 @@ def bounds(nnodes: str) -> tuple[int, int]:
     fewest, colon, most = nnodes.partition(":")
     most = most if colon else fewest
     if not (fewest.isdigit() and most.isdigit() and int(fewest) <= int(most)):
-        raise ValueError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
+        raise UsageError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
     return int(fewest), int(most)
 
 
@@ -149,10 +150,10 @@ def _split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str
     """Part the variables into those that every scheduler passes on whole, and those that travel in the command."""
     for name in env:
         if not VARIABLE.fullmatch(name):
-            raise ValueError(f"--env {name}=...: {name!r} is not a variable's name (letters, digits, _)")
+            raise UsageError(f"--env {name}=...: {name!r} is not a variable's name (letters, digits, _)")
         if name == "OMP_NUM_THREADS":
-            raise ValueError("--env OMP_NUM_THREADS=...: say it with --omp_threads")
+            raise UsageError("--env OMP_NUM_THREADS=...: say it with --omp_threads")
         if name == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
-            raise ValueError(f"--env {name}=...: say it with --grace_s")
+            raise UsageError(f"--env {name}=...: say it with --grace_s")
     carried = {name: value for name, value in env.items() if not PLAIN_VALUE.fullmatch(value)}
     return {name: value for name, value in env.items() if name not in carried}, carried

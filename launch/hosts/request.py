@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.usage import UsageError
 from sharding.hardware import Hardware, HardwareError, load_hardware
 
 # What a job asks of a host's nominal memory; the operating system and the scheduler's daemons need the rest, and a
@@ -45,7 +46,7 @@ def request_host(
     Numbers may be text: TorchX does not convert the arguments of a component that may be None.
 
     Raises:
-        ValueError: a number is none.
+        UsageError: a number is none.
         HardwareError: there is no such profile, or the job asks for more than such a host has.
     """
     nproc, cpu, gpu, memory_mb = (
@@ -86,7 +87,7 @@ def _number(flag: str, value: int | str | None) -> int | None:
     if value is None or isinstance(value, int):
         return value
     if not value.isdigit():
-        raise ValueError(f"{flag} {value}: a whole number is needed")
+        raise UsageError(f"{flag} {value}: a whole number is needed")
     return int(value)
 
 

@@ -4,13 +4,15 @@ It writes what TorchX's scheduler writes, and beside that
 
 - ranks that saved and left (status 75) and pods that were evicted lead to a restart of the job, which resumes, without
   being asked for; other failures do as often as max_retries says;
-- every field of the manifest is checked before it is sent, also where there is no cluster (-cfg validate_spec=False);
+- every field of the manifest is checked before it is sent, here, so that a dry run needs no cluster;
 - a job without an image is refused: no node could start it.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from torchx import specs
@@ -26,8 +28,33 @@ RESUME_EXIT_CODE = os.EX_TEMPFAIL
 MAX_RESUMES = 10
 
 
+@dataclass
+class KubernetesOptions(Opts):  # type: ignore[misc]
+    """TorchX's settings, with defaults that need to be told nothing."""
+
+    queue: str = "default"
+    """Volcano queue to schedule the job in; Volcano makes one of this name."""
+
+    validate_spec: bool = False
+    """Let the cluster check the manifest in a dry run, too; it does so anyway when the job is submitted."""
+
+
 class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
     """TorchX's, with policies that resume and a check of what is sent."""
+
+    def _run_opts(self) -> specs.runopts:
+        return KubernetesOptions.as_runopts()
+
+    def _api_client(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says is said below
+            client = super()._api_client()
+        if not client.configuration.host:
+            raise SchedulerError(
+                "no Kubernetes cluster is configured here: set KUBECONFIG to a file that kubectl works with, or write "
+                "the manifest with --dryrun"
+            )
+        return client
 
     def _submit_dryrun(self, app: specs.AppDef, cfg: Opts) -> specs.AppDryRunInfo[KubernetesJob]:
         for role in app.roles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,19 @@ def test_our_scheduler_resumes_what_was_saved(made_by_us: Manifest) -> None:
 def test_our_scheduler_refuses_a_job_without_an_image() -> None:
     with make_runner() as runner, pytest.raises(SchedulerError, match="names no image: give --image REGISTRY/NAME:TAG"):
         dry_run(runner)
+
+
+def test_our_scheduler_dry_runs_without_settings_and_submits_to_a_cluster_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    app = components.train(recipe="quickstart", image="papilio:1")
+    with make_runner() as runner:
+        info = runner.dryrun(app, "kubernetes")
+        assert yaml.safe_load(str(info.request))["spec"]["queue"] == "default"
+        with pytest.raises(SchedulerError, match="no Kubernetes cluster is configured here: set KUBECONFIG"):
+            runner.schedule(info)
 
 
 def test_our_scheduler_checks_what_it_sends() -> None:

@@ -82,14 +82,15 @@ def run_logs(namespace: argparse.Namespace) -> int:
     """Print what the hosts of a job printed; with --follow, go on until its end and leave with its status."""
     with make_runner() as runner:
         handle = _handle(namespace.job)
-        _status(runner, handle)
+        status = _status(runner, handle)
         if namespace.follow:
             return _follow(runner, handle, namespace.host)
         scheduler = specs.parse_app_handle(handle)[0]
         paths = _log_paths(runner, handle)
         if not paths and scheduler != "kubernetes":
             raise SchedulerError(f"no host of {handle} has printed anything yet; papilio status {handle} says why")
-        for host in [namespace.host] if namespace.host is not None else sorted(paths):
+        hosts = sorted(paths) or [replica.id for role in status.roles for replica in role.replicas]
+        for host in hosts if namespace.host is None else [namespace.host]:
             for stream in _log_streams(runner, handle):
                 for line in runner.log_lines(handle, _role(runner, handle), host, streams=stream):
                     print(_prefixed(host, line.rstrip("\n")))

@@ -59,7 +59,7 @@ class Event:
 def new_folder(jobs_dir: str, name: str) -> Path:
     """Return the name of a folder for one job, which is not made yet."""
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    return Path(jobs_dir).absolute() / f"{name}-{moment}-{secrets.token_hex(3)}"
+    return Path(jobs_dir).absolute() / f"{name.replace('/', '-')}-{moment}-{secrets.token_hex(3)}"
 
 
 def write_record(record: JobRecord) -> None:

@@ -285,9 +285,9 @@ def _only_role(app: specs.AppDef) -> specs.Role:
 def _sbatch_options(name: str, role: specs.Role, cfg: SlurmSettings) -> list[str]:
     fewest = role.min_replicas or role.num_replicas
     hosts = str(fewest) if fewest == role.num_replicas else f"{fewest}-{role.num_replicas}"
-    options = [f"--job-name={name}", f"--nodes={hosts}", "--ntasks-per-node=1", "--requeue", "--open-mode=append"]
-    if fewest < role.num_replicas:
-        options.append("--no-kill")  # the job goes on when a host is lost
+    options = [f"--job-name={name}", f"--nodes={hosts}", "--requeue", "--open-mode=append"]
+    # With a number of tasks Slurm would give an elastic job its fewest hosts; a lost one must not end it.
+    options.append("--no-kill" if fewest < role.num_replicas else "--ntasks-per-node=1")
     if role.resource.cpu > 0:
         options.append(f"--cpus-per-task={role.resource.cpu}")
     if role.resource.gpu > 0:

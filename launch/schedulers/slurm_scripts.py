@@ -4,7 +4,7 @@ A plain job of N hosts with one task each, not TorchX's heterogeneous job of N c
 backfill scheduler, has one state instead of N, and squeue shows it in one line. What else is different:
 
 - environment values are exported in host.sh; `srun --export=A=1,2` would cut the value at its comma;
-- tasks get the job's CPUs: srun does not hand them on by itself since Slurm 22.05;
+- srun is told the CPUs of a task, which since Slurm 22.05 it no longer takes from the job by itself;
 - a host that failed lets the others end by themselves for some seconds, before srun kills them; the job's status is
   that of the host that failed first, where srun has the largest, often that of a host it killed itself;
 - a host that neither ended nor answers is lost, and the job is requeued: Slurm itself notices after SlurmdTimeout only
@@ -63,7 +63,7 @@ while true; do
     attempt=$((attempts + 1))
     note begins "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')"
     export PAPILIO_ATTEMPT=$attempt
-    srun {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
     status=$?
     [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)
@@ -148,7 +148,7 @@ def resolve_role(role: specs.Role) -> specs.Role:
 def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
     """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
     is_elastic = role.min_replicas is not None and role.min_replicas < role.num_replicas
-    srun = ["--wait=0", "--open-mode=append", "--unbuffered"]
+    srun = ["--ntasks-per-node=1", "--wait=0", "--open-mode=append", "--unbuffered"]
     srun += ["--kill-on-bad-exit=0", "--no-kill"] if is_elastic else ["--kill-on-bad-exit=1"]
     if role.resource.cpu > 0:
         srun.append(f"--cpus-per-task={role.resource.cpu}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.slurm_accounting import CLUSTER_CONFIG, database_socket, start_database, start_slurmdbd
 from tests.support.slurm_programs import SlurmPrograms
 
 START_TIMEOUT_S = 30
@@ -81,16 +82,19 @@ class SlurmCluster:
         memory_mb: int = 6000,
         host_timeout_s: int = 20,
         job_age_s: int = 600,
-        more_config: str = "",
+        with_accounting: bool = False,
     ) -> None:
-        """A job that has ended is forgotten after `job_age_s`; a host that is silent for `host_timeout_s` is down."""
+        """A job that has ended is forgotten after `job_age_s`; a host that is silent for `host_timeout_s` is down.
+
+        `with_accounting` needs programs that were found with it.
+        """
         self._programs = programs
         # Not pytest's folder: the path of a socket must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.hosts = [f"127.0.0.{11 + index}" for index in range(num_hosts)]
         self._cpus, self._memory_mb = cpus_per_host, memory_mb
         self._host_timeout_s, self._job_age_s = host_timeout_s, job_age_s
-        self._more_config = more_config
+        self._has_accounting = with_accounting
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{name: value for name, value in programs.environment().items() if not name.startswith("SLURM_")},
@@ -151,15 +155,18 @@ class SlurmCluster:
     def _start(self) -> None:
         for name in ("munge", "state", "log", "no_cgroups", *(f"spool.{host}" for host in self.hosts)):
             (self.folder / name).mkdir(mode=0o755)
-        self._write_config()
+        accounting_port = self._write_config()
         self._start_munge()
+        if self._has_accounting:
+            self._start_accounting(accounting_port)
         self._start_daemon("slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]])
         for host in self.hosts:
             self.start_host(host)
         self.wait_for_idle_hosts()
 
-    def _write_config(self) -> None:
-        machine, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(self.hosts))
+    def _write_config(self) -> int:
+        """Write slurm.conf and cgroup.conf; return the port that is left for slurmdbd."""
+        machine, ports = socket.gethostname().partition(".")[0], free_ports(2 + len(self.hosts))
         config = CONFIG.format(
             folder=self.folder,
             machine=machine,
@@ -170,15 +177,29 @@ class SlurmCluster:
         )
         if self._programs.plugins:
             config += f"PluginDir={self._programs.plugins}\n"
-        for host, port in zip(self.hosts, ports[1:], strict=True):
+        for host, port in zip(self.hosts, ports[1:-1], strict=True):
             config += f"NodeName={host} NodeHostname={machine} NodeAddr={host} Port={port} "
             config += f"CPUs={self._cpus} RealMemory={self._memory_mb}\n"
-        config += f"PartitionName=main Nodes={','.join(self.hosts)} Default=YES State=UP\n" + self._more_config
+        config += f"PartitionName=main Nodes={','.join(self.hosts)} Default=YES State=UP\n"
+        if self._has_accounting:
+            config += CLUSTER_CONFIG.format(folder=self.folder, port=ports[-1])
         (self.folder / "slurm.conf").write_text(config)
         # 22.05 always loads a cgroup plugin; v1 on an empty folder does nothing.
         is_old = self._programs.version() < (23, 11)
         plugin = f"cgroup/v1\nCgroupMountpoint={self.folder}/no_cgroups" if is_old else "disabled"
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
+        return ports[-1]
+
+    def _start_accounting(self, port: int) -> None:
+        start_database(self._programs, self.folder, self._start_daemon)
+        self._wait(database_socket(self.folder).exists, "the database")
+        start_slurmdbd(self._programs, self.folder, port, self._start_daemon)
+
+        def is_up() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        self._wait(is_up, "slurmdbd")
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"

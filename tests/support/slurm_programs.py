@@ -12,6 +12,9 @@ from pathlib import Path
 # Daemons and the commands that users give.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+# For a cluster that keeps accounts.
+ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db")
+ACCOUNTING_PACKAGES = ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
 HOW_TO_INSTALL = f"as root: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 FETCH_TIMEOUT_S = 120
@@ -25,13 +28,14 @@ class NoSlurmError(RuntimeError):
 class SlurmPrograms:
     """Programs of one Slurm: folders for PATH and LD_LIBRARY_PATH, and what its configuration must name.
 
-    `plugins` and `stepd` are None where the programs find them by themselves.
+    `plugins`, `stepd` and `root` are None where the programs find them by themselves.
     """
 
     folders: tuple[str, ...]
     libraries: tuple[str, ...]
     plugins: str | None
     stepd: str | None
+    root: str | None
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment, in which the programs run."""
@@ -52,30 +56,33 @@ class SlurmPrograms:
         return int(major), int(minor)
 
 
-def find_slurm(cache: Path | None = None) -> SlurmPrograms:
+def find_slurm(cache: Path | None = None, *, with_accounting: bool = False) -> SlurmPrograms:
     """Return an installed Slurm, or one fetched into a cache folder by an earlier call or now.
+
+    `with_accounting` asks for slurmdbd and its database, too.
 
     Raises:
         NoSlurmError: there is none and none could be fetched.
     """
+    programs = PROGRAMS + (ACCOUNTING_PROGRAMS if with_accounting else ())
     path = os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS])
-    found = [shutil.which(program, path=path) for program in PROGRAMS]
+    found = [shutil.which(program, path=path) for program in programs]
     if all(found):
-        return SlurmPrograms(tuple(dict.fromkeys(str(Path(str(name)).parent) for name in found)), (), None, None)
-    root = (cache or Path.home() / ".cache" / "papilio_tests") / "slurm"
+        return SlurmPrograms(tuple(dict.fromkeys(str(Path(str(name)).parent) for name in found)), (), None, None, None)
+    root = (cache or Path.home() / ".cache" / "papilio_tests") / ("slurm_accounting" if with_accounting else "slurm")
     if not (root / "complete").exists():
-        _fetch(root)
+        _fetch(root, PACKAGES + (ACCOUNTING_PACKAGES if with_accounting else ()))
     return _in_folder(root)
 
 
-def _fetch(root: Path) -> None:
+def _fetch(root: Path, packages: tuple[str, ...]) -> None:
     """Download the packages that are missing here and unpack them below `root`."""
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise NoSlurmError("Slurm is not installed, and without apt-get and dpkg it cannot be fetched; install it")
     shutil.rmtree(root, ignore_errors=True)
     downloads = root / "packages"
     downloads.mkdir(parents=True)
-    plan = _run(["apt-get", "--simulate", "--no-install-recommends", "install", *PACKAGES], downloads)
+    plan = _run(["apt-get", "--simulate", "--no-install-recommends", "install", *packages], downloads)
     names = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
     _run(["apt-get", "download", *names], downloads)
     for package in sorted(downloads.glob("*.deb")):
@@ -104,4 +111,5 @@ def _in_folder(root: Path) -> SlurmPrograms:
         libraries=(str(plugins), str(plugins.parent)),
         plugins=str(plugins),
         stepd=str(root / "usr" / "sbin" / "slurmstepd"),
+        root=str(root),
     )

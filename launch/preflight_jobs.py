@@ -43,7 +43,12 @@ def _run_workers(namespace: argparse.Namespace, nproc: int) -> int:
         return subprocess.run([*_worker(), *words], check=False).returncode
     from launch.preflight.wire import free_port
 
-    words += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--job", f"{os.getpid()}-{time.time_ns()}"]
+    words += [
+        "--rdzv-endpoint",
+        f"127.0.0.1:{namespace.rdzv_port or free_port()}",
+        "--job",
+        f"{os.getpid()}-{time.time_ns()}",
+    ]
     words += ["--wait-s", f"{namespace.wait_s if namespace.wait_s is not None else LOCAL_WAIT_S:g}"]
     others = [
         subprocess.Popen([*_worker(), *words, "--index", str(index)], stdout=subprocess.DEVNULL)
@@ -69,6 +74,7 @@ def _submit(namespace: argparse.Namespace) -> int:
     words = ["--recipe", namespace.recipe, "--nnodes", str(namespace.nnodes)]
     words += ["--env", f"COLUMNS={shutil.get_terminal_size().columns}"]
     given = {"host": namespace.host, "nproc": namespace.nproc, "wait_s": namespace.wait_s}
+    given["rdzv_port"] = namespace.rdzv_port
     words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", str(value))]
     arguments = [*words, "--", *_flags(namespace), *namespace.overrides]
     return run_launch(

@@ -220,6 +220,9 @@ def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index", type=int, metavar="I", help="number of this host, with --rdzv-endpoint; 0: the first"
     )
+    parser.add_argument(
+        "--rdzv-port", type=int, metavar="P", help="port at which the hosts meet (default: one for this job)"
+    )
     parser.add_argument("--wait-s", type=float, metavar="S", help="how much later hosts may come (default: 120)")
     parser.add_argument("--read-gib", type=float, metavar="G", help="data whose checksums each host reads (default: 1)")
     parser.add_argument("--data-port", type=int, metavar="P", help="try this port between the hosts (default: any)")

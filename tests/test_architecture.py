@@ -44,6 +44,7 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
     "trainer.checkpoint.format",
+    "trainer.memory_limit",
     "trainer.retries",
     "trainer.storage",
 }

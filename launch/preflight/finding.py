@@ -35,7 +35,7 @@ class Evidence:
     hardware: str | None
     cards: Sequence[Card | None]
     absent: dict[int, str]
-    absent_names: dict[int, str]
+    known_names: dict[int, str]
     arrived_s: float
     facts: Sequence[HostFacts | None]
     plan: PlanFacts
@@ -57,13 +57,14 @@ class Evidence:
         ]
 
     def name(self, index: int) -> str:
-        """Name a host as short as can be, with its number where another one has the same name."""
+        """Name a host as short as can be: as it names itself, or the scheduler if that is not enough, or by number."""
         card = self.cards[index]
+        known = _short(self.known_names.get(index, ""))
         if card is None:
-            return _short(self.absent_names.get(index, "")) or f"host {index}"
+            return known or f"host {index}"
         names = [_short(other.name) for other in self.cards if other is not None]
         short = _short(card.name)
-        return short if names.count(short) == 1 else f"{short}#{index}"
+        return short if names.count(short) == 1 else known or f"{short}#{index}"
 
     @property
     def everyone(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from launch.preflight.facts import Folder
+from launch.preflight.meeting import Excuse
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config import OutputConfig
 from trainer.retries import RetryPolicy, StorageError
@@ -16,6 +17,7 @@ from trainer.storage import (
     list_folder,
     make_folder,
     read_bytes,
+    remove_file,
     remove_folder,
     require_writable,
     write_text,
@@ -51,7 +53,7 @@ class SharedFolder:
         try:
             require_writable(self.path, retries=ONCE)
             make_folder(self._marks, retries=ONCE)
-            write_text(f"{self._marks}/{MARK}{token}", token)
+            write_text(f"{self._marks}/{MARK}{token}", token, retries=ONCE)
         except StorageError as error:
             self._error = str(error)
 
@@ -72,26 +74,39 @@ class SharedFolder:
         return [token for token in tokens if exists(f"{self._marks}/{MARK}{token}")]
 
     def excuse(self, index: int | None, name: str, why: str) -> None:
-        """Leave word for the first host, which this host cannot reach. In vain where the folder is not shared."""
+        """Leave word for the first host, which this host cannot reach; with no reason, take it back.
+
+        In vain where the folder is not shared.
+        """
+        path = f"{self._marks}/{EXCUSE}{name}-{index}"
         try:
+            if not why:
+                remove_file(path)
+                return
             make_folder(self._marks, retries=ONCE)
-            text = json.dumps({"index": index, "name": name, "why": why})
-            write_text(f"{self._marks}/{EXCUSE}{name}-{index}", text)
+            write_text(path, json.dumps({"index": index, "name": name, "why": why}), retries=ONCE)
         except StorageError:
             return
 
-    def excuses(self) -> dict[int, tuple[str, str]]:
-        """Return what hosts left word of, by their number: their name, and why they do not come."""
-        found = {}
+    def excuses(self) -> list[Excuse]:
+        """Return what hosts left word of."""
+        found: list[Excuse] = []
         try:
             for name in list_folder(self._marks):
                 if name.startswith(EXCUSE):
-                    excuse = json.loads(read_bytes(f"{self._marks}/{name}"))
-                    if excuse["index"] is not None:
-                        found[int(excuse["index"])] = (str(excuse["name"]), str(excuse["why"]))
-        except (StorageError, ValueError, KeyError):
+                    found.append(Excuse(**json.loads(read_bytes(f"{self._marks}/{name}"))))
+        except (StorageError, ValueError, TypeError):
             return found
         return found
+
+    def forget_excuses(self) -> None:
+        """Remove what an earlier preflight of the same name may have left; hosts that have an excuse repeat it."""
+        try:
+            for name in list_folder(self._marks):
+                if name.startswith(EXCUSE):
+                    remove_file(f"{self._marks}/{name}")
+        except StorageError:
+            return
 
     def clean_up(self) -> None:
         """Remove the marks; the first host does, at the end."""

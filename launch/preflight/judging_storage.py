@@ -13,29 +13,51 @@ RUN_FOLDER_BYTES = GIB
 
 def check_folders(evidence: Evidence) -> list[Finding]:
     """Does every host write to the run's folders, and are these the same for all?"""
-    problems = []
-    tokens = {card.token: evidence.name(index) for index, card, _ in evidence.present}
-    for index, _, facts in evidence.present:
-        for folder in facts.folders:
-            if folder.error:
-                found, _, mend = folder.error.rpartition("; ")
-                mend = f"{mend} (--output.runs_dir)" if found else "choose another folder: --output.runs_dir"
-                problems.append(Finding("run folder", "FAIL", (evidence.name(index),), found or folder.error, mend))
-                continue
-            unseen = [host for token, host in tokens.items() if token not in folder.marks]
-            if unseen:
-                found = (
-                    f"{folder.path} there is not the folder of {named(unseen, evidence.num_hosts)}: it does not show "
-                )
-                found += "what they wrote"
-                mend = (
-                    "put it on a file system that all hosts mount: --output.runs_dir=/shared/runs, or checkpoints on "
-                )
-                mend += "S3: --checkpoint.folder=s3://bucket/prefix"
-                problems.append(Finding("run folder", "FAIL", (evidence.name(index),), found, mend))
+    problems = [
+        Finding("run folder", "FAIL", (evidence.name(index),), found, mend)
+        for index, _, facts in evidence.present
+        for folder in facts.folders
+        if folder.error
+        for found, mend in [_split(folder.error, "choose another folder")]
+    ]
     paths = [folder.path for folder in evidence.present[0][2].folders]
+    for position in range(len(paths)):
+        problems += _strangers(evidence, position)
     shared = " and is the same on all hosts" if evidence.num_hosts > 1 else ""
     return or_all_well("run folder", problems, evidence, lambda: f"{' and '.join(paths)} can be written{shared}")
+
+
+def _strangers(evidence: Evidence, position: int) -> list[Finding]:
+    """Name the hosts on which a folder does not show what the others wrote to theirs."""
+    wrote = [(index, card, facts.folders[position]) for index, card, facts in evidence.present]
+    wrote = [(index, card, folder) for index, card, folder in wrote if not folder.error]
+    unseen = {
+        evidence.name(index): [evidence.name(other) for other, card, _ in wrote if card.token not in folder.marks]
+        for index, _, folder in wrote
+    }
+    unseen = {host: others for host, others in unseen.items() if others}
+    mend = "put it on a file system that all hosts mount: --output.runs_dir=/shared/runs"
+    mend += "; or checkpoints on S3: --checkpoint.folder=s3://bucket/prefix"
+    if len(unseen) > 2 and all(len(others) == len(wrote) - 1 for others in unseen.values()):
+        found = f"{wrote[0][2].path} is another folder on every host"
+        return [Finding("run folder", "FAIL", tuple(unseen), found, mend)]
+    path = {evidence.name(index): folder.path for index, _, folder in wrote}
+    return [
+        Finding(
+            "run folder",
+            "FAIL",
+            (host,),
+            f"{path[host]} there does not show what {named(others, evidence.num_hosts)} wrote to theirs",
+            mend,
+        )
+        for host, others in unseen.items()
+    ]
+
+
+def _split(problem: str, otherwise: str) -> tuple[str, str]:
+    """Part what was found from its mend, which follows the last semicolon of our messages."""
+    found, _, mend = problem.rpartition("; ")
+    return (found, f"{mend} (--output.runs_dir)") if found else (problem, f"{otherwise}: --output.runs_dir=DIR")
 
 
 def check_room(evidence: Evidence) -> list[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,15 @@ class Place:
     def endpoint(self) -> str:
         """Where the hosts meet, as messages show it."""
         return f"{self.head}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Excuse:
+    """Why a host does not come, as it said itself where the first host can read it; None for a number not given."""
+
+    index: int | None
+    name: str
+    why: str
 
 
 @dataclass
@@ -135,7 +144,7 @@ def open_meeting(
     now: Callable[[], float],
     *,
     note: Callable[[str], None] = lambda why: None,
-    excuses: Callable[[], Mapping[int, tuple[str, str]]] = dict,
+    excuses: Callable[[], Sequence[Excuse]] = tuple,
     tell: Callable[[str], None] = lambda progress: None,
 ) -> Meeting:
     """Come to the meeting, or hold it on the first host; every host gets the cards of all.
@@ -144,17 +153,24 @@ def open_meeting(
         place: this host's number, and where to go.
         card: what the others should know of this host before they know it better.
         now: this host's clock, in seconds since 1970.
-        note: called with the reason, each time that the first host is not reached.
-        excuses: on the first host, what hosts that do not reach it left word of, by number: name and reason.
+        note: called with the reason, each time that the first host is not reached, and with "" once it is.
+        excuses: on the first host, what hosts that do not reach it left word of.
         tell: called on the first host, now and then while it waits, with how many are there.
 
     Raises:
         MeetingError: this host cannot take part; the message names the mend.
     """
-    is_head = place.index == 0 if place.index is not None else is_own_address(place.head)
-    meeting = _receive_guests(place, dict(card), now, excuses, tell) if is_head else _go(place, dict(card), now, note)
+    if holds_meeting(place):
+        meeting = _receive_guests(place, dict(card), now, excuses, tell)
+    else:
+        meeting = _go(place, dict(card), now, note)
     meeting.roster = meeting.gather("cards", meeting.roster[meeting.index], HANDSHAKE_TIMEOUT_S)
     return meeting
+
+
+def holds_meeting(place: Place) -> bool:
+    """Whether this host is the first one."""
+    return place.index == 0 if place.index is not None else is_own_address(place.head)
 
 
 def is_own_address(host: str) -> bool:
@@ -177,7 +193,7 @@ def _receive_guests(
     place: Place,
     card: dict[str, Any],
     now: Callable[[], float],
-    excuses: Callable[[], Mapping[int, tuple[str, str]]],
+    excuses: Callable[[], Sequence[Excuse]],
     tell: Callable[[str], None],
 ) -> Meeting:
     """Wait until all are there, or the time is over."""
@@ -212,12 +228,15 @@ def _receive_guests(
     meeting = Meeting(place, 0, lines, [card, *(None for _ in range(1, place.num_hosts))])
     meeting.arrived_s = time.monotonic() - begin_s
     never = reception.refused or f"did not come to {place.endpoint} within {place.wait_s:g} s"
-    known = excuses()
-    for index in range(1, place.num_hosts):
-        if index in lines:
-            meeting.roster[index] = {}
-        else:
-            meeting.absent_names[index], meeting.absent[index] = known.get(index, ("", never))
+    for index in lines:
+        meeting.roster[index] = {}
+    missing = [index for index in range(1, place.num_hosts) if index not in lines]
+    known = {excuse.index: excuse for excuse in excuses() if excuse.index in missing}
+    # Of hosts without a number one knows only how many there are.
+    unnumbered = iter([excuse for excuse in excuses() if excuse.index is None])
+    for index in missing:
+        excuse = known.get(index) or next(unnumbered, None) or Excuse(index, "", never)
+        meeting.absent_names[index], meeting.absent[index] = excuse.name, excuse.why
     return meeting
 
 
@@ -286,6 +305,7 @@ class _Reception:
 
 def _go(place: Place, card: dict[str, Any], now: Callable[[], float], note: Callable[[str], None]) -> Meeting:
     line = _reach(place, note)
+    note("")
     try:
         line.send({"job": place.job, "index": place.index, "name": card["name"]}, HANDSHAKE_TIMEOUT_S)
         welcome = line.receive(HANDSHAKE_TIMEOUT_S)

@@ -18,13 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_pipeline.verification import check_data
-from launch.preflight.facts import Card, DataFacts, Folder, Gpu, HostFacts, LinkFacts, PlanFacts
+from launch.preflight.facts import Card, DataFacts, Gpu, HostFacts, LinkFacts, PlanFacts
 from launch.preflight.folders import SharedFolder, written_folders
 from launch.preflight.gpus import query_gpus
 from launch.preflight.installed import code_hashes, installed_versions
 from launch.preflight.judging import Evidence, judge
 from launch.preflight.links import LinkJob, measure_links
-from launch.preflight.meeting import Meeting, MeetingError, Place, open_meeting
+from launch.preflight.machine import memory_bytes, num_cores, shared_memory_bytes
+from launch.preflight.meeting import Meeting, MeetingError, Place, holds_meeting, open_meeting
 from launch.preflight.planning import plan_job
 from launch.preflight.reach import DataPort, gloo_address, interface_of, is_loopback, reach_all
 from launch.preflight.report import format_report, report_as_json
@@ -36,9 +37,12 @@ from trainer.install import InstallError, check_install
 from trainer.storage import free_bytes
 
 FACTS_TIMEOUT_S = 300.0
+READ_S_PER_GIB = 60.0  # from a slow disk over a slow network
 LINKS_TIMEOUT_S = 180.0
 VERDICT_TIMEOUT_S = 400.0
 GIB = 1 << 30
+# TorchX's own Slurm jobs have a group of one host for each replica.
+HET_GROUP = "SLURM_JOB_NODELIST_HET_GROUP_"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Senses:
     free_bytes: Callable[[str], int | None] = free_bytes
     versions: Callable[[], dict[str, str]] = installed_versions
     code: Callable[[], dict[str, str]] = code_hashes
+    memory_bytes: Callable[[], int] = memory_bytes
     gpus: Callable[[], tuple[tuple[Gpu, ...], str, str]] = query_gpus
     data_port: Callable[[str, int], DataPort] = DataPort
     links: Callable[[LinkJob], LinkFacts] = measure_links
@@ -101,13 +106,15 @@ def take_part(options: Options, config: Config, senses: Senses | None = None) ->
     ]
     for folder in folders:
         folder.leave_mark(token)
+    place = make_place(options)
+    if holds_meeting(place):
+        folders[0].forget_excuses()
     data_port = _open_data_port(options, token, senses)
     name = options.name or socket.getfqdn()
 
     def note(why: str) -> None:
         folders[0].excuse(options.index, name, why)
 
-    place = make_place(options)
     card = Card(name=name, data_port=data_port.port, gloo_address=gloo_address(socket.gethostname()), token=token)
     meeting = open_meeting(place, card.model_dump(), senses.now, note=note, excuses=folders[0].excuses, tell=_tell)
     try:
@@ -145,7 +152,8 @@ class _Part:
         meeting = self._meeting
         with ThreadPoolExecutor(1) as pool:
             planning = pool.submit(self._plan) if meeting.is_head else None
-            facts = meeting.gather("facts", self._facts().model_dump(), FACTS_TIMEOUT_S)
+            timeout_s = FACTS_TIMEOUT_S + self._options.read_gib * READ_S_PER_GIB
+            facts = meeting.gather("facts", self._facts().model_dump(), timeout_s)
             found = [HostFacts.model_validate(each) if each else None for each in facts]
             links, why_no_links = self._measure_links(found)
             failed = self._report(found, links, why_no_links, planning) if planning else None
@@ -165,7 +173,6 @@ class _Part:
         tokens = [card.token for card in self._cards if card is not None]
         own = self._cards[self._meeting.index]
         gpus, driver, gpu_error = self._senses.gpus()
-        shared_memory = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
         return HostFacts(
             clock_ahead_s=self._meeting.clock_ahead_s,
             clock_error_s=self._meeting.clock_error_s,
@@ -176,15 +183,12 @@ class _Part:
             gpus=gpus,
             gpu_error=gpu_error,
             driver=driver,
-            num_cores=len(os.sched_getaffinity(0)),
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            shared_memory_bytes=shared_memory.f_blocks * shared_memory.f_frsize if shared_memory else 0,
-            folders=tuple(self._look(folder, tokens) for folder in self._folders),
+            num_cores=num_cores(),
+            memory_bytes=self._senses.memory_bytes(),
+            shared_memory_bytes=shared_memory_bytes(),
+            folders=tuple(folder.look(tokens) for folder in self._folders),
             data=self._check_data(),
         )
-
-    def _look(self, folder: SharedFolder, tokens: Sequence[str]) -> Folder:
-        return folder.look(tokens)
 
     def _check_data(self) -> DataFacts:
         path, share = self._config.data.path, self._meeting.index / self._options.nnodes
@@ -235,7 +239,7 @@ class _Part:
             hardware=self._hardware,
             cards=self._cards,
             absent=self._meeting.absent,
-            absent_names=_expected_names() | {i: n for i, n in self._meeting.absent_names.items() if n},
+            known_names=_expected_names() | {i: n for i, n in self._meeting.absent_names.items() if n},
             arrived_s=self._meeting.arrived_s,
             facts=facts,
             plan=planning.result(),
@@ -295,8 +299,8 @@ def _tell(progress: str) -> None:
 
 def _expected_names() -> dict[int, str]:
     """Return the names that Slurm has for the job's hosts, by number; none under another scheduler."""
-    groups = [value for key, value in os.environ.items() if key.startswith("SLURM_JOB_NODELIST_HET_GROUP_")]
-    node_list = ",".join(groups) or os.environ.get("SLURM_JOB_NODELIST", "")
+    groups = {int(key.removeprefix(HET_GROUP)): value for key, value in os.environ.items() if key.startswith(HET_GROUP)}
+    node_list = ",".join(groups[number] for number in sorted(groups)) or os.environ.get("SLURM_JOB_NODELIST", "")
     if not node_list:
         return {}
     try:

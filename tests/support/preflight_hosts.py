@@ -55,6 +55,7 @@ class FakeHost:
             "versions": lambda: dict(VERSIONS),
             "code": lambda: dict(CODE),
             "gpus": lambda: ((), "", ""),
+            "memory_bytes": lambda: 64 * GIB,
             "plan": lambda *_: PLAN,
             "links": lambda job: links_of(job, self.mb_per_s),
             "free_bytes": lambda _: 100 * GIB,

@@ -122,19 +122,27 @@ def test_a_disk_that_is_nearly_full(hosts, preflight, tmp_path) -> None:
 
 def test_a_run_folder_of_its_own(hosts, preflight, tmp_path) -> None:
     hosts[2].runs = str(tmp_path / "elsewhere")
-    folders = findings_of(preflight(hosts))
-    assert [finding[1] for finding in folders] == [["127.0.0.11", "127.0.0.12"], ["127.0.0.13"]]
-    assert "elsewhere there is not the folder of 127.0.0.11, 127.0.0.12" in folders[1][2]
-    assert "--output.runs_dir=/shared/runs" in folders[1][3]
+    theirs, own = findings_of(preflight(hosts))
+    wrote = "there does not show what"
+    assert theirs[1:3] == (["127.0.0.11", "127.0.0.12"], f"{tmp_path}/runs {wrote} 127.0.0.13 wrote to theirs")
+    assert own[1:3] == (["127.0.0.13"], f"{tmp_path}/elsewhere {wrote} 127.0.0.11, 127.0.0.12 wrote to theirs")
+    assert "--output.runs_dir=/shared/runs" in own[3]
+
+
+def test_run_folders_on_local_disks(hosts, preflight, tmp_path) -> None:
+    for index, host in enumerate(hosts):
+        host.runs = str(tmp_path / f"disk{index}")
+    (folders,) = findings_of(preflight(hosts))
+    assert folders[:3] == ("run folder", list(NAMES), f"{tmp_path}/disk0 is another folder on every host")
 
 
 def test_a_run_folder_that_cannot_be_written(hosts, preflight, tmp_path) -> None:
     (tmp_path / "file").touch()
     hosts[1].runs = str(tmp_path / "file" / "runs")
-    first, *_ = [finding for finding in findings_of(preflight(hosts)) if finding[1] == ["127.0.0.12"]]
-    assert first[0] == "run folder"
-    assert f"could not create folder {tmp_path}/file/runs" in first[2]
-    assert first[3].endswith("(--output.runs_dir)")
+    (folder,) = findings_of(preflight(hosts))
+    assert folder[:2] == ("run folder", ["127.0.0.12"])
+    assert f"could not create folder {tmp_path}/file/runs" in folder[2]
+    assert folder[3].endswith("(--output.runs_dir)")
 
 
 def test_a_shard_that_is_missing_cut_or_changed(hosts, preflight, data, tmp_path) -> None:
@@ -216,7 +224,7 @@ def test_a_plan_that_fits_the_profile_and_not_the_host(hosts, preflight) -> None
     hosts[0].senses["plan"] = lambda *_: PLAN.model_copy(update={"rank_device_bytes": (1 << 50, *[GIB] * 5)})
     (memory,) = findings_of(preflight(hosts))
     assert memory[:2] == ("memory", ["127.0.0.11"])
-    assert "the plan puts 1,024 TiB there" in memory[2]
+    assert memory[2] == "64.0 GiB of memory; the plan puts 1,024 TiB there"
 
 
 def gpu(index, **differences):

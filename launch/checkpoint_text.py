@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from launch.verbs import SPLITS
+from launch.verb_arguments import SPLITS
 from sharding.plan_file import PlanFile
 from sharding.reports.figures import size
 from trainer.checkpoint.contents import WEIGHT, Contents, NamedTensor, num_bytes

@@ -4,24 +4,16 @@
     torchx run papilio.train --recipe quickstart -- --train.epochs=2        # once installed
 
 Torch is not imported here: the machine that submits a job needs none. Nor are annotations postponed here
-(`from __future__ import annotations`): TorchX reads them as types, not as text.
+(`from __future__ import annotations`): TorchX reads them as types, not as text. It takes every function that it finds
+here for a component, so that only modules and classes are imported.
 """
-
-import shlex
-import sys
 
 from torchx import specs
 
-# Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
-JOIN_TIMEOUT_S = 900
-LOCAL_JOIN_TIMEOUT_S = 60
-# Of an elastic job: how long the hosts that are there wait for more once they are enough, and (3 times 1 s) how long a
-# host may be silent. With torch's own 30 s and 3 times 5 s the loss of a host stops the others for 45 s.
-LAST_CALL_TIMEOUT_S = 5
-KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3"
-# What ranks that have nothing to save get between SIGTERM and SIGKILL. Below the 10 s after which TorchX's local
-# scheduler kills the agent, whose ranks would live on as orphans.
-SHUTDOWN_TIMEOUT_S = 5
+from launch import roles
+from launch.hosts import request as hosts
+from launch.roles import Surroundings
+
 # What a training job gets, to save: below the 30 s that Slurm (KillWait) and Kubernetes give by default.
 # `papilio train` waits for it; under `torchx run -s local_cwd`, which does not, ranks without an agent end themselves.
 GRACE_S = 25
@@ -30,14 +22,17 @@ GRACE_S = 25
 def train(
     *overrides: str,
     recipe: str,
-    nproc: int = 2,
+    host: str | None = None,
+    nproc: int | None = None,
     nnodes: str = "1",
     name: str = "train",
     python: str | None = None,
-    image: str = "papilio",
-    cpu: int = 2,
-    gpu: int = 0,
-    memory_mb: int = 4096,
+    image: str | None = None,
+    cpu: int | None = None,
+    gpu: int | None = None,
+    memory_mb: int | None = None,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
     omp_threads: int = 1,
     max_retries: int = 0,
     rdzv_port: int = 29500,
@@ -49,41 +44,45 @@ def train(
     Args:
         overrides: settings that replace the recipe's, after `--`, each as --section.key=value
         recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
-        nproc: ranks on each node; on GPUs, one for each
+        host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for, and what to plan for
+        nproc: ranks on each node (default: one for each GPU of the host profile, or 2)
         nnodes: number of nodes, or the fewest and the most of an elastic job: 4, or 2:4
         name: name of the job
-        python: interpreter that runs the ranks (default: the one that runs this command)
-        image: container image, for schedulers that use one
-        cpu: cores to ask of the scheduler for each node
-        gpu: GPUs to ask of the scheduler for each node
-        memory_mb: memory to ask of the scheduler for each node, in MB
+        python: interpreter that runs the ranks (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for on each node (default: the host profile's, or one for each thread of the ranks)
+        gpu: GPUs to ask for on each node (default: with a GPU host profile one for each rank, else none)
+        memory_mb: memory to ask for on each node, in MB (default: nine tenths of the host profile's, or 4096)
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
         omp_threads: threads of each rank inside a CPU operator
-        max_retries: how often the scheduler starts the job again after a failure, where it can
+        max_retries: how often the scheduler starts the job again after a failure; it goes on from its checkpoint
         rdzv_port: port on the first node where the nodes meet; unused with one node
         max_restarts: failures after which the ranks are started again in place; an hour without one clears the count
         grace_s: seconds that ranks get to save when they are told to end; less than the scheduler gives
     """
-    command = ["trainer.train", "--recipe", recipe, *overrides]
-    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _agent_role(
-        "train", command, nproc=nproc, nnodes=nnodes, python=python, rdzv_port=rdzv_port, max_restarts=max_restarts
-    )
-    role.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_s)
-    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+    asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    words = ["trainer.train", "--recipe", recipe, *([f"--host={asked.hardware}"] if asked.hardware else []), *overrides]
+    command = roles.agent_command(words, asked.nproc, nnodes, rdzv_port, max_restarts)
+    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    return roles.make_app(name, "train", command, asked, around, nnodes, rdzv_port, grace_s)
 
 
 def evaluate(
     run: str,
     data: str | None = None,
     split: str = "test",
-    nproc: int = 2,
+    host: str | None = None,
+    nproc: int | None = None,
     nnodes: int = 1,
     name: str = "evaluate",
     python: str | None = None,
-    image: str = "papilio",
-    cpu: int = 2,
-    gpu: int = 0,
-    memory_mb: int = 4096,
+    image: str | None = None,
+    cpu: int | None = None,
+    gpu: int | None = None,
+    memory_mb: int | None = None,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
     omp_threads: int = 1,
     max_retries: int = 0,
     rdzv_port: int = 29500,
@@ -94,22 +93,26 @@ def evaluate(
         run: the run folder, as the training job printed it
         data: folder of the data set (default: the one it was trained on)
         split: train, validation or test
-        nproc: ranks on each node; on GPUs, one for each
+        host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for
+        nproc: ranks on each node (default: one for each GPU of the host profile, or 2)
         nnodes: number of nodes
         name: name of the job
-        python: interpreter that runs the ranks (default: the one that runs this command)
-        image: container image, for schedulers that use one
-        cpu: cores to ask of the scheduler for each node
-        gpu: GPUs to ask of the scheduler for each node
-        memory_mb: memory to ask of the scheduler for each node, in MB
+        python: interpreter that runs the ranks (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for on each node (default: the host profile's, or one for each thread of the ranks)
+        gpu: GPUs to ask for on each node (default: with a GPU host profile one for each rank, else none)
+        memory_mb: memory to ask for on each node, in MB (default: nine tenths of the host profile's, or 4096)
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
         omp_threads: threads of each rank inside a CPU operator
         max_retries: how often the scheduler starts the job again after a failure, where it can
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
-    command = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
-    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _agent_role("evaluate", command, nproc=nproc, nnodes=str(nnodes), python=python, rdzv_port=rdzv_port)
-    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+    asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
+    command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
+    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    return roles.make_app(name, "evaluate", command, asked, around, str(nnodes), rdzv_port)
 
 
 def calibrate(
@@ -119,10 +122,12 @@ def calibrate(
     nproc: int = 2,
     name: str = "calibrate",
     python: str | None = None,
-    image: str = "papilio",
-    cpu: int = 2,
+    image: str | None = None,
+    cpu: int | None = None,
     gpu: int = 0,
     memory_mb: int = 8192,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
     omp_threads: int = 1,
     max_retries: int = 0,
 ) -> specs.AppDef:
@@ -134,19 +139,58 @@ def calibrate(
         fresh: begin the file anew; otherwise the figures of nproc ranks are added to what it has
         nproc: ranks on the host
         name: name of the job
-        python: interpreter that runs the ranks (default: the one that runs this command)
-        image: container image, for schedulers that use one
-        cpu: cores to ask of the scheduler
-        gpu: GPUs to ask of the scheduler
-        memory_mb: memory to ask of the scheduler, in MB
+        python: interpreter that runs the ranks (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for (default: one for each thread of the ranks)
+        gpu: GPUs to ask for
+        memory_mb: memory to ask for, in MB
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
         omp_threads: threads of each rank inside a CPU operator
         max_retries: how often the scheduler starts the job again after a failure, where it can
     """
-    command = ["trainer.calibrate", "--output", output]
-    command += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
-    resource = specs.Resource(cpu=cpu, gpu=gpu, memMB=memory_mb)
-    role = _agent_role("calibrate", command, nproc=nproc, nnodes="1", python=python, rdzv_port=0)
-    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+    words = ["trainer.calibrate", "--output", output]
+    words += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
+    asked = hosts.request_host(None, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    return roles.make_app(name, "calibrate", roles.agent_command(words, nproc), asked, around)
+
+
+def preprocess(
+    *options: str,
+    source: str,
+    input: list[str],
+    output: str,
+    name: str = "preprocess",
+    python: str | None = None,
+    image: str | None = None,
+    cpu: int = 8,
+    memory_mb: int = 16384,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Turn raw click logs or a table into a data set on one host; started again, it goes on where it was.
+
+    Args:
+        options: others of `papilio preprocess`, after `--`, as --split days
+        source: criteo or table
+        input: raw files, with commas between them
+        output: folder of the data set
+        name: name of the job
+        python: interpreter that runs it (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for, and as many threads or processes
+        memory_mb: memory to ask for, in MB
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+    """
+    words = ["--source", source, "--input", *input, "--output", output, "--num-workers", str(cpu), *options]
+    around = Surroundings(python, image, env, mounts, 1, max_retries)
+    return roles.make_app(
+        name, "preprocess", roles.verb_command("preprocess", words), hosts.one_process(cpu, memory_mb), around
+    )
 
 
 def export(
@@ -155,17 +199,18 @@ def export(
     quantize: str = "int8",
     size_budget: float | None = None,
     quantizer: str = "least_squares",
-    table: str = "",
+    table: list[str] | None = None,
     data: str | None = None,
     min_auc_ratio: float = 0.999,
     checkpoint: str = "latest",
     gate: bool = True,
     name: str = "export",
     python: str | None = None,
-    image: str = "papilio",
+    image: str | None = None,
     cpu: int = 2,
     memory_mb: int = 8192,
-    omp_threads: int = 2,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
     """Make a quantized package of a run on one host, if it ranks as well as the model does; no GPU is used.
@@ -182,100 +227,167 @@ def export(
         checkpoint: a checkpoint's name, its step, latest or best
         gate: measure what the package costs, and refuse one that costs too much
         name: name of the job
-        python: interpreter that runs it (default: the one that runs this command)
-        image: container image, for schedulers that use one
-        cpu: cores to ask of the scheduler
-        memory_mb: memory to ask of the scheduler, in MB
-        omp_threads: threads inside a CPU operator
+        python: interpreter that runs it (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for, and as many threads or processes
+        memory_mb: memory to ask for, in MB
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
         max_retries: how often the scheduler starts the job again after a failure, where it can
     """
     words = [f"--run={run}", f"--output={output}", f"--quantize={quantize}", f"--quantizer={quantizer}"]
     words += [f"--min-auc-ratio={min_auc_ratio}", f"--checkpoint={checkpoint}"]
     words += [f"--size-budget={size_budget}"] if size_budget is not None else []
     words += [f"--data={data}"] if data is not None else []
-    words += [f"--table={choice}" for choice in table.split(",") if choice]
-    words += [] if gate else ["--no-gate"]
-    command = ["-m", "trainer.export", *(_escape_macros(word) for word in words)]
-    role = specs.Role("export", "", entrypoint=python or sys.executable, args=command)
-    # Threads that spin while they wait take the cores from whatever else runs on the host.
-    role.env["OMP_WAIT_POLICY"] = "passive"
-    resource = specs.Resource(cpu=cpu, gpu=0, memMB=memory_mb)
-    return _app(name, role, image=image, resource=resource, omp_threads=omp_threads, max_retries=max_retries)
+    words += [*(f"--table={choice}" for choice in table or []), *([] if gate else ["--no-gate"])]
+    around = Surroundings(python, image, env, mounts, cpu, max_retries)
+    return roles.make_app(
+        name, "export", roles.verb_command("export", words), hosts.one_process(cpu, memory_mb), around
+    )
 
 
-def _app(
-    name: str, role: specs.Role, *, image: str, resource: specs.Resource, omp_threads: int, max_retries: int
+def predict(
+    package: str,
+    output: str,
+    data: str | None = None,
+    split: str | None = None,
+    input: list[str] | None = None,
+    source: str | None = None,
+    name: str = "predict",
+    python: str | None = None,
+    image: str | None = None,
+    cpu: int = 4,
+    memory_mb: int = 8192,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
+    max_retries: int = 0,
 ) -> specs.AppDef:
-    role.image = image
-    role.resource = resource
-    role.max_retries = max_retries
-    role.env["OMP_NUM_THREADS"] = str(omp_threads)
-    role.env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
-    return specs.AppDef(name=name, roles=[role])
+    """Score a data set, or raw files, with a package, on one host; no GPU is used.
 
-
-def _agent_role(
-    role_name: str,
-    command: list[str],
-    *,
-    nproc: int,
-    nnodes: str,
-    python: str | None,
-    rdzv_port: int,
-    max_restarts: int = 0,
-) -> specs.Role:
-    """One replica a node, each an agent (trainer/agent.py) that starts `nproc` ranks of the module `command[0]`."""
-    fewest, most = _bounds(nnodes)
-    if nproc < 1 or fewest < 1:
-        raise ValueError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
-    python = python or sys.executable
-    rendezvous = [f"join_timeout={LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S}"]
-    rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
-    before = ["-m", "trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
-    before += [f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", f"--rdzv-conf={','.join(rendezvous)}"]
-    before += [f"--rdzv-id={specs.macros.app_id}"]
-    # After "--", or torchrun takes an argument of the module for one of its own that begins alike (--run, --run-path).
-    after = ["--tee=3", "--role=", "-m", "--", *(_escape_macros(word) for word in command)]
-    if most == 1:
-        # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
-        return specs.Role(role_name, "", entrypoint=python, args=[*before, "--rdzv-endpoint=localhost:0", *after])
-    script = _refuse_without_head_node() + " ".join(
-        ["exec", shlex.join([python, *before]), f'--rdzv-endpoint="$$head_node":{rdzv_port}', shlex.join(after)]
-    )
-    return specs.Role(
-        role_name,
-        "",
-        entrypoint="bash",
-        args=["-c", script],
-        num_replicas=most,
-        min_replicas=fewest if fewest < most else None,
-        port_map={"c10d": rdzv_port},
-    )
-
-
-def _bounds(nnodes: str) -> tuple[int, int]:
-    """Read "4" or "2:4" as the fewest and the most."""
-    fewest, colon, most = nnodes.partition(":")
-    most = most if colon else fewest
-    if not (fewest.isdigit() and most.isdigit() and int(fewest) <= int(most)):
-        raise ValueError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
-    return int(fewest), int(most)
-
-
-def _refuse_without_head_node() -> str:
-    """Shell lines that set `head_node`, or end the job where torchx's own component would fall back to localhost.
-
-    With that fallback every node trains alone, each believing it is the whole job. `$$` is TorchX's spelling of `$`;
-    the macro is the name of the variable in which this scheduler gives the host of the first node.
+    Args:
+        package: folder of the package
+        output: Parquet file of the scores
+        data: folder of a preprocessed data set
+        split: of the data set: train, validation or test (default: test)
+        input: instead of a data set: raw files, with commas between them
+        source: of raw files: criteo or table
+        name: name of the job
+        python: interpreter that runs it (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for, and as many threads or processes
+        memory_mb: memory to ask for, in MB
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
+        max_retries: how often the scheduler starts the job again after a failure, where it can
     """
-    variable = specs.macros.rank0_env
-    message = (
-        f"papilio: error: the scheduler did not say which host is the first node: the variable {variable} is empty "
-        "here, so the nodes cannot find each other. Run on one node (--nnodes 1), use a scheduler that sets it, or "
-        f"export {variable}=HOST on every node"
+    words = ["--package", package, "--output", output, "--threads", str(cpu)]
+    given = {"data": data, "split": split, "source": source}
+    words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", value)]
+    words += ["--input", *input] if input else []
+    around = Surroundings(python, image, env, mounts, cpu, max_retries)
+    return roles.make_app(
+        name, "predict", roles.verb_command("predict", words), hosts.one_process(cpu, memory_mb), around
     )
-    return f'head_node="$${{{variable}:-}}"\nif [ -z "$$head_node" ]; then echo "{message}" >&2; exit 2; fi\n'
 
 
-def _escape_macros(word: str) -> str:
-    return word.replace("$", "$$")
+def study(
+    *overrides: str,
+    recipe: str,
+    output: str,
+    ranks: list[str] | None = None,
+    hosts_predicted: list[str] | None = None,
+    steps: int = 200,
+    scaling: str = "strong",
+    host: str | None = None,
+    name: str = "study",
+    python: str | None = None,
+    image: str | None = None,
+    cpu: int | None = None,
+    gpu: int | None = None,
+    memory_mb: int | None = None,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
+    omp_threads: int = 1,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Measure training at several numbers of ranks of one host, beside the planner's prediction for these and more.
+
+    Args:
+        overrides: settings that replace the recipe's, after `--`, each as --section.key=value
+        recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
+        output: folder of the measured runs and of study.json
+        ranks: numbers of ranks to measure, as 1,2,4 (default: 1, 2, 4, ... of the host)
+        hosts_predicted: numbers of hosts to predict, too, as 2,4,8
+        steps: steps of each measured run
+        scaling: strong: the global batch stays; weak: each rank's batch stays
+        host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for, and what to plan for
+        name: name of the job
+        python: interpreter that runs the ranks (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for on each node (default: the host profile's, or one for each thread of the ranks)
+        gpu: GPUs to ask for on each node (default: with a GPU host profile one for each rank, else none)
+        memory_mb: memory to ask for on each node, in MB (default: nine tenths of the host profile's, or 4096)
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
+        omp_threads: threads of each rank inside a CPU operator
+        max_retries: how often the scheduler starts the job again after a failure, where it can
+    """
+    asked = hosts.request_host(
+        host,
+        nproc=max(map(int, ranks)) if ranks else None,
+        cpu=cpu,
+        gpu=gpu,
+        memory_mb=memory_mb,
+        omp_threads=omp_threads,
+    )
+    words = ["--recipe", recipe, "--output", output, "--steps", str(steps), "--scaling", scaling]
+    words += ["--ranks", *ranks] if ranks else ["--ranks", *map(str, roles.powers_of_two(asked.nproc))]
+    words += ["--predict-hosts", *hosts_predicted] if hosts_predicted else []
+    words += ["--hardware", asked.hardware] if asked.hardware else []
+    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    command = roles.verb_command("study", [*words, *overrides])
+    return roles.make_app(name, "study", command, asked, around)
+
+
+def preflight(
+    *overrides: str,
+    recipe: str,
+    host: str | None = None,
+    nproc: int | None = None,
+    nnodes: int = 1,
+    wait_s: float = 120.0,
+    name: str = "preflight",
+    python: str | None = None,
+    image: str | None = None,
+    cpu: int | None = None,
+    gpu: int | None = None,
+    memory_mb: int | None = None,
+    env: dict[str, str] | None = None,
+    mounts: list[str] | None = None,
+    omp_threads: int = 1,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Ask on every node of a job, in a minute or two, whether the job would run there; node 0 prints the table.
+
+    Args:
+        overrides: settings that replace the recipe's, after `--`; also --json, --no-links, --read-gib=N, --data-port=N
+        recipe: path of a .toml file, or the bare name of a recipe that comes with Papilio
+        host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for, and what to plan for
+        nproc: ranks on each node (default: one for each GPU of the host profile, or 2)
+        nnodes: number of nodes
+        wait_s: seconds that nodes may come later than the first one
+        name: name of the job
+        python: interpreter that runs the job (default: the image's python3, or the one that runs this command)
+        image: container image, for kubernetes; its python3 runs the job
+        cpu: cores to ask for on each node (default: the host profile's, or one for each thread of the ranks)
+        gpu: GPUs to ask for on each node (default: with a GPU host profile one for each rank, else none)
+        memory_mb: memory to ask for on each node, in MB (default: nine tenths of the host profile's, or 4096)
+        env: variables for the job, NAME=VALUE,NAME=VALUE; a value may have commas
+        mounts: storage, as type=volume,src=CLAIM,dst=FOLDER or type=bind,src=FOLDER,dst=FOLDER[,readonly]
+        omp_threads: threads of each rank inside a CPU operator
+        rdzv_port: port on the first node where the nodes meet; unused with one node
+    """
+    asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    command = roles.preflight_command(recipe, overrides, asked, nnodes, wait_s)
+    around = Surroundings(python, image, env, mounts, omp_threads, 0)
+    return roles.make_app(name, "preflight", command, asked, around, str(nnodes), rdzv_port)

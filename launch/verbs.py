@@ -8,12 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-SPLITS = ("train", "validation", "test")
+from launch import verb_arguments as arguments
 
 
 @dataclass(frozen=True)
@@ -32,236 +28,64 @@ class Verb:
     takes_overrides: bool = False
 
 
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
-
-
-def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_pipeline.preprocess_options import PreprocessOptions
-
-    add = _options_of(parser, PreprocessOptions)
-    add("--source", required=True, choices=("criteo", "table"))
-    add("--input", "inputs", required=True, nargs="+", action="extend", metavar="FILE")
-    add("--output", required=True, metavar="DIR")
-    add("--schema", "schema_path", metavar="FILE")
-    add("--frequency-threshold", type=int, metavar="N")
-    add("--num-buckets", type=int, metavar="N")
-    add("--max-ids", type=int, metavar="N")
-    add("--split", choices=("days", "fraction", "random"))
-    add("--fractions", type=float, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"))
-    add("--seed", type=int, metavar="S")
-    add("--max-bad-rows", type=int, metavar="N")
-    add("--num-workers", type=int, metavar="N")
-    add("--rows-per-shard", type=int, metavar="N")
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_pipeline.generate_options import GenerateOptions
-
-    add = _options_of(parser, GenerateOptions)
-    add("--shape", metavar="SHAPE")
-    add("--rows", "num_rows", required=True, type=int, metavar="N")
-    add("--output", required=True, metavar="DIR")
-    add("--format", choices=("shards", "tsv"))
-    add("--seed", type=int, metavar="S")
-    add("--rows-per-shard", type=int, metavar="N")
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
-    )
-    _add_nproc(parser)
-
-
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="RUN_DIR", help="the run folder, as `papilio train` printed it")
-    parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one it was trained on)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which rows to evaluate on (default: test)")
-    _add_nproc(parser)
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="diff OLD NEW", help="compare two plan files instead of planning")
-    parser.add_argument("--recipe", help="path of a recipe .toml, or the bare name of one that comes with Papilio")
-    parser.add_argument(
-        "--hardware", metavar="NAME|FILE", help="profile of the hosts, or a file of `papilio calibrate`"
-    )
-    parser.add_argument("--num-nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a host (default: the profile's)")
-    parser.add_argument("--explain", metavar="TABLE", help="every option for one table: cost, memory, why it lost")
-    parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --sharding.plan and `plan diff`")
-    parser.add_argument("--html", metavar="FILE", help="write the report as one page for a browser")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the report")
-    parser.add_argument("--all", action="store_true", help="list every table and rank, however many")
-
-
-def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FILE", help="the profile to write, a .toml file")
-    parser.add_argument("--quick", action="store_true", help="few and small measurements: to try, not to plan with")
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="numbers of busy ranks to measure with (default: 1, 2, 4, ... up to the GPUs, or to twice the cores)",
-    )
-
-
-def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-
-    def add(action: str, summary: str) -> argparse.ArgumentParser:
-        description = f"{summary[0].upper()}{summary[1:]}."
-        added = actions.add_parser(action, help=summary, description=description, allow_abbrev=False)
-        added.add_argument("run", metavar="RUN", help="a run folder, or the folder of its checkpoints; also s3://...")
-        return added
-
-    which = "a checkpoint's name, its step, latest or best"
-    listing = add("list", "the checkpoints of a run, newest last")
-    shown = add("show", "everything about one checkpoint")
-    shown.add_argument("name", nargs="?", default="latest", metavar="NAME", help=f"{which} (default: latest)")
-    shown.add_argument("--all", action="store_true", help="list every table, however many")
-    for each in (listing, shown):
-        each.add_argument("--json", action="store_true", help="print JSON instead")
-    verify = add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
-    verify.add_argument("names", nargs="*", metavar="NAME", help=f"{which} (default: latest)")
-    verify.add_argument("--all", action="store_true", help="all complete ones")
-    prune = add("prune", "remove old checkpoints")
-    prune.add_argument("--keep-last", type=int, required=True, metavar="K", help="newest ones to keep")
-    prune.add_argument("--keep-best", action="store_true", help="keep the one of the best validation AUC, too")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
-    export = add("export-dense", "write plain tensors, a safetensors file a table, that any tool reads")
-    export.add_argument("name", nargs="?", default="latest", metavar="NAME", help=f"{which} (default: latest)")
-    export.add_argument("--output", required=True, metavar="DIR", help="a new folder; also s3://...")
-    export.add_argument(
-        "--tables", nargs="+", default=[], metavar="PATTERN", help="tables, with * and ? (default: all); quote them"
-    )
-    export.add_argument("--optimizer", action="store_true", help="the optimizers' states, too")
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.export_options import add_arguments
-
-    add_arguments(parser)
-
-
-def _package_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-
-    def add(action: str, summary: str) -> argparse.ArgumentParser:
-        description = f"{summary[0].upper()}{summary[1:]}."
-        added = actions.add_parser(action, help=summary, description=description, allow_abbrev=False)
-        added.add_argument("package", metavar="DIR", help="a package, as `papilio export` made it")
-        return added
-
-    show = add("show", "what a package is, where it came from, what was measured, and its tables")
-    show.add_argument("--all", action="store_true", help="list every table, however many")
-    show.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
-    add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
-    from trainer.inference.formats.build_options import add_arguments
-
-    add_arguments(add("build", "build a compiled form of a package, beside its own files"))
-
-
-def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.predict_options import PredictOptions
-
-    add = _options_of(parser, PredictOptions)
-    add("--package", required=True, metavar="DIR")
-    add("--data", metavar="DIR")
-    add("--split", choices=SPLITS)
-    add("--input", "inputs", nargs="+", action="extend", metavar="FILE")
-    add("--source", choices=("criteo", "table"))
-    add("--output", required=True, metavar="FILE")
-    add("--fastest", action="store_true")
-    add("--max-bad-rows", type=int, metavar="N")
-    add("--threads", type=int, metavar="N")
-
-
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.serving.serve_options import ServeOptions
-
-    add = _options_of(parser, ServeOptions)
-    add("--package", required=True, metavar="DIR")
-    add("--host", metavar="ADDRESS")
-    add("--exact", action="store_true")
-    for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
-        add(flag, type=int, metavar="N")
-    add("--max-body-bytes", type=int, metavar="BYTES")
-    for flag in ("--max-wait-ms", "--max-delay-ms"):
-        add(flag, type=float, metavar="MS")
-    for flag in ("--body-timeout-s", "--drain-s", "--stop-timeout-s", "--watch-s"):
-        add(flag, type=float, metavar="S")
-
-
-def _add_nproc(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nproc", type=int, metavar="N", help="ranks on this machine (default: one for each GPU, or 2 without a GPU)"
-    )
-
-
-def _options_of(parser: argparse.ArgumentParser, options_type: type[BaseModel]) -> Callable[..., None]:
-    """Arguments that fill a model's fields: help and default are the field's; one not given stays out of the namespace.
-
-    The function returned takes the flag, the field if it is named otherwise, and argparse's settings.
-    """
-
-    def add(flag: str, field_name: str | None = None, **settings: Any) -> None:
-        name = field_name or flag.removeprefix("--").replace("-", "_")
-        field = options_type.model_fields[name]
-        described = (field.description or "").replace("%", "%%")
-        if not field.is_required() and field.default is not None:
-            default = field.default
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            described += f" (default: {shown})"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=described, **settings)
-
-    return add
-
-
 VERBS = (
     Verb(
         "doctor",
         "say whether this installation is sound, and the command that mends it",
         "papilio doctor",
-        _doctor_arguments,
+        arguments.doctor_arguments,
         "launch.doctor:run",
     ),
     Verb(
         "preprocess",
         "turn raw click logs or a table into a data set: columnar shards and a manifest",
         "papilio preprocess --source criteo --input day_0.gz day_1.gz --output datasets/terabyte",
-        _preprocess_arguments,
+        arguments.preprocess_arguments,
         "launch.data_jobs:run_preprocess",
     ),
     Verb(
         "generate",
         "make a data set with a planted teacher, whose best possible AUC is known",
         "papilio generate --shape criteo_small --rows 1000000 --output datasets/quickstart",
-        _generate_arguments,
+        arguments.generate_arguments,
         "launch.data_jobs:run_generate",
     ),
     Verb(
         "plan",
         "say where every table would go on given machines, what it needs and how fast it is",
         "papilio plan --recipe criteo_terabyte_dcnv2 --hardware big_basin_v100 --num-nodes 16",
-        _plan_arguments,
+        arguments.plan_arguments,
         "launch.plan_jobs:run_plan",
+        takes_overrides=True,
+    ),
+    Verb(
+        "study",
+        "measure training at several numbers of ranks, beside the plan's prediction",
+        "papilio study --recipe quickstart --ranks 1 2 --output studies/quickstart",
+        arguments.study_arguments,
+        "launch.study_jobs:run_study",
         takes_overrides=True,
     ),
     Verb(
         "calibrate",
         "measure this machine and write its hardware profile, for `papilio plan --hardware`",
         "papilio calibrate --output my_machine.toml",
-        _calibrate_arguments,
+        arguments.calibrate_arguments,
         "launch.local_jobs:run_calibrate",
+    ),
+    Verb(
+        "preflight",
+        "ask all hosts of a job whether it would run there: names, ports, clocks, versions, data, links",
+        "papilio preflight --recipe quickstart --nnodes 2",
+        arguments.preflight_arguments,
+        "launch.preflight_jobs:run_preflight",
+        takes_overrides=True,
     ),
     Verb(
         "train",
         "plan, train and evaluate a recipe on this machine",
         "papilio train --recipe quickstart --nproc 2 --train.epochs=2",
-        _train_arguments,
+        arguments.train_arguments,
         "launch.local_jobs:run_train",
         takes_overrides=True,
     ),
@@ -269,42 +93,77 @@ VERBS = (
         "evaluate",
         "evaluate a trained model on one split of a data set",
         "papilio evaluate --run runs/quickstart --data datasets/quickstart --split test",
-        _evaluate_arguments,
+        arguments.evaluate_arguments,
         "launch.local_jobs:run_evaluate",
     ),
     Verb(
         "checkpoint",
         "list, show, verify, prune or export the checkpoints of a run",
         "papilio checkpoint list runs/quickstart",
-        _checkpoint_arguments,
+        arguments.checkpoint_arguments,
         "launch.checkpoint_jobs:run_checkpoint",
     ),
     Verb(
         "export",
         "make a quantized package of a trained model, if it ranks as well as the model does",
         "papilio export --run runs/quickstart --output packages/quickstart --quantize int8",
-        _export_arguments,
+        arguments.export_arguments,
         "launch.package_jobs:run_export",
     ),
     Verb(
         "package",
         "show, verify or compile a package",
         "papilio package show packages/quickstart",
-        _package_arguments,
+        arguments.package_arguments,
         "launch.package_jobs:run_package",
     ),
     Verb(
         "predict",
         "score a data set, or raw files, with a package",
         "papilio predict --package packages/quickstart --data datasets/quickstart --output scores.parquet",
-        _predict_arguments,
+        arguments.predict_arguments,
         "launch.serving_jobs:run_predict",
     ),
     Verb(
         "serve",
         "answer requests over HTTP with a package",
         "papilio serve --package packages/quickstart --port 8000",
-        _serve_arguments,
+        arguments.serve_arguments,
         "launch.serving_jobs:run_serve",
+    ),
+    Verb(
+        "launch",
+        "start a job on Slurm, Kubernetes or this machine: one host or many",
+        "papilio launch -s slurm train --recipe quickstart --nnodes 4 --nproc 8",
+        arguments.launch_arguments,
+        "launch.scheduled_jobs:run_launch",
+    ),
+    Verb(
+        "status",
+        "say how a job does: its state, its hosts, and the first error if it failed",
+        "papilio status slurm://papilio/12",
+        arguments.status_arguments,
+        "launch.scheduled_jobs:run_status",
+    ),
+    Verb(
+        "logs",
+        "show what the hosts of a job print",
+        "papilio logs -f slurm://papilio/12",
+        arguments.logs_arguments,
+        "launch.scheduled_jobs:run_logs",
+    ),
+    Verb(
+        "cancel",
+        "tell a job to end, after its ranks have saved",
+        "papilio cancel slurm://papilio/12",
+        arguments.cancel_arguments,
+        "launch.scheduled_jobs:run_cancel",
+    ),
+    Verb(
+        "list",
+        "list the jobs that were launched from here",
+        "papilio list",
+        arguments.list_arguments,
+        "launch.scheduled_jobs:run_list",
     ),
 )

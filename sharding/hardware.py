@@ -224,6 +224,7 @@ class Hardware(_Section):
         ranks_per_host: ranks of a host where nothing else is asked for: one a GPU.
         device_memory: of one rank's device; for a CPU host the whole host's, which its ranks share.
         host_memory: of a whole host.
+        host_cores: cores of a whole host, which a job asks for; older files have none.
         framework_memory: what a rank's process uses before any tensor of the model is there: CUDA context, NCCL
             buffers, or on a CPU the libraries.
     """
@@ -236,12 +237,18 @@ class Hardware(_Section):
     device_memory: Figure
     host_memory: Figure
     framework_memory: Figure
+    host_cores: Figure | None = None
     rates: tuple[RatesEntry, ...] = Field(min_length=1)
 
     def rates_of(self, ranks_per_host: int) -> Rates:
         """Return the rates of the entry with the nearest number of busy ranks a host."""
         entry = min(self.rates, key=lambda entry: (abs(entry.ranks_per_host - ranks_per_host), entry.ranks_per_host))
         return rates_from(entry.values())
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of a host."""
+        return self.ranks_per_host if self.device == "cuda" else 0
 
     def device_memory_bytes(self, ranks_per_host: int) -> int:
         """Return the memory of one rank's device; ranks of a CPU host share the host's evenly."""
@@ -312,6 +319,7 @@ def _check_figures(hardware: Hardware, path: Path) -> None:
             raise HardwareError(f"hardware {path}: achieved.{name} is a share of no figure")
     figures = {"device_memory": hardware.device_memory, "host_memory": hardware.host_memory}
     figures["framework_memory"] = hardware.framework_memory
+    figures |= {"host_cores": hardware.host_cores} if hardware.host_cores is not None else {}
     for entry in hardware.rates:
         figures |= entry.figures | {f"achieved.{name}": share for name, share in entry.achieved.items()}
     for name, figure in figures.items():

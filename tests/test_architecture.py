@@ -22,7 +22,7 @@ OWN_IMPORTS = {
 }
 FOREIGN_IMPORTS = {
     "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
-    "launch": {"pydantic", "torchx"},
+    "launch": {"kubernetes", "pydantic", "torchx"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
     "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"}
     | {"boto3", "botocore", "urllib3", "onnx", "onnxruntime", "pyarrow", "safetensors", "uvicorn"},
@@ -37,6 +37,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.paths",
     "data_pipeline.preprocess",
     "data_pipeline.progress",
+    "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
     "trainer.checkpoint.contents",
@@ -46,6 +47,8 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.places",
     "trainer.inference.formats.format_folder",
     "trainer.inference.package",
+    "trainer.memory_limit",
+    "trainer.retries",
     "trainer.storage",
 }
 

@@ -21,12 +21,13 @@ class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message names the key, the value and the mend."""
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str, overrides: Sequence[str] = (), hardware: str | None = None) -> Config:
     """Read a recipe and apply overrides of the form `--section.key=value`, the last one winning.
 
     Args:
         recipe: path of a TOML file, or the bare name of one that Papilio ships (for example "quickstart").
         overrides: command-line words; values are TOML literals, or else plain text.
+        hardware: of the hosts that the job asked for: `sharding.hardware` where nothing else is said.
 
     Raises:
         ConfigError: the recipe is missing or is not TOML, or a key or a value is wrong.
@@ -34,6 +35,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     tree = _read_toml(recipe)
     for word in overrides:
         _apply_override(tree, word)
+    if hardware is not None and isinstance(sharding := tree.setdefault("sharding", {}), dict):
+        sharding.setdefault("hardware", hardware)
     return build_config(tree, source=recipe)
 
 

@@ -20,6 +20,7 @@ from sharding.planning.errors import PlanError
 from sharding.planning.job import Cluster, DenseWork, Job, Table
 from sharding.planning.make import make_plan
 from trainer.config import Config
+from trainer.memory_limit import memory_limit_bytes
 from trainer.models.cross_net import LowRankCrossNet
 from trainer.models.dlrm import DotInteraction
 from trainer.ranks import Ranks
@@ -103,10 +104,11 @@ def default_profile(device: torch.device) -> str:
 
 
 def device_memory_bytes(device: torch.device, ranks_per_node: int) -> int:
-    """Return the memory of a rank on this machine: its GPU's, or its share of the host's."""
+    """Return the memory of a rank on this machine: its GPU's, or its share of the host's, or of what the job asked."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(host_bytes, memory_limit_bytes() or host_bytes) // ranks_per_node
 
 
 def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> tuple[str, ValueError | None]:

@@ -60,13 +60,14 @@ PASSING_ERRORS = (LostRankError, SaveError, StorageError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank."""
-    parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="TOML file, or the name of a shipped recipe")
+    parser.add_argument("--host", help="hardware of the hosts, where the recipe has no sharding.hardware")
     known, overrides = parser.parse_known_args(arguments)
     configure_runtime()
     try:
         check_install()
-        config = load_config(known.recipe, overrides)
+        config = load_config(known.recipe, overrides, known.host)
         with (
             process_group(config.train.stall_timeout_s) as ranks,
             job_health(ranks, config.train.stall_timeout_s) as health,

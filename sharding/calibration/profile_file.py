@@ -41,10 +41,11 @@ def hardware_from_values(
         name="this_machine",
         description=f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}",
         device="cuda" if on_gpu else "cpu",
-        ranks_per_host=ranks_per_host,
+        ranks_per_host=torch.cuda.device_count() if on_gpu else ranks_per_host,
         device_memory=_figure(device_bytes, "GiB"),
         host_memory=_figure(host_bytes, "GiB"),
         framework_memory=_figure(framework_bytes, "MiB"),
+        host_cores=_figure(float(os.cpu_count() or 1), "1"),
         rates=(RatesEntry(ranks_per_host=ranks_per_host, figures={n: _named_figure(n, v) for n, v in values.items()}),),
     )
 
@@ -59,7 +60,16 @@ def add_rates(path: str, measured: Hardware) -> Hardware:
     new = {entry.ranks_per_host for entry in measured.rates}
     entries = [entry for entry in before.rates if entry.ranks_per_host not in new] + list(measured.rates)
     rates = tuple(sorted(entries, key=lambda entry: entry.ranks_per_host))
-    return before.model_copy(update={"rates": rates})
+    update = {"rates": rates, "ranks_per_host": _usual_ranks(measured, rates), "host_cores": measured.host_cores}
+    return before.model_copy(update=update)
+
+
+def _usual_ranks(measured: Hardware, rates: tuple[RatesEntry, ...]) -> int:
+    """One a GPU; on a CPU the most that were measured of those that had a core each."""
+    if measured.device == "cuda" or measured.host_cores is None:
+        return measured.ranks_per_host
+    counts = [entry.ranks_per_host for entry in rates]
+    return max((count for count in counts if count <= measured.host_cores.si), default=min(counts))
 
 
 def write_hardware(hardware: Hardware, path: str) -> None:
@@ -75,8 +85,9 @@ def to_toml(hardware: Hardware) -> str:
     lines = [f"format_version = {hardware.format_version}"]
     lines += [f"{name} = {json.dumps(getattr(hardware, name))}" for name in ("name", "description", "device")]
     lines.append(f"ranks_per_host = {hardware.ranks_per_host}")
-    for name in ("device_memory", "host_memory", "framework_memory"):
-        lines.append(f"{name} = {_inline(getattr(hardware, name))}")
+    for name in ("device_memory", "host_memory", "framework_memory", "host_cores"):
+        if (figure := getattr(hardware, name)) is not None:
+            lines.append(f"{name} = {_inline(figure)}")
     for entry in hardware.rates:
         lines += ["", "[[rates]]", f"ranks_per_host = {entry.ranks_per_host}", "", "[rates.figures]"]
         lines += [f"{name} = {_inline(figure)}" for name, figure in entry.figures.items()]

@@ -1,4 +1,4 @@
-import shlex
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +8,9 @@ import torch.distributed.run
 from torchx import specs
 from torchx.specs import finder
 
-from launch import components
+from launch import components, start
+from launch.cli import parse_arguments
+from launch.verbs import VERBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_NODE_VARIABLE = "HEAD_NODE_OF_THIS_TEST"
@@ -18,6 +20,10 @@ def resolve(app: specs.AppDef) -> specs.Role:
     """The role as a scheduler would start it."""
     values = specs.macros.Values(img_root="", app_id="job_7", replica_id="0", rank0_env=HEAD_NODE_VARIABLE)
     return values.apply(app.roles[0])
+
+
+def after_agent(role: specs.Role) -> list[str]:
+    return role.args[role.args.index("trainer.agent") + 1 :]
 
 
 def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
@@ -54,60 +60,39 @@ def test_evaluate_passes_its_arguments_on() -> None:
     assert role.env["OMP_NUM_THREADS"] == "4"
 
 
-def test_export_is_one_process_without_ranks() -> None:
-    app = components.export(
-        run="runs/$a", output="p", quantize="auto", size_budget=0.2, table="t_*=int4,t_C1=fp16", data="d", gate=False
-    )
-    role = resolve(app)
-    assert (role.entrypoint, role.num_replicas, role.resource.gpu) == (sys.executable, 1, 0)
-    assert role.env["OMP_WAIT_POLICY"] == "passive"
-    assert role.args == [
-        "-m",
-        "trainer.export",
-        "--run=runs/$a",
-        "--output=p",
-        "--quantize=auto",
-        "--quantizer=least_squares",
-        "--min-auc-ratio=0.999",
-        "--checkpoint=latest",
-        "--size-budget=0.2",
-        "--data=d",
-        "--table=t_*=int4",
-        "--table=t_C1=fp16",
-        "--no-gate",
-    ]
-
-
 @pytest.mark.parametrize("nnodes", [1, 2])
 def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     """`--run` is the beginning of two options of torchrun's own."""
     app = components.evaluate(run="runs/a", nnodes=nnodes)
     role = resolve(app)
-    words = role.args if nnodes == 1 else shlex.split(role.args[1])
-    after_launcher = words[words.index("trainer.agent") + 1 :]
-    parsed = torch.distributed.run.parse_args(after_launcher)
+    parsed = torch.distributed.run.parse_args(after_agent(role))
     assert (parsed.module, parsed.training_script) == (True, "trainer.evaluate")
     assert parsed.training_script_args == ["--run", "runs/a", "--split", "test"]
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.tee) == (str(nnodes), "2", "3")
 
 
-def run_two_node_role(tmp_path: Path, head_node: str | None) -> subprocess.CompletedProcess[str]:
-    """Run the role's command with a stand-in for the interpreter that prints its arguments, one a line."""
-    interpreter = tmp_path / "python of nowhere"
-    interpreter.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    interpreter.chmod(0o755)
-    role = resolve(
-        components.train("--name=$HOME 'x'", recipe="r", nnodes="2", python=str(interpreter), rdzv_port=1234)
+def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the role's command with a stand-in for trainer.agent that prints its arguments and its environment."""
+    for name in ("launch/__init__.py", "launch/start.py", "trainer/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
+    agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
+    (tmp_path / "trainer/agent.py").write_text(agent)
+    role = resolve(app)
+    return subprocess.run(
+        [role.entrypoint, *role.args],
+        capture_output=True,
+        text=True,
+        env={**role.env, **environment},
+        cwd=tmp_path,
+        timeout=60,
+        check=False,
     )
-    assert role.num_replicas == 2
-    environment = {"PATH": "/usr/bin:/bin"} | ({} if head_node is None else {HEAD_NODE_VARIABLE: head_node})
-    command = [role.entrypoint, *role.args]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("head_node", [None, ""])
-def test_two_nodes_refuse_to_meet_at_localhost(tmp_path: Path, head_node: str | None) -> None:
-    done = run_two_node_role(tmp_path, head_node)
+@pytest.mark.parametrize("environment", [{}, {HEAD_NODE_VARIABLE: ""}])
+def test_two_nodes_refuse_to_meet_at_localhost(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = run_role(tmp_path, components.train(recipe="r", nnodes="2"), environment)
     assert done.returncode == 2
     assert done.stdout == ""
     assert f"the variable {HEAD_NODE_VARIABLE} is empty" in done.stderr
@@ -115,13 +100,60 @@ def test_two_nodes_refuse_to_meet_at_localhost(tmp_path: Path, head_node: str | 
 
 
 def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
-    done = run_two_node_role(tmp_path, "host-a")
+    app = components.train("--name=$HOME 'x'", recipe="r", nnodes="2", rdzv_port=1234)
+    assert app.roles[0].num_replicas == 2
+    done = run_role(tmp_path, app, {HEAD_NODE_VARIABLE: "host-a"})
     assert done.returncode == 0, done.stderr
-    words = done.stdout.splitlines()
-    assert "--rdzv-endpoint=host-a:1234" in words
-    assert "--rdzv-id=job_7" in words
-    assert "--nnodes=2" in words
+    words = json.loads(done.stdout)["words"]
+    parsed = torch.distributed.run.parse_args(words)
+    assert (parsed.rdzv_endpoint, parsed.rdzv_id, parsed.nnodes) == ("host-a:1234", "job_7", "2")
     assert words[-5:] == ["--", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
+
+
+def test_values_that_schedulers_cut_travel_in_the_command(tmp_path: Path) -> None:
+    values = {"PLAIN": "/a/b.c:1", "COMMAS": "1,2,3", "SPACES": "a b", "DOLLARS": "$(HOME)${app_id}", "LINES": "a\nb"}
+    app = components.train(recipe="r", env=values)
+    assert set(app.roles[0].env) & set(values) == {"PLAIN"}
+    done = run_role(tmp_path, app, {})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["env"]
+    assert {name: found[name] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"A-B": "1"}, "'A-B' is not a variable's name"),
+        ({"OMP_NUM_THREADS": "2"}, "say it with --omp_threads"),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}, "say it with --grace_s"),
+    ],
+)
+def test_variables_that_would_be_lost_or_contradict_are_refused(env: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        components.train(recipe="r", env=env)
+
+
+def test_a_mount_that_the_scheduler_dropped_ends_the_job_before_it_starts(tmp_path: Path) -> None:
+    mounts = ["type=volume", "src=claim", f"dst={tmp_path}/data"]
+    done = run_role(tmp_path, components.train(recipe="r", mounts=mounts), {})
+    assert done.returncode == 2
+    assert f"nothing is mounted on {tmp_path}/data, though the job asks for it (--mounts)" in done.stderr
+    assert "local_cwd and slurm mount nothing" in done.stderr
+    done = run_role(tmp_path, components.train(recipe="r", mounts=["type=bind", "src=/x", "dst=/proc"]), {})
+    assert done.returncode == 0, done.stderr
+
+
+def test_mount_points_are_read_as_the_kernel_writes_them() -> None:
+    mountinfo = "36 35 98:0 /mnt1 /with\\040space rw,noatime master:1 - ext3 /dev/root rw\n"
+    start.check_mounts(["/with space", "/with space/"], mountinfo)
+    with pytest.raises(start.StartError, match="nothing is mounted on /with,"):
+        start.check_mounts(["/with"], mountinfo)
+
+
+def test_an_image_has_its_own_interpreter() -> None:
+    assert components.train(recipe="r").roles[0].entrypoint == sys.executable
+    assert components.train(recipe="r", image="registry/papilio:1").roles[0].entrypoint == "python3"
+    assert components.train(recipe="r", image="registry/papilio:1", python="/py").roles[0].entrypoint == "/py"
 
 
 @pytest.mark.parametrize(("nproc", "nnodes"), [(0, "1"), (2, "0"), (2, "0:2")])
@@ -140,8 +172,7 @@ def test_an_elastic_job_notices_a_lost_node_soon() -> None:
     app = components.train(recipe="r", nnodes="1:3", max_restarts=5)
     role = resolve(app)
     assert (role.num_replicas, role.min_replicas) == (3, 1)
-    words = shlex.split(role.args[1])
-    parsed = torch.distributed.run.parse_args(words[words.index("trainer.agent") + 1 :])
+    parsed = torch.distributed.run.parse_args(after_agent(role))
     assert (parsed.nnodes, parsed.max_restarts) == ("1:3", 5)
     assert "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3" in parsed.rdzv_conf
 
@@ -163,6 +194,46 @@ def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         specs.builders.materialize_appdef(component.fn, ["--help"])
     assert "path of a .toml file, or the bare name" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("app", "expected"),
+    [
+        (
+            components.preprocess("--split", "random", source="criteo", input=["a.gz", "b.gz"], output="d", cpu=3),
+            {"source": "criteo", "inputs": ["a.gz", "b.gz"], "output": "d", "num_workers": 3, "split": "random"},
+        ),
+        (
+            components.export("runs/a", "p", "auto", size_budget=0.2, table=["t_a=fp16", "t_b=int4"], gate=False),
+            {"run": "runs/a", "quantize": "auto", "table": ["t_a=fp16", "t_b=int4"], "no_gate": True},
+        ),
+        (
+            components.predict("p", "s.parquet", input=["a.tsv", "b.tsv"], source="criteo", cpu=3),
+            {"package": "p", "output": "s.parquet", "inputs": ["a.tsv", "b.tsv"], "source": "criteo", "threads": 3},
+        ),
+        (
+            components.study(
+                "--seed=3", recipe="r", output="s", ranks=["1", "4"], hosts_predicted=["2"], host="dgx_h100"
+            ),
+            {"recipe": "r", "ranks": [1, 4], "predict_hosts": [2], "hardware": "dgx_h100", "overrides": ["--seed=3"]},
+        ),
+        (components.study(recipe="r", output="s", host="dgx_h100"), {"ranks": [1, 2, 4, 8], "steps": 200}),
+    ],
+)
+def test_a_verb_understands_what_its_component_says(app: specs.AppDef, expected: dict[str, object]) -> None:
+    role = resolve(app)
+    name, *words = role.args[role.args.index("launch.cli") + 1 :]
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if verb is None:
+        pytest.skip(f"there is no verb {name} yet")
+    parsed = vars(parse_arguments(verb, words))
+    assert {key: parsed[key] for key in expected} == expected
+    assert role.num_replicas == 1
+
+
+def test_a_study_asks_for_the_ranks_it_measures() -> None:
+    resource = components.study(recipe="r", output="s", ranks=["1", "4"], host="dgx_h100").roles[0].resource
+    assert (resource.gpu, resource.cpu) == (4, 112)
 
 
 def test_submitting_needs_no_torch() -> None:

@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,18 @@ def test_rates_of_another_number_of_ranks_are_added(tmp_path: Path) -> None:
     hardware = load_hardware(path)
     assert [entry.ranks_per_host for entry in hardware.rates] == [1, 4]
     assert hardware.rates_of(3).step_s == pytest.approx(4e-3)
+
+
+@pytest.mark.parametrize(("num_cores", "usual"), [(1, 1), (2, 2), (3, 2), (64, 4)])
+def test_a_job_of_a_calibrated_host_has_a_core_for_each_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int, usual: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    path = str(tmp_path / "machine.toml")
+    for num_ranks in (1, 2, 4):
+        write_hardware(add_rates(path, hardware_from_values("cpu", num_ranks, values(), 0.0)), path)
+    hardware = load_hardware(path)
+    assert (hardware.ranks_per_host, hardware.host_cores.si) == (usual, num_cores)
 
 
 def test_two_devices_do_not_share_a_file(tmp_path: Path) -> None:

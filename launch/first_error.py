@@ -1,0 +1,54 @@
+"""The first error of a job, from the host where it happened, out of the logs of all its hosts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.schedulers.job_folder import last_event, read_events
+
+# What the agents and ranks say once they know (trainer/failures.py, trainer/agent.py).
+FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first: .*")
+ERROR = re.compile(r"papilio[ \w]*: error: (.*)")
+RANK_PREFIX = re.compile(r"^\[\d+\]:(?:\[rank\d+\]: ?)?")
+ATTEMPT = "papilio: attempt "
+# Of a log, from its end: enough for a traceback of each of eight ranks.
+MAX_BYTES = 256 * 1024
+
+
+def find_first_error(folder: str | None, logs: Mapping[int, Path]) -> str | None:
+    """Return who failed first and why, in a line or two, or None if the logs of the last attempt do not say.
+
+    `folder` is the job's, None for a job that another wrote the logs of; hosts that failed earlier are asked first.
+    """
+    lines = {host: _last_attempt(path) for host, path in logs.items()}
+    order = sorted(lines, key=lambda host: (_failed_s(folder, host), host))
+    for pattern, part in ((FAILED_FIRST, 0), (ERROR, 1)):
+        for host in order:
+            found = next((match for match in map(pattern.search, lines[host]) if match is not None), None)
+            if found is not None:
+                return found[part] if pattern is FAILED_FIRST else f"host {host}: {found[part]}"
+    return _last_words(order, lines)
+
+
+def _last_words(order: list[int], lines: Mapping[int, list[str]]) -> str | None:
+    """The last line of the host that failed first, which at least says something."""
+    said = [(host, line) for host in order for line in lines[host][-1:]]
+    return f"host {said[0][0]}, last line: {said[0][1]}" if said else None
+
+
+def _failed_s(folder: str | None, host: int) -> float:
+    if folder is None:
+        return 0.0
+    ended = last_event(read_events(folder, f"host_{host}.events"), "ended")
+    return ended.time_s if ended is not None and ended.details[0] != "0" else float("inf")
+
+
+def _last_attempt(path: Path) -> list[str]:
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - MAX_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    begins = [index for index, line in enumerate(lines) if line.startswith(ATTEMPT)]
+    lines = lines[begins[-1] + 1 :] if begins else lines
+    return [text for line in lines if (text := RANK_PREFIX.sub("", line).strip())]

@@ -1,0 +1,159 @@
+"""From a job's command to a TorchX role: the parts that all components share."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchx import specs
+from torchx.specs.overlays import JOIN, set_overlay
+
+from launch.hosts.request import HostRequest
+from launch.usage import UsageError
+
+# Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
+JOIN_TIMEOUT_S = 900
+LOCAL_JOIN_TIMEOUT_S = 60
+# Of an elastic job: how long the hosts that are there wait for more once they are enough, and (3 times 1 s) how long a
+# host may be silent. With torch's own 30 s and 3 times 5 s the loss of a host stops the others for 45 s.
+LAST_CALL_TIMEOUT_S = 5
+KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3"
+# What ranks that have nothing to save get between SIGTERM and SIGKILL. Below the 10 s after which TorchX's local
+# scheduler kills the agent, whose ranks would live on as orphans.
+SHUTDOWN_TIMEOUT_S = 5
+# Of a pod, beyond what its ranks get: for the agents, which leave after their ranks.
+POD_MARGIN_S = 10
+# Stands in for an image where none was named; no scheduler that uses one finds it.
+NO_IMAGE = "no-image-was-named"
+# What no scheduler changes on the way. Slurm cuts at a comma, Kubernetes expands $(NAME), shells do more.
+PLAIN_VALUE = re.compile(r"[A-Za-z0-9_./:=@%+-]*")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the processes of a job find around them; None where nothing was said."""
+
+    python: str | None
+    image: str | None
+    env: Mapping[str, str] | None
+    mounts: Sequence[str] | None
+    omp_threads: int
+    max_retries: int
+
+
+def agent_command(
+    command: Sequence[str], nproc: int, nnodes: str = "1", rdzv_port: int = 29_500, max_restarts: int = 0
+) -> list[str]:
+    """Return the words of the agent (trainer/agent.py) that starts `nproc` ranks of the module `command[0]` on a host.
+
+    On several hosts the words leave out where they meet; `launch/start.py` knows it once the job runs.
+    """
+    fewest, most = bounds(nnodes)
+    if nproc < 1 or fewest < 1:
+        raise UsageError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
+    if not 0 < rdzv_port < 1 << 16:
+        raise UsageError(f"rdzv_port is a port, 1 to 65535; got {rdzv_port}")
+    rendezvous = [f"join_timeout={LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S}"]
+    rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
+    words = ["trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
+    words += [f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", f"--rdzv-conf={','.join(rendezvous)}"]
+    words += [f"--rdzv-id={specs.macros.app_id}"]
+    # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
+    words += ["--rdzv-endpoint=localhost:0"] if most == 1 else []
+    # After "--", or torchrun takes an argument of the module for one of its own that begins alike (--run, --run-path).
+    return [*words, "--tee=3", "--role=", "-m", "--", *(escape_macros(word) for word in command)]
+
+
+def verb_command(verb: str, words: Sequence[str]) -> list[str]:
+    """Return the words of a verb of the command line, for a job of one process on one host."""
+    return ["launch.cli", verb, *(escape_macros(word) for word in words)]
+
+
+def preflight_command(
+    recipe: str, overrides: Sequence[str], request: HostRequest, nnodes: int, wait_s: float
+) -> list[str]:
+    """Return the words of one host's part of a preflight (launch/preflight/worker.py), without where the hosts meet."""
+    words = ["launch.preflight.worker", "--recipe", recipe, "--nnodes", str(nnodes), "--nproc", str(request.nproc)]
+    words += ["--index", specs.macros.replica_id, "--job", specs.macros.app_id, "--wait-s", f"{wait_s:g}"]
+    words += ["--host", request.hardware] if request.hardware else []
+    return [*words, *(escape_macros(word) for word in overrides)]
+
+
+def make_app(
+    name: str,
+    role_name: str,
+    command: Sequence[str],
+    request: HostRequest,
+    surroundings: Surroundings,
+    nnodes: str = "1",
+    rdzv_port: int | None = None,
+    grace_s: int = SHUTDOWN_TIMEOUT_S,
+) -> specs.AppDef:
+    """Return a job of one role, a replica for each host, each of which runs the module `command[0]`."""
+    fewest, most = bounds(nnodes)
+    plain, carried = _split_environment(surroundings.env or {})
+    parsed_mounts = specs.parse_mounts(list(surroundings.mounts)) if surroundings.mounts else []
+    first = [f"--env={name}={escape_macros(value)}" for name, value in carried.items()]
+    first += [f"--mounted={mount.dst_path}" for mount in parsed_mounts if not isinstance(mount, specs.DeviceMount)]
+    if most > 1:
+        first += [f"--head-node-in={specs.macros.rank0_env}", f"--rdzv-port={rdzv_port}"]
+    role = specs.Role(
+        role_name,
+        surroundings.image or NO_IMAGE,
+        # An image has an interpreter of its own, at another place than the machine that submits.
+        entrypoint=surroundings.python or (sys.executable if surroundings.image is None else "python3"),
+        args=["-m", "launch.start", *first, "--", *command] if first else ["-m", *command],
+        env={"OMP_NUM_THREADS": str(surroundings.omp_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **plain},
+        num_replicas=most,
+        min_replicas=fewest if fewest < most else None,
+        max_retries=surroundings.max_retries,
+        resource=specs.Resource(cpu=request.cpu, gpu=request.gpu, memMB=request.memory_mb),
+        port_map={"c10d": rdzv_port} if most > 1 and rdzv_port is not None else {},
+        mounts=parsed_mounts,
+    )
+    set_overlay(role, "kubernetes", "V1Pod", {"spec": _pod_settings(request, grace_s)})
+    return specs.AppDef(name=name, roles=[role])
+
+
+def bounds(nnodes: str) -> tuple[int, int]:
+    """Read "4" or "2:4" as the fewest and the most."""
+    fewest, colon, most = nnodes.partition(":")
+    most = most if colon else fewest
+    if not (fewest.isdigit() and most.isdigit() and int(fewest) <= int(most)):
+        raise UsageError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
+    return int(fewest), int(most)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4... up to `most`."""
+    return [1 << power for power in range(most.bit_length())]
+
+
+def escape_macros(word: str) -> str:
+    """Keep TorchX from taking a `$` for the beginning of one of its macros."""
+    return word.replace("$", "$$")
+
+
+def _pod_settings(request: HostRequest, grace_s: int) -> dict[object, object]:
+    """What TorchX leaves out of a pod: time to save, and a bound of /dev/shm, whose pages count as the pod's memory.
+
+    Kubernetes gives 30 s, which may be too few; half the memory for /dev/shm is what Linux itself allows.
+    """
+    shared = {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{request.memory_mb // 2}M"}}
+    return {"terminationGracePeriodSeconds": grace_s + POD_MARGIN_S, JOIN("volumes", on="name"): [shared]}
+
+
+def _split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Part the variables into those that every scheduler passes on whole, and those that travel in the command."""
+    for name in env:
+        if not VARIABLE.fullmatch(name):
+            raise UsageError(f"--env {name}=...: {name!r} is not a variable's name (letters, digits, _)")
+        if name == "OMP_NUM_THREADS":
+            raise UsageError("--env OMP_NUM_THREADS=...: say it with --omp_threads")
+        if name == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
+            raise UsageError(f"--env {name}=...: say it with --grace_s")
+    carried = {name: value for name, value in env.items() if not PLAIN_VALUE.fullmatch(value)}
+    return {name: value for name, value in env.items() if name not in carried}, carried

@@ -1,0 +1,92 @@
+"""Kubernetes with Volcano, as Papilio's own scheduler of TorchX: jobs that saved resume, manifests are checked.
+
+It writes what TorchX's scheduler writes, and beside that
+
+- ranks that saved and left (status 75) and pods that were evicted lead to a restart of the job, which resumes, without
+  being asked for; other failures do as often as max_retries says;
+- every field of the manifest is checked before it is sent, here, so that a dry run needs no cluster;
+- a job without an image is refused: no node could start it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torchx import specs
+from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler, Opts, sanitize_for_serialization
+
+from launch.roles import NO_IMAGE
+from launch.schedulers.errors import SchedulerError
+from launch.schedulers.manifest_check import find_problems
+
+# sysexits.h, "temporary failure": the ranks saved (trainer/exit_codes.py).
+RESUME_EXIT_CODE = os.EX_TEMPFAIL
+# Volcano has one count for all restarts of a job.
+MAX_RESUMES = 10
+
+
+@dataclass
+class KubernetesOptions(Opts):  # type: ignore[misc]
+    """TorchX's settings, with defaults that need to be told nothing."""
+
+    queue: str = "default"
+    """Volcano queue to schedule the job in; Volcano makes one of this name."""
+
+    validate_spec: bool = False
+    """Let the cluster check the manifest in a dry run, too; it does so anyway when the job is submitted."""
+
+
+class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
+    """TorchX's, with policies that resume and a check of what is sent."""
+
+    def _run_opts(self) -> specs.runopts:
+        return KubernetesOptions.as_runopts()
+
+    def _api_client(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says is said below
+            client = super()._api_client()
+        if not client.configuration.host:
+            raise SchedulerError(
+                "no Kubernetes cluster is configured here: set KUBECONFIG to a file that kubectl works with, or write "
+                "the manifest with --dryrun"
+            )
+        return client
+
+    def _submit_dryrun(self, app: specs.AppDef, cfg: Opts) -> specs.AppDryRunInfo[KubernetesJob]:
+        for role in app.roles:
+            if role.image == NO_IMAGE:
+                raise SchedulerError(
+                    f"the job {app.name} names no image: give --image REGISTRY/NAME:TAG, a container image that holds "
+                    "Papilio"
+                )
+        info = super()._submit_dryrun(app, cfg)
+        resource: dict[str, Any] = info.request.resource
+        for task in resource["spec"]["tasks"]:
+            task["policies"] = policies(app.roles[0].max_retries)
+            task.pop("maxRetry", None)  # of a pod by itself, which cannot join the others again
+        resource["spec"]["maxRetry"] = MAX_RESUMES + app.roles[0].max_retries
+        problems = find_problems(sanitize_for_serialization(resource))
+        if problems:
+            raise SchedulerError("the manifest is wrong: " + "; ".join(problems))
+        return info
+
+
+def policies(max_retries: int) -> list[dict[str, Any]]:
+    """Return what Volcano does when a pod ends before the job is done.
+
+    Without a policy for a failure the other hosts' agents end by themselves, and the job is told as failed.
+    """
+    found: list[dict[str, Any]] = [
+        {"exitCode": RESUME_EXIT_CODE, "action": "RestartJob"},
+        {"event": "PodEvicted", "action": "RestartJob"},
+    ]
+    return found + [{"event": "PodFailed", "action": "RestartJob"}] * (max_retries > 0)
+
+
+def create_scheduler(session_name: str, **parameters: Any) -> KubernetesJobs:
+    """Return the scheduler, as TorchX's Runner asks for it."""
+    return KubernetesJobs(session_name, parameters.get("client"), parameters.get("docker_client"))

@@ -1,0 +1,43 @@
+"""TorchX's Runner with the schedulers of Papilio.
+
+They are given to the Runner by name and not registered as entry points, which would hide TorchX's own from every user
+of this environment and change which one is the default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchx.runner import Runner
+from torchx.schedulers.api import Scheduler
+
+SESSION = "papilio"
+SCHEDULERS = ("slurm", "local_cwd", "kubernetes")
+
+
+def make_runner() -> Runner:
+    """Return a Runner of `SCHEDULERS`; each is imported when it is first asked for."""
+    return Runner(SESSION, {"slurm": _slurm, "local_cwd": _local, "kubernetes": _kubernetes})
+
+
+def scheduler_of(runner: Runner, name: str) -> Any:
+    """Return a scheduler of the runner, which hides them, for what TorchX's interface lacks."""
+    return runner._scheduler(name)
+
+
+def _slurm(session_name: str, **parameters: Any) -> Scheduler[Any]:
+    from launch.schedulers.slurm import SlurmJobs
+
+    return SlurmJobs(session_name, **parameters)
+
+
+def _local(session_name: str, **parameters: Any) -> Scheduler[Any]:
+    from launch.schedulers.local import LocalJobs
+
+    return LocalJobs(session_name, **parameters)
+
+
+def _kubernetes(session_name: str, **parameters: Any) -> Scheduler[Any]:
+    from launch.schedulers.kubernetes import create_scheduler
+
+    return create_scheduler(session_name, **parameters)

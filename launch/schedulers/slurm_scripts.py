@@ -1,0 +1,174 @@
+"""The two shell scripts of a job on Slurm: job.sh, which sbatch gets, and host.sh, which each host runs.
+
+A plain job of N hosts with one task each, not TorchX's heterogeneous job of N components of one host: it needs no
+backfill scheduler, has one state instead of N, and squeue shows it in one line. What else is different:
+
+- environment values are exported in host.sh; `srun --export=A=1,2` would cut the value at its comma;
+- srun is told the CPUs of a task, which since Slurm 22.05 it no longer takes from the job by itself;
+- a host that failed lets the others end by themselves for some seconds, before srun kills them; the job's status is
+  that of the host that failed first, where srun has the largest, often that of a host it killed itself;
+- a host that neither ended nor answers is lost, and the job is requeued: Slurm itself notices after SlurmdTimeout only
+  (300 s), and until then the surviving hosts' failure would look like the job's own;
+- an elastic job (--nnodes 2:4) goes on without a host that is lost, and succeeds when its remaining hosts do;
+- status 75 (saved, resume me) leads to a requeue, unless the job was cancelled; other failures to another attempt on
+  the same hosts at once, as often as max_retries says. A requeue would wait for the 2 minutes that Slurm builds in.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from torchx import specs
+
+# Where host.sh leaves the first host's name for the component's own shell lines.
+FIRST_HOST = "PAPILIO_FIRST_HOST"
+# What the other hosts get after one has failed: to hear of it, let their ranks speak, and end by themselves.
+WAIT_FOR_HOSTS_S = 10
+# For a host to say that it is there.
+PROBE_TIMEOUT_S = 30
+# What TorchX fills in at submission is known here only when the job runs.
+RUNTIME_VALUES = {specs.macros.app_id: "$SLURM_JOB_ID", specs.macros.replica_id: "$SLURM_NODEID"}
+
+JOB_SCRIPT = """#!/bin/bash
+# {title}
+{options}
+folder={folder}
+retries={max_retries}
+grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\\t' "$folder/job.events") || attempts=0
+first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first
+    grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n | awk -F'\t' '$4 != 0 {{ print $4; exit }}'
+}}
+one_succeeded() {{ grep -qs $'\t'"$attempt"$'\tended\t0$' "$folder"/host_*.events; }}
+note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
+is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
+lost_hosts() {{
+    local host index=0
+    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        grep -qs $'\t'"$attempt"$'\tended\t' "$folder/host_$index.events" ||
+            timeout {probe_timeout_s} srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true > /dev/null 2>&1 ||
+            echo "$host"
+        index=$((index + 1))
+    done
+}}
+requeue() {{
+    note requeued "$1"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
+}}
+
+# Told to end: wait for the hosts, which save. Without this bash would end and Slurm kill them.
+trap : TERM INT
+export {first_host}="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+while true; do
+    attempt=$((attempts + 1))
+    note begins "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')"
+    export PAPILIO_ATTEMPT=$attempt
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} \\
+        --output="$folder/host_%n.log" bash "$folder/host.sh"
+    status=$?
+    [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
+    [ $status -eq 0 ] || status=$(first_status || true)
+    status=${{status:-1}}
+    note ended $status
+    [ $status -eq 0 ] && exit 0
+    is_running || exit $status
+    lost=$(lost_hosts)
+    [ -z "$lost" ] || requeue "lost $(echo $lost)"
+    [ $status -ne {resume} ] || requeue 'the ranks saved'
+    [ -z "$lost" ] && [ $status -ne {resume} ] || exit $status
+    # Neither a lost host nor ranks that saved cost a retry.
+    [ "$(grep -c $'\\tretried\\t' "$folder/job.events")" -lt "$retries" ] || exit $status
+    note retried "status $status"
+    attempts=$attempt
+done
+"""
+
+HOST_SCRIPT = """#!/bin/bash
+# What each host of the job runs.
+{exports}
+note() {{
+    printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$PAPILIO_ATTEMPT" "$1" "$2" \\
+        >> {folder}/host_"$SLURM_NODEID".events
+}}
+# The agent gets the signal, too, and ends after its ranks have saved.
+trap : TERM INT
+echo "papilio: attempt $PAPILIO_ATTEMPT on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
+note begins "$SLURMD_NODENAME"
+run() {{
+    exec {command}
+}}
+( run )
+status=$?
+note ended $status
+[ $status -gt 128 ] && [ $status -ne 143 ] &&
+    echo "papilio: error: the agent of this host was killed by SIG$(kill -l $((status - 128)))" >&2
+# srun kills the other hosts when this one leaves with a failure.
+num_ended() {{ grep -ls $'\t'"$PAPILIO_ATTEMPT"$'\tended\t' {folder}/host_*.events | wc -l; }}
+for _ in $(seq {wait_for_hosts_s}); do
+    [ $status -eq 0 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep 1
+done
+exit $status
+"""
+
+
+@dataclass(frozen=True)
+class SlurmScripts:
+    """One job, as files."""
+
+    job: str
+    host: str
+
+
+def quote(word: str) -> str:
+    """Quote a word for the shell, but for what only the running job knows."""
+    pieces = [word]
+    for macro, variable in RUNTIME_VALUES.items():
+        pieces = [piece for part in pieces for piece in _split(part, macro, f'"{variable}"')]
+    return "".join(piece if piece in _variables() else shlex.quote(piece) for piece in pieces if piece) or "''"
+
+
+def _variables() -> set[str]:
+    return {f'"{variable}"' for variable in RUNTIME_VALUES.values()}
+
+
+def _split(text: str, macro: str, variable: str) -> list[str]:
+    if text in _variables():
+        return [text]
+    first, *rest = text.split(macro)
+    return [first, *(piece for part in rest for piece in (variable, part))]
+
+
+def resolve_role(role: specs.Role) -> specs.Role:
+    """Fill in what is known at submission."""
+    values = specs.macros.Values(
+        img_root="", app_id=specs.macros.app_id, replica_id=specs.macros.replica_id, rank0_env=FIRST_HOST
+    )
+    return values.apply(role)
+
+
+def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
+    """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
+    is_elastic = role.min_replicas is not None and role.min_replicas < role.num_replicas
+    srun = ["--ntasks-per-node=1", "--wait=0", "--open-mode=append", "--unbuffered"]
+    srun += ["--kill-on-bad-exit=0", "--no-kill"] if is_elastic else ["--kill-on-bad-exit=1"]
+    if role.resource.cpu > 0:
+        srun.append(f"--cpus-per-task={role.resource.cpu}")
+    job = JOB_SCRIPT.format(
+        title=title.replace("\n", " "),
+        options="\n".join(f"#SBATCH {option}" for option in sbatch_options),
+        folder=shlex.quote(folder),
+        max_retries=role.max_retries,
+        is_elastic=int(is_elastic),
+        first_host=FIRST_HOST,
+        probe_timeout_s=PROBE_TIMEOUT_S,
+        srun_options=" ".join(srun),
+        resume=resume_status,
+    )
+    environment = {"PYTHONUNBUFFERED": "1", **role.env}
+    host = HOST_SCRIPT.format(
+        exports="\n".join(f"export {name}={quote(value)}" for name, value in environment.items()),
+        folder=shlex.quote(folder),
+        wait_for_hosts_s=WAIT_FOR_HOSTS_S,
+        command=" ".join(quote(word) for word in [role.entrypoint, *role.args]),
+    )
+    return SlurmScripts(job, host)

@@ -1,0 +1,80 @@
+"""What each host of a job runs first: `python -m launch.start [options] -- MODULE [arguments]`; it becomes that module.
+
+Schedulers lose things on the way: TorchX's Slurm cuts the value of a variable at its first comma, its Slurm and
+local_cwd ignore mounts, and none but some say which host is the first. Here what is carried another way is put in its
+place, and what is missing ends the job, before any rank starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+USAGE_STATUS = 2
+MOUNTS = "/proc/self/mountinfo"
+
+
+class StartError(ValueError):
+    """The host is not as the job needs it; the message says what is missing and how to mend it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, set the environment, and become the module; returns only if something is missing."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--")
+    parser = argparse.ArgumentParser(prog="launch.start", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--mounted", action="append", default=[], metavar="FOLDER")
+    parser.add_argument("--head-node-in", metavar="NAME", help="variable that names the first host")
+    parser.add_argument("--rdzv-port", type=int, metavar="N", help="port on the first host where the hosts meet")
+    options = parser.parse_args(words[:end])
+    module, *rest = words[end + 1 :]
+    try:
+        check_mounts(options.mounted, Path(MOUNTS).read_text("utf-8") if options.mounted else "")
+        if options.head_node_in is not None:
+            rest = [f"--rdzv-endpoint={head_node(options.head_node_in, os.environ)}:{options.rdzv_port}", *rest]
+    except StartError as error:
+        print(f"papilio: error: {error}", file=sys.stderr, flush=True)
+        return USAGE_STATUS
+    os.environ.update(word.split("=", 1) for word in options.env)
+    return os.execv(sys.executable, [sys.executable, "-m", module, *rest])
+
+
+def head_node(variable: str, environment: Mapping[str, str]) -> str:
+    """Return the host in this variable.
+
+    TorchX's own component falls back to localhost, where every host trains alone, each believing it is the whole job.
+
+    Raises:
+        StartError: the variable is empty.
+    """
+    host = environment.get(variable, "")
+    if not host:
+        raise StartError(
+            f"the scheduler did not say which host is the first node: the variable {variable} is empty here, so the "
+            "nodes cannot find each other. Run on one node (--nnodes 1), use a scheduler that sets it, or export "
+            f"{variable}=HOST on every node"
+        )
+    return host
+
+
+def check_mounts(folders: Iterable[str], mountinfo: str) -> None:
+    """Check that something is mounted on each of these folders; `mountinfo` is the text of /proc/self/mountinfo.
+
+    Raises:
+        StartError: nothing is.
+    """
+    mounted = {line.split(" ")[4].encode().decode("unicode_escape") for line in mountinfo.splitlines()}
+    for folder in folders:
+        if os.path.normpath(folder) not in mounted:
+            raise StartError(
+                f"nothing is mounted on {folder}, though the job asks for it (--mounts): the schedulers local_cwd and "
+                "slurm mount nothing, kubernetes does. There, leave --mounts out and use paths that the hosts have"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

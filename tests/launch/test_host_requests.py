@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from launch import components
+from launch.hosts.request import HostRequest, request_host
+from sharding.hardware import HardwareError, load_hardware, profile_names
+from trainer.config_file import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("host", "nproc", "cpu", "gpu", "memory_mb"),
+    [
+        # Nine tenths of the data sheets' 256 and 2048 GiB; cores as in the data sheets.
+        ("big_basin_v100", 8, 40, 8, 235_929),
+        ("dgx_a100", 8, 128, 8, 1_887_436),
+        ("dgx_h100", 8, 112, 8, 1_887_436),
+        ("dgx_h200", 8, 112, 8, 1_887_436),
+        ("cpu_host", 32, 32, 0, 471_859),
+    ],
+)
+def test_a_job_asks_for_what_the_profile_has(host: str, nproc: int, cpu: int, gpu: int, memory_mb: int) -> None:
+    assert request_host(host) == HostRequest(nproc, cpu, gpu, memory_mb, host)
+    app = components.train(recipe="r", host=host)
+    resource = app.roles[0].resource
+    assert (resource.cpu, resource.gpu, resource.memMB) == (cpu, gpu, memory_mb)
+    assert f"--nproc-per-node={nproc}" in app.roles[0].args
+    assert app.roles[0].args[-1] == f"--host={host}"
+
+
+def test_every_profile_says_what_a_host_has() -> None:
+    for name in profile_names():
+        assert request_host(name).cpu > 0
+
+
+def test_a_job_may_ask_for_less() -> None:
+    asked = request_host("dgx_h100", nproc="4", cpu="56", memory_mb=1000)
+    assert asked == HostRequest(4, 56, 4, 1000, "dgx_h100")
+
+
+def test_without_a_profile_a_rank_gets_a_core_for_each_of_its_threads() -> None:
+    assert request_host(None) == HostRequest(2, 2, 0, 4096, None)
+    assert request_host(None, nproc=3, omp_threads=4).cpu == 12
+    assert not any(word.startswith("--host=") for word in components.train(recipe="r").roles[0].args)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"nproc": 9}, "--nproc 9: a host dgx_h100 has 8; ask for less, for more hosts"),
+        ({"cpu": 500}, "--cpu 500: a host dgx_h100 has 112"),
+        ({"memory_mb": 3_000_000}, "--memory_mb 3000000: a host dgx_h100 has 2097152"),
+        ({"nproc": 8, "gpu": 4}, "--nproc 8 with --gpu 4: each rank needs a GPU of its own"),
+        ({"nproc": "many"}, "--nproc many: a whole number is needed"),
+    ],
+)
+def test_more_than_a_host_has_is_refused(asked: dict[str, int | str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request_host("dgx_h100", **asked)
+
+
+def test_an_unknown_profile_names_the_nearest() -> None:
+    with pytest.raises(HardwareError, match="hardware dgx_h10: no such profile or file; did you mean dgx_h100"):
+        components.train(recipe="r", host="dgx_h10")
+
+
+def test_an_older_file_without_cores_says_what_to_add(tmp_path: Path) -> None:
+    text = (REPOSITORY / "sharding/profiles/dgx_h100.toml").read_text("utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("host_cores")]
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    assert load_hardware(str(tmp_path / "mine.toml")).host_cores is None
+    with pytest.raises(HardwareError, match="does not say how many cores a host has: give --cpu, or add"):
+        request_host(str(tmp_path / "mine.toml"))
+    assert request_host(str(tmp_path / "mine.toml"), cpu=12).cpu == 12
+
+
+def test_the_plan_is_made_for_the_hosts_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    assert load_config("quickstart", (), "dgx_h100").sharding.hardware == "dgx_h100"
+    assert load_config("quickstart", ("--sharding.hardware=dgx_a100",), "dgx_h100").sharding.hardware == "dgx_a100"
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "r"\n[data]\npath = "d"\n[sharding]\nhardware = "dgx_h200"\n')
+    assert load_config(str(recipe), (), "dgx_h100").sharding.hardware == "dgx_h200"
+    assert load_config("quickstart").sharding.hardware is None

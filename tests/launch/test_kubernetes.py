@@ -1,0 +1,194 @@
+"""Manifests for Volcano, made by the real `torchx` command and by our own scheduler, held against strict schemas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torchx.runner import Runner
+
+from launch import components
+from launch.schedulers.errors import SchedulerError
+from launch.schedulers.manifest_check import find_problems
+from launch.schedulers.runner import make_runner
+from tests.support.torchx_command import run_torchx
+
+Manifest = dict[str, Any]
+SETTINGS = {"queue": "default", "validate_spec": False}
+MOUNTS = [
+    *("type=volume", "src=datasets", "dst=/data", "readonly"),
+    *("type=bind", "src=/mnt/runs", "dst=/runs"),
+]
+TEMPLATE = ("spec", "tasks", 0, "template")
+CONTAINER = (*TEMPLATE, "spec", "containers", 0)
+
+
+@pytest.fixture(scope="module")
+def made_by_torchx() -> Manifest:
+    """What a user of plain TorchX sends."""
+    done = run_torchx(
+        *("run", "--dryrun", "--workspace", "", "-s", "kubernetes", "-cfg", "queue=default,validate_spec=False"),
+        *("papilio.train", "--recipe", "quickstart", "--nnodes", "2", "--host", "dgx_h100", "--image", "papilio:1"),
+        *("--env", "NCCL_SOCKET_IFNAME=eth0,eth1", "--mounts", ",".join(MOUNTS), "--max_retries", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout.partition("=== SCHEDULER REQUEST ===")[2])
+
+
+@pytest.fixture(scope="module")
+def made_by_us() -> Manifest:
+    with make_runner() as runner:
+        return dry_run(runner, image="papilio:1")
+
+
+def dry_run(runner: Runner, **arguments: Any) -> Manifest:
+    app = components.train(recipe="quickstart", nnodes="2", **arguments)
+    return yaml.safe_load(str(runner.dryrun(app, "kubernetes", cfg=SETTINGS).request))
+
+
+def at(manifest: Any, path: tuple[str | int, ...]) -> Any:
+    for step in path:
+        manifest = manifest[step]
+    return manifest
+
+
+def test_the_manifest_of_plain_torchx_has_what_a_torchrec_job_needs(made_by_torchx: Manifest) -> None:
+    assert find_problems(made_by_torchx) == []
+    assert [task["name"] for task in at(made_by_torchx, ("spec", "tasks"))] == ["train-0", "train-1"]
+    container = at(made_by_torchx, CONTAINER)
+    assert container["resources"]["limits"] == {"cpu": "112000m", "memory": "1887436M", "nvidia.com/gpu": "8"}
+    assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
+        "/dev/shm": "dshm",
+        "/data": "mount-0",
+        "/runs": "mount-1",
+    }
+    assert at(made_by_torchx, (*TEMPLATE, "spec", "volumes")) == [
+        {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "943718M"}},
+        {"name": "mount-0", "persistentVolumeClaim": {"claimName": "datasets"}},
+        {"name": "mount-1", "hostPath": {"path": "/mnt/runs"}},
+    ]
+    # 25 s to save, and 10 s for the agents.
+    assert at(made_by_torchx, (*TEMPLATE, "spec", "terminationGracePeriodSeconds")) == 35
+    assert "--env=NCCL_SOCKET_IFNAME=eth0,eth1" in container["command"]
+    assert container["command"][0] == "python3"
+    assert at(made_by_torchx, ("spec", "maxRetry")) == 2
+
+
+def test_the_hosts_find_the_first_of_them(made_by_torchx: Manifest) -> None:
+    first, second = (task["template"]["spec"]["containers"][0] for task in at(made_by_torchx, ("spec", "tasks")))
+    assert "--head-node-in=TORCHX_RANK0_HOST" in first["command"]
+    assert {"name": "TORCHX_RANK0_HOST", "value": "localhost"} in first["env"]
+    # Volcano's env plugin sets it: VC_<task>_HOSTS.
+    assert "--head-node-in=VC_TRAIN_0_HOSTS" in second["command"]
+    assert "env" in at(made_by_torchx, ("spec", "plugins"))
+
+
+def test_our_scheduler_resumes_what_was_saved(made_by_us: Manifest) -> None:
+    for task in at(made_by_us, ("spec", "tasks")):
+        assert task["policies"] == [
+            {"exitCode": 75, "action": "RestartJob"},
+            {"event": "PodEvicted", "action": "RestartJob"},
+        ]
+    with make_runner() as runner:
+        retried = dry_run(runner, image="papilio:1", max_retries=3)
+    assert {"event": "PodFailed", "action": "RestartJob"} in retried["spec"]["tasks"][0]["policies"]
+    assert retried["spec"]["maxRetry"] == made_by_us["spec"]["maxRetry"] + 3
+
+
+def test_our_scheduler_refuses_a_job_without_an_image() -> None:
+    with make_runner() as runner, pytest.raises(SchedulerError, match="names no image: give --image REGISTRY/NAME:TAG"):
+        dry_run(runner)
+
+
+def test_our_scheduler_dry_runs_without_settings_and_submits_to_a_cluster_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    app = components.train(recipe="quickstart", image="papilio:1")
+    with make_runner() as runner:
+        info = runner.dryrun(app, "kubernetes")
+        assert yaml.safe_load(str(info.request))["spec"]["queue"] == "default"
+        with pytest.raises(SchedulerError, match="no Kubernetes cluster is configured here: set KUBECONFIG"):
+            runner.schedule(info)
+
+
+def test_our_scheduler_checks_what_it_sends() -> None:
+    with make_runner() as runner, pytest.raises(SchedulerError, match=r"the pod's name .* 63 are allowed"):
+        dry_run(runner, image="papilio:1", name="a" * 45)
+
+
+def rename(path: tuple[str | int, ...], new: str) -> Callable[[Manifest], None]:
+    def change(manifest: Manifest) -> None:
+        parent = at(manifest, path[:-1])
+        parent[new] = parent.pop(path[-1])
+
+    return change
+
+
+def put(path: tuple[str | int, ...], value: Any) -> Callable[[Manifest], None]:
+    def change(manifest: Manifest) -> None:
+        at(manifest, path[:-1])[path[-1]] = value
+
+    return change
+
+
+def drop(path: tuple[str | int, ...]) -> Callable[[Manifest], None]:
+    def change(manifest: Manifest) -> None:
+        del at(manifest, path[:-1])[path[-1]]
+
+    return change
+
+
+SPEC = (*TEMPLATE, "spec")
+POD = "spec.tasks.0.template.spec"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (rename((*SPEC, "restartPolicy"), "restartpolicy"), f"{POD}.restartpolicy: there is no such field"),
+        (rename((*CONTAINER, "volumeMounts"), "mounts"), f"{POD}.containers.0.mounts: there is no such field"),
+        (put((*SPEC, "restartPolicy"), "Nope"), f"{POD}.restartPolicy: one of Always, OnFailure, Never is needed"),
+        (
+            put((*SPEC, "terminationGracePeriodSeconds"), "35"),
+            "terminationGracePeriodSeconds: int is needed; found '35'",
+        ),
+        (put((*SPEC, "hostNetwork"), 1), f"{POD}.hostNetwork: bool is needed; found 1"),
+        (put((*SPEC, "containers"), {}), f"{POD}.containers: a list is needed"),
+        (put((*SPEC, "volumes", 0), "dshm"), f"{POD}.volumes.0: a mapping is needed; found 'dshm'"),
+        (put((*CONTAINER, "env", 0, "value"), 1), f"{POD}.containers.0.env.0.value: str is needed; found 1"),
+        (put((*CONTAINER, "ports", 0, "containerPort"), True), "containerPort: int is needed; found True"),
+        (put((*CONTAINER, "resources", "limits", "memory"), "64GB"), "limits.memory: a quantity as 500m, 4 or 64Gi"),
+        (drop((*CONTAINER, "name")), f"{POD}.containers.0.name: is missing"),
+        (drop((*SPEC, "containers")), f"{POD}.containers: is missing"),
+        (put((*CONTAINER, "volumeMounts", 0, "name"), "shm"), "containers.0.volumeMounts: there is no volume shm"),
+        (put(("spec", "maxRetries"), 3), "spec.maxRetries: there is no such field"),
+        (put(("spec", "queue"), None), "spec.queue: Input should be a valid string; found None"),
+        (
+            put(("spec", "tasks", 0, "replicas"), "1"),
+            "spec.tasks.0.replicas: Input should be a valid integer; found '1'",
+        ),
+        (drop(("spec", "tasks", 0, "template")), "spec.tasks.0.template: is missing"),
+        (put(("spec", "tasks", 0, "policies", 0, "action"), "Restart"), "spec.tasks.0.policies.0.action: "),
+        (put(("spec", "tasks", 0, "policies", 0, "event"), "PodFailed"), "exitCode and event exclude each other"),
+        (put(("spec", "tasks", 0, "policies", 1, "event"), "PodRunning"), "spec.tasks.0.policies.1.event: "),
+        (drop(("spec", "tasks", 0, "policies", 0, "exitCode")), "a policy needs an event or an exitCode"),
+        (
+            put(("spec", "tasks", 0, "policies", 0), {"event": "PodEvicted", "action": "AbortJob"}),
+            "spec.tasks.0.policies: PodEvicted stands in two policies",
+        ),
+        (put(("metadata", "name"), "Train_1"), "metadata.name: String should match pattern"),
+        (put(("apiVersion",), "batch/v1"), "apiVersion: "),
+    ],
+)
+def test_a_wrong_field_or_type_is_found(made_by_us: Manifest, change: Callable[[Manifest], None], problem: str) -> None:
+    assert find_problems(made_by_us) == []
+    changed = copy.deepcopy(made_by_us)
+    change(changed)
+    (found, *_) = find_problems(changed)
+    assert problem in found

@@ -1,0 +1,254 @@
+"""`papilio launch` and its companions on this machine; on Slurm, tests/end_to_end/test_slurm*.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torchx import specs
+from torchx.runner import Runner
+from torchx.schedulers import get_scheduler_factories
+from torchx.specs import AppState
+
+from launch import cli, scheduled_jobs
+from launch.first_error import find_first_error
+from launch.schedulers.errors import SchedulerError
+from launch.schedulers.job_folder import JobRecord, find_record, read_events
+from launch.schedulers.local_supervisor import PID
+from launch.schedulers.runner import make_runner
+from launch.schedulers.slurm_scripts import quote, render, resolve_role
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Papilio = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def papilio(capsys: pytest.CaptureFixture[str]) -> Papilio:
+    """The command with these words: status, output, errors."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(words)
+        except SystemExit as exit:
+            status = int(str(exit.code))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def runner() -> Iterator[Runner]:
+    with make_runner() as runner:
+        yield runner
+
+
+def make_app(script: str, num_hosts: int = 1, **settings: object) -> specs.AppDef:
+    role = specs.Role("small", "", entrypoint="bash", args=["-c", script], num_replicas=num_hosts)
+    return specs.AppDef("small", roles=[dataclasses.replace(role, **settings)])
+
+
+def start(runner: Runner, app: specs.AppDef) -> tuple[str, JobRecord]:
+    app.roles[0].resource = specs.Resource(cpu=1, gpu=0, memMB=10)
+    handle = runner.run(app, "local_cwd")
+    record = find_record("local_cwd", handle.rpartition("/")[2])
+    assert record is not None
+    return handle, record
+
+
+def test_a_job_goes_on_without_the_process_that_started_it(runner: Runner, papilio: Papilio) -> None:
+    app = make_app("echo $$WHAT on ${replica_id}; sleep 0.3; echo done", 2, env={"WHAT": "1,2 $$x"})
+    handle, record = start(runner, app)
+    assert re.fullmatch(r"local_cwd://papilio/small-\d{8}-\d{6}-[0-9a-f]{6}", handle)
+    status, out, err = papilio("logs", "-f", handle)
+    assert status == 0
+    assert {line for line in out.splitlines() if "attempt" not in line} == {
+        "1,2 $x on 0",
+        "done",
+        "host 1: 1,2 $x on 1",
+        "host 1: done",
+    }
+    assert f"{handle}  small  SUCCEEDED  (status 0)" in err
+    assert papilio("logs", handle, "--host", "1")[1].splitlines()[1:] == ["host 1: 1,2 $x on 1", "host 1: done"]
+    assert Path(record.folder).parent == Path.cwd() / "jobs"
+
+
+def test_a_cancelled_job_ends_in_its_own_way(runner: Runner, papilio: Papilio) -> None:
+    handle, record = start(runner, make_app("trap 'exit 75' TERM; echo ready; while true; do sleep 0.05; done"))
+    wait_until(lambda: "ready" in Path(record.folder, "host_0.log").read_text())
+    assert json.loads(papilio("status", "--json")[1])["state"] == "RUNNING"
+    assert papilio("cancel")[1].startswith(f"{handle} was told to end; its ranks save first")
+    assert runner.wait(handle, wait_interval=0.05).state == AppState.CANCELLED
+    told = json.loads(papilio("status", handle, "--json")[1])
+    assert (told["state"], told["message"]) == ("CANCELLED", "cancelled, the ranks saved before")
+    assert told["exit_status"] == 75
+    assert papilio("cancel", handle)[1] == f"{handle} has ended already: CANCELLED\n"
+
+
+def test_a_job_is_tried_again(runner: Runner, papilio: Papilio, tmp_path: Path) -> None:
+    handle, record = start(
+        runner, make_app(f"echo x >> {tmp_path}/tries; [ $$(wc -l < {tmp_path}/tries) = 2 ] || exit 6", max_retries=1)
+    )
+    status = runner.wait(handle, wait_interval=0.05)
+    assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 1)
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
+    assert "SUCCEEDED, attempt 2" in papilio("status", record.app_id)[1]
+
+
+def test_a_failed_job_shows_the_first_error(runner: Runner, papilio: Papilio) -> None:
+    failure = "rank 3 (host n2) failed first: ValueError: no such table"
+    handle, _ = start(runner, make_app(f"echo 'papilio train: error: {failure}'; exit 5", 2))
+    status, _, err = papilio("logs", "-f", handle)
+    assert status == 5
+    assert f"first error: {failure}" in err
+
+
+def test_a_killed_supervisor_is_noticed(runner: Runner) -> None:
+    handle, record = start(runner, make_app("sleep 2"))
+    os.kill(int(Path(record.folder, PID).read_text().split()[0]), signal.SIGKILL)
+    wait_until(lambda: runner.status(handle).state == AppState.FAILED)
+    assert runner.status(handle).msg.startswith("its supervisor was killed, or this machine was started anew")
+
+
+def test_list_has_all_jobs_and_the_newest_last(runner: Runner, papilio: Papilio) -> None:
+    assert papilio("list", "-s", "local_cwd") == (0, "no jobs (on local_cwd)\n", "")
+    handles = [start(runner, make_app(script))[0] for script in ("true", "exit 1")]
+    for handle in handles:
+        runner.wait(handle, wait_interval=0.05)
+    _, out, _ = papilio("list", "-s", "local_cwd")
+    lines = out.splitlines()
+    assert lines[0].split() == ["job", "name", "state", "hosts", "started", "folder"]
+    assert [line.split()[:4] for line in lines[1:]] == [
+        [handles[0], "small", "SUCCEEDED", "1"],
+        [handles[1], "small", "FAILED", "1"],
+    ]
+
+
+def test_mounts_and_more_roles_are_refused(runner: Runner) -> None:
+    with pytest.raises(SchedulerError, match=r"local_cwd starts no containers, so the job's 1 mount\(s\)"):
+        start(runner, make_app("true", mounts=[specs.BindMount("/a", "/b")]))
+    app = make_app("true")
+    app.roles.append(app.roles[0])
+    with pytest.raises(SchedulerError, match="on local_cwd a job has one role; small has 2"):
+        start(runner, app)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launch", "trian", "--recipe", "r"], "there is no component trian; there are "),
+        (["launch", "-s", "lsf", "train"], "invalid choice: 'lsf'"),
+        (["launch", "train", "--recipe", "quickstart", "--train.epoch=2"], "did you mean train.epochs?"),
+        (["status"], "no job was started from this machine; give a job, as in slurm://papilio/12"),
+        (["status", "nobody"], "there is no job nobody; `papilio list` lists them"),
+        (["status", "lsf://papilio/1"], "Papilio has no scheduler lsf; it has slurm, local_cwd, kubernetes"),
+        (["status", "local_cwd://papilio/x"], "local_cwd knows no job local_cwd://papilio/x"),
+        (["cancel", "local_cwd://papilio/x"], "local_cwd knows no job local_cwd://papilio/x"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(papilio: Papilio, words: list[str], message: str) -> None:
+    status, out, err = papilio(*words)
+    assert status in (1, 2) and out == ""
+    assert message in err and err.count("\n") == 1
+
+
+def test_without_slurm_its_absence_is_told(papilio: Papilio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    status, _, err = papilio("status", "slurm://papilio/1")
+    assert status == 1
+    assert "there is no squeue on this machine; run this on a login node of the cluster" in err
+
+
+def test_launch_shows_what_it_would_submit_and_puts_settings_where_torchx_wants_them(
+    papilio: Papilio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + ":/usr/bin:/bin")
+    words = ["--recipe", "quickstart", "--train.epochs=2", "--nnodes", "2", "--nproc", "3"]
+    status, out, err = papilio("launch", "-s", "slurm", "-cfg", "partition=gpu,time=60", "--dryrun", "train", *words)
+    assert status == 0, err
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --nodes=2", "#SBATCH --time=60", "#SBATCH --signal=TERM@55"):
+        assert f"{line}\n" in out
+    assert "--recipe quickstart --train.epochs=2\n" in out
+    assert re.search(r"--rdzv-port=(\d+)", out)
+    assert not Path("jobs").exists()
+
+
+def test_a_component_explains_itself(papilio: Papilio) -> None:
+    status, out, _ = papilio("launch", "train", "--help")
+    assert status == 0
+    assert "--nnodes" in out and "--recipe" in out
+
+
+def test_settings_may_stand_anywhere() -> None:
+    words = ["--recipe", "r", "--data.path=a b", "--env", "A=1", "--", "--seed=2"]
+    assert scheduled_jobs._settings_last(words) == [
+        "--recipe",
+        "r",
+        "--env",
+        "A=1",
+        "--",
+        "--data.path=a b",
+        "--seed=2",
+    ]
+    assert scheduled_jobs._settings_last(["--recipe", "r"]) == ["--recipe", "r"]
+
+
+def test_torchxs_own_schedulers_and_default_are_untouched() -> None:
+    """What `torchx run` offers when Papilio is installed; tests/launch/test_packaging.py looks at the entry points."""
+    import launch.schedulers.runner  # noqa: F401
+
+    names = list(get_scheduler_factories())
+    assert names[0] == "local_docker"
+    assert {"local_cwd", "slurm", "kubernetes"} <= set(names)
+
+
+def test_a_script_survives_what_words_may_contain() -> None:
+    role = specs.Role("r", "", entrypoint="bash", args=["-c", "x ${app_id} $$y"], num_replicas=4)
+    scripts = render(resolve_role(role), title="a\nb", folder="/with space", sbatch_options=["-N2"], resume_status=75)
+    assert "# a b\n" in scripts.job
+    assert "folder='/with space'\n" in scripts.job
+    assert """exec bash -c 'x '"$SLURM_JOB_ID"' $y'\n""" in scripts.host
+
+
+def test_words_are_quoted_but_for_what_only_the_job_knows() -> None:
+    assert quote("a'b") == """'a'"'"'b'"""
+    assert quote("--id=${app_id}/${replica_id}") == '--id="$SLURM_JOB_ID"/"$SLURM_NODEID"'
+    assert quote("") == "''"
+
+
+def test_the_first_error_is_that_of_the_last_attempt(tmp_path: Path) -> None:
+    (tmp_path / "host_0.log").write_text(
+        "papilio: attempt 1 on host 0\n[0]:papilio: error: rank 9 (host a) failed first: old\n"
+        "papilio: attempt 2 on host 0\n[0]:fine\npapilio: error: the hosts do not find each other: Broken pipe\n"
+    )
+    (tmp_path / "host_1.log").write_text("papilio: attempt 2 on host 1\npapilio: error: the agent was killed\n")
+    (tmp_path / "host_0.events").write_text("20.0\t2\tended\t1\n")
+    (tmp_path / "host_1.events").write_text("19.0\t2\tended\t137\n")
+    logs = {host: tmp_path / f"host_{host}.log" for host in (0, 1)}
+    assert find_first_error(str(tmp_path), logs) == "host 1: the agent was killed"
+    with logs[0].open("a") as log:
+        log.write("[1]:[rank1]: papilio train: error: rank 1 (host b) failed first: OSError: no space\n")
+    assert find_first_error(str(tmp_path), logs) == "rank 1 (host b) failed first: OSError: no space"
+    logs[0].write_text("Segmentation fault\n")
+    assert find_first_error(None, {0: logs[0]}) == "host 0, last line: Segmentation fault"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)

@@ -1,0 +1,54 @@
+"""Papilio's components under the real `torchx` command: ours are there, TorchX's own too, and its default scheduler."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
+from torchx.specs.finder import ModuleComponentsFinder
+
+from tests.support.torchx_command import run_torchx
+
+OURS = {"train", "evaluate", "calibrate", "preprocess", "export", "predict", "preflight", "study"}
+MINIMAL = {
+    "train": ["--recipe", "quickstart"],
+    "evaluate": ["--run", "runs/a"],
+    "calibrate": ["--output", "mine.toml"],
+    "preprocess": ["--source", "criteo", "--input", "a.gz,b.gz", "--output", "d"],
+    "export": ["--run", "runs/a", "--output", "p"],
+    "predict": ["--package", "p", "--data", "d", "--output", "s.parquet"],
+    "preflight": ["--recipe", "quickstart"],
+    "study": ["--recipe", "quickstart", "--output", "s"],
+}
+
+
+def test_our_components_join_torchx_own_and_hide_none() -> None:
+    done = run_torchx("builtins")
+    assert done.returncode == 0, done.stderr
+    listed = set(re.findall(r"^ *\d+\. (\S+)$", done.stdout, re.MULTILINE))
+    found = ModuleComponentsFinder("torchx.components", group="").find(None)
+    own = {component.name for component in found if not component.validation_errors}
+    assert {"dist.torchrun", "dist.ddp", "utils.echo"} <= own
+    assert listed == own | {f"papilio.{name}" for name in OURS}
+
+
+def test_the_default_scheduler_stays_torchx_own() -> None:
+    done = run_torchx("run", "--help")
+    offered = re.search(r"--scheduler \{([\w,]+)\}", done.stdout)
+    assert offered is not None
+    # The first is the default.
+    assert offered[1].split(",") == list(DEFAULT_SCHEDULER_MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_component_runs_with_what_it_must_be_told(name: str) -> None:
+    done = run_torchx(
+        *("run", "--dryrun", "--json", "--workspace", "", "-s", "local_cwd", f"papilio.{name}", *MINIMAL[name])
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchx_own_components_still_run() -> None:
+    done = run_torchx("run", "-s", "local_cwd", "utils.echo", "--msg", "still here")
+    assert done.returncode == 0, done.stderr

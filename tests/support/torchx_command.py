@@ -1,0 +1,33 @@
+"""The real `torchx` command, which finds Papilio as if it had been installed from this checkout."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_torchx(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `torchx` with the entry points that setup.cfg names; in an empty folder, if no other is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_entry_points(Path(folder, "site"))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(folder, "site"))])}
+        command = [str(Path(sys.executable).with_name("torchx")), "--log_level", "ERROR", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=cwd or folder, timeout=120, check=False
+        )
+
+
+def _write_entry_points(site: Path) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", "utf-8")
+    information = site / "papilio-0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: papilio\nVersion: 0\n")
+    sections = [f"[{group}]{entries}" for group, entries in setup["options.entry_points"].items()]
+    (information / "entry_points.txt").write_text("\n".join(sections))

@@ -63,7 +63,8 @@ while true; do
     attempt=$((attempts + 1))
     note begins "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')"
     export PAPILIO_ATTEMPT=$attempt
-    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} --output="$folder/host_%n.log" bash "$folder/host.sh"
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} \\
+        --output="$folder/host_%n.log" bash "$folder/host.sh"
     status=$?
     [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from launch.preflight.facts import RankSpeed
 from launch.preflight.finding import Evidence, Finding, Status
@@ -13,7 +14,7 @@ from sharding.hardware import HardwareError, Rates, load_hardware
 MIN_SHARE = 0.4
 FAIR_SHARE = 0.8
 # A link that is slower than those between the other hosts by more than chance.
-MIN_SHARE_OF_USUAL = 0.6
+FAIR_SHARE_OF_USUAL = 0.6
 MIN_LINKS_TO_COMPARE = 3
 # `papilio calibrate` writes a rate like this for what one rank cannot measure.
 UNKNOWN_BYTES_PER_S = 1e14
@@ -26,7 +27,7 @@ def check_links(evidence: Evidence) -> list[Finding]:
     if evidence.why_no_links:
         return [Finding("links", "warn", (), f"not measured: {evidence.why_no_links}", "the lines above come first")]
     stuck = [
-        Finding("links", "FAIL", (evidence.name(index),), error, _advice(evidence))
+        Finding("links", "FAIL", (evidence.name(index),), error, _advice(evidence, is_profile=False))
         for index, links in enumerate(evidence.links)
         if links is not None
         for error in links.errors
@@ -44,35 +45,52 @@ def _slow_links(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]]) -> li
         return []
     # By host: bytes a second of a rank, from the host before.
     rates = [host[0].message_bytes / max(1e-9, *(speed.neighbour_s for speed in host)) for host in speeds]
-    floor, against, status = _least(evidence, rates)
-    slow = [host for host, rate in enumerate(rates) if rate < floor]
+    yardstick = _yardstick(evidence, rates)
+    slow = [host for host, rate in enumerate(rates) if yardstick.judge(rate) != "ok"]
     if len(slow) == len(rates):
-        found = f"no host gets more than {_rate(max(rates))} a rank from the one before; {against}"
-        return [_slow(evidence, status, range(len(rates)), found)]
+        found = f"no host gets more than {_rate(max(rates))} a rank from the one before"
+        return [_slow(evidence, yardstick, max(rates), slow, found)]
     findings, left = [], set(slow)
     for host in slow:
         after = (host + 1) % len(rates)
         if len(rates) > 2 and {host, after} <= left:  # both of its links
             left -= {host, after}
-            rate = _rate(min(rates[host], rates[after]))
-            found = f"{rate} a rank between it and both its neighbours; {against}"
-            findings.append(_slow(evidence, status, [host], found))
+            rate = min(rates[host], rates[after])
+            found = f"{_rate(rate)} a rank between it and both its neighbours"
+            findings.append(_slow(evidence, yardstick, rate, [host], found))
     for host in sorted(left):
         before = (host - 1) % len(rates)
-        found = f"{_rate(rates[host])} a rank from {evidence.name(before)} to {evidence.name(host)}; {against}"
-        findings.append(_slow(evidence, status, [before, host], found))
+        found = f"{_rate(rates[host])} a rank from {evidence.name(before)} to {evidence.name(host)}"
+        findings.append(_slow(evidence, yardstick, rates[host], [before, host], found))
     return findings
 
 
-def _least(evidence: Evidence, rates: Sequence[float]) -> tuple[float, str, Status]:
-    """Return the rate that a link must have, by what measure, and what it means to have less."""
+@dataclass(frozen=True)
+class _Yardstick:
+    """What a link is held against: what is expected, in words too; how slow is worth a line; the worst it can be."""
+
+    bytes_per_s: float
+    words: str
+    fair_share: float
+    worst: Status
+    is_profile: bool
+
+    def judge(self, rate: float) -> Status:
+        if rate < MIN_SHARE * self.bytes_per_s:
+            return self.worst
+        return "warn" if rate < self.fair_share * self.bytes_per_s else "ok"
+
+
+def _yardstick(evidence: Evidence, rates: Sequence[float]) -> _Yardstick:
+    """Take the hosts' profile or, where they do better than it says, what most of the links reach."""
     expected = _between_hosts(evidence)
     # The upper quartile: one slow host has two slow links, which may be most of them.
     usual = sorted(rates)[(3 * len(rates) - 1) // 4] if len(rates) >= MIN_LINKS_TO_COMPARE else 0.0
-    if expected * MIN_SHARE > usual * MIN_SHARE_OF_USUAL:
-        return expected * MIN_SHARE, f"{_profile(evidence)} has {_rate(expected)}", _worst_status(evidence)
-    status: Status = "warn" if _is_one_machine(evidence) else "FAIL"
-    return usual * MIN_SHARE_OF_USUAL, f"others reach {_rate(usual)}", status
+    if expected * MIN_SHARE > usual * FAIR_SHARE_OF_USUAL:
+        words = f"{_profile(evidence)} has {_rate(expected)}"
+        return _Yardstick(expected, words, MIN_SHARE, _worst_status(evidence), is_profile=True)
+    worst: Status = "warn" if _is_one_machine(evidence) else "FAIL"
+    return _Yardstick(usual, f"others reach {_rate(usual)}", FAIR_SHARE_OF_USUAL, worst, is_profile=False)
 
 
 def _collectives(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]], *, is_explained: bool) -> Finding:
@@ -95,7 +113,7 @@ def _collectives(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]], *, i
     if is_explained or worst >= FAIR_SHARE:
         return Finding("links", "ok", evidence.everyone, found)
     if worst < MIN_SHARE:
-        return Finding("links", _worst_status(evidence), evidence.everyone, found, _advice(evidence))
+        return Finding("links", _worst_status(evidence), evidence.everyone, found, _advice(evidence, is_profile=True))
     mend = "the plan's times will not hold; papilio calibrate measures what these hosts do"
     return Finding("links", "warn", evidence.everyone, found, mend)
 
@@ -136,14 +154,16 @@ def _expected_s(collective: str, size: int, rates: Rates, evidence: Evidence) ->
     return seconds
 
 
-def _slow(evidence: Evidence, status: Status, hosts: Iterable[int], found: str) -> Finding:
-    return Finding("links", status, tuple(evidence.name(host) for host in hosts), found, _advice(evidence))
+def _slow(evidence: Evidence, yardstick: _Yardstick, rate: float, hosts: Iterable[int], found: str) -> Finding:
+    names = tuple(evidence.name(host) for host in hosts)
+    mend = _advice(evidence, is_profile=yardstick.is_profile)
+    return Finding("links", yardstick.judge(rate), names, f"{found}; {yardstick.words}", mend)
 
 
-def _advice(evidence: Evidence) -> str:
+def _advice(evidence: Evidence, *, is_profile: bool) -> str:
     if _is_one_machine(evidence):
         return "none: these hosts are processes of one machine, which share its cores"
-    if evidence.hardware is None:
+    if is_profile and evidence.hardware is None:
         return "name the hosts' profile (--host), or measure one: papilio calibrate"
     if evidence.plan.device == "cuda":
         return (

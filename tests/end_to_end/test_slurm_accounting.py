@@ -1,4 +1,4 @@
-"""Slurm with its accounting database, which remembers jobs that slurmctld forgot. By hand: pytest -m accounting"""
+"""Slurm with its accounting database, which remembers jobs that slurmctld has forgotten: pytest -m accounting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.slurm_scheduler import create_scheduler
-from torchx.specs import AppState
 
 from launch import cli
+from launch.schedulers.job_folder import find_record, host_logs
 from launch.schedulers.runner import make_runner
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_programs import NoSlurmError, find_slurm
@@ -57,7 +57,9 @@ def jobs(cluster: SlurmCluster) -> dict[str, str]:
             "TORCHX": torchx.run(make_app("true"), "slurm"),
         }
         deadline_s = time.monotonic() + FORGET_TIMEOUT_S
-        while runner.status(handles["CANCELLED"]).state == AppState.PENDING:
+        record = find_record("slurm", Path(handles["CANCELLED"]).name)
+        assert record is not None
+        while not host_logs(record.folder):
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
         runner.cancel(handles["CANCELLED"])

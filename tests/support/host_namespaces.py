@@ -77,8 +77,9 @@ class HostNamespaces:
         return self._folder / f"{name}.hosts"
 
     def command(self, name: str, words: Sequence[str]) -> list[str]:
-        """What runs a command on a host."""
-        return ["nsenter", "-t", str(self._holders[name].pid), "-n", "-u", "-m", f"--wd={Path.cwd()}", "--", *words]
+        """What runs a command on a host, in the folder of this process as the host sees it."""
+        enter = ["nsenter", "-t", str(self._holders[name].pid), "-n", "-u", "-m", "--"]
+        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd()), *words]
 
     def shape(self, name: str, rate: str) -> None:
         """Limit what a host sends and gets."""

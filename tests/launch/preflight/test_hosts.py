@@ -30,7 +30,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def hosts(data, tmp_path):
+def hosts(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.preflight.folders.SEEN_TIMEOUT_S", 0.3)
     return [FakeHost(name, data, str(tmp_path / "runs")) for name in NAMES]
 
 

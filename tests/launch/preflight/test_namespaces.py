@@ -37,15 +37,15 @@ def run(hosts, tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for name in names
+            for name in reversed(names)  # the first one last: who does not reach it has said so by then
         ]
         try:
-            said = [process.communicate(timeout=60) for process in started]
+            said = [process.communicate(timeout=60) for process in started[::-1]]
         finally:
             for process in started:
                 process.kill()
         assert said[0][0], said
-        return json.loads(said[0][0]), [process.returncode for process in started], [error for _, error in said]
+        return json.loads(said[0][0]), [process.returncode for process in started[::-1]], [error for _, error in said]
 
     return start
 
@@ -70,7 +70,7 @@ def test_names_that_others_lack_and_a_name_that_leads_home(hosts, run) -> None:
 def test_hosts_that_do_not_reach_the_first_one(hosts, run) -> None:
     hosts.hosts_file("n2").write_text("127.0.0.1 localhost\n10.77.3.12 n2\n10.77.3.13 n3\n")
     hosts.block_port("n1", PORT, "n3")
-    report, statuses, errors = run("tests.support.preflight_hosts", "--wait-s", "3")
+    report, statuses, errors = run("tests.support.preflight_hosts", "--wait-s", "6")
     nameless, blocked = findings_of(report)
     assert nameless[:3] == ("arrival", ["n2"], f"does not reach the first host at n1:{PORT}: the name does not resolve")
     assert 'echo "ADDRESS n1" | sudo tee -a /etc/hosts' in nameless[3]

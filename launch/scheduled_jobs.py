@@ -49,7 +49,7 @@ def run_launch(namespace: argparse.Namespace) -> int:
         seed = f"{os.getpid()} {time.time_ns()}".encode()
         words = ["--rdzv_port", str(FIRST_PORT + zlib.crc32(seed) % NUM_PORTS), *words]
     with make_runner() as runner:
-        settings = runner.cfg_from_str(namespace.scheduler, *namespace.cfg)
+        settings = _settings(runner, namespace.scheduler, namespace.cfg)
         app = specs.materialize_appdef(component, words)
         info = runner.dryrun(app, namespace.scheduler, cfg=settings)
         if namespace.dryrun:
@@ -132,6 +132,20 @@ def run_list(namespace: argparse.Namespace) -> int:
     if len(shown) < len(rows):
         print(f"{len(rows) - len(shown)} older ones: --all")
     return 0
+
+
+def _settings(runner: Runner, scheduler: str, words: list[str]) -> dict[str, Any]:
+    """Read the settings of a scheduler.
+
+    Raises:
+        UsageError: it has none of this name, or a word is no setting.
+    """
+    known = set(dict(runner.scheduler_run_opts(scheduler)))
+    for word in words:
+        names = {part.partition("=")[0] for part in re.split(r",(?=[^,=]*=)", word)}
+        if "=" not in word or not names <= known:
+            raise UsageError(f"-cfg {word}: the settings of {scheduler} are {', '.join(sorted(known))}, as key=value")
+    return dict(runner.cfg_from_str(scheduler, *words))
 
 
 def _find_component(name: str) -> Any:

@@ -153,6 +153,11 @@ def test_mounts_and_more_roles_are_refused(runner: Runner) -> None:
         (["launch", "trian", "--recipe", "r"], "there is no component trian; there are "),
         (["launch", "-s", "lsf", "train"], "invalid choice: 'lsf'"),
         (["launch", "train", "--recipe", "quickstart", "--train.epoch=2"], "did you mean train.epochs?"),
+        (
+            ["launch", "-cfg", "partition=a", "train", "--recipe", "quickstart"],
+            "the settings of local_cwd are jobs_dir",
+        ),
+        (["launch", "-cfg", "jobs_dir", "train", "--recipe", "quickstart"], "-cfg jobs_dir: the settings of local_cwd"),
         (["status"], "no job was started from this machine; give a job, as in slurm://papilio/12"),
         (["status", "nobody"], "there is no job nobody; `papilio list` lists them"),
         (["status", "lsf://papilio/1"], "Papilio has no scheduler lsf; it has slurm, local_cwd, kubernetes"),

@@ -49,7 +49,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, monkeypatch, killed_
     parts = {name: (stage / name).stat().st_mtime_ns for name in os.listdir(stage) if name.startswith("chunk")}
     assert parts
     opened = []
-    monkeypatch.setattr("data_pipeline.parse_stage._parse", count_calls(opened))
+    monkeypatch.setattr("data_pipeline.parse_stage.parse_block", count_calls(opened))
     preprocess(options)
     preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
     assert not stage.exists()
@@ -69,11 +69,11 @@ def test_a_killed_run_of_two_workers_continues_to_the_same_bytes(tmp_path, monke
 
 
 def count_calls(opened: list):
-    from data_pipeline.parse_stage import _parse
+    from data_pipeline.parse_stage import parse_block
 
     def counted(task):
         opened.append(task)
-        return _parse(task)
+        return parse_block(task)
 
     return counted
 

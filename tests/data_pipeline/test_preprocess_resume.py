@@ -49,12 +49,12 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, monkeypatch, killed_
     parts = {name: (stage / name).stat().st_mtime_ns for name in os.listdir(stage) if name.startswith("chunk")}
     assert parts
     opened = []
-    monkeypatch.setattr("data_pipeline.parse_stage.parse_block", count_calls(opened))
+    monkeypatch.setattr("data_pipeline.parse_stage.parse_rows", count_calls(opened))
     preprocess(options)
     preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "whole"))
     assert not stage.exists()
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
-    num_chunks = max(task.block.index for task in opened) + 1
+    num_chunks = max(block.index for block in opened) + 1
     assert len(opened) == 2 * num_chunks - len([name for name in parts if not name.endswith(".tmp")])
 
 
@@ -69,11 +69,11 @@ def test_a_killed_run_of_two_workers_continues_to_the_same_bytes(tmp_path, monke
 
 
 def count_calls(opened: list):
-    from data_pipeline.parse_stage import parse_block
+    from data_pipeline.parse_stage import parse_rows
 
-    def counted(task):
-        opened.append(task)
-        return parse_block(task)
+    def counted(block, *words):
+        opened.append(block)
+        return parse_rows(block, *words)
 
     return counted
 

@@ -1,7 +1,6 @@
 """Packages of models that were trained: they predict as the sharded model does, whatever plan and ranks saved it."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,6 @@ def make_config(data, run_dir, model, sharding_type):
 def train_run(ranks, data, run_dir, model):
     from trainer.train import train
 
-    logging.disable()
     train(make_config(data, run_dir, model, "table_wise"), ranks)
 
 

@@ -38,6 +38,20 @@ def scorers(packages):
     return [load_checked_scorer(package) for package in packages]
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts servers; whatever a failed test leaves running is ended."""
+    started = []
+
+    def begin(package, name="log", **options) -> ServerProcess:
+        started.append(ServerProcess(tmp_path / name, package, **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.stop()
+
+
 @pytest.fixture(scope="module")
 def server(packages, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
@@ -210,8 +224,8 @@ def test_metrics_count_what_was_done(server) -> None:
     assert 'checkpoint="seed_0"' in package
 
 
-def test_overload_is_refused_and_told_when_to_come_back(packages, tmp_path) -> None:
-    server = ServerProcess(tmp_path / "log", packages[0], max_queue=64, max_batch=64).wait_until_ready()
+def test_overload_is_refused_and_told_when_to_come_back(packages, start) -> None:
+    server = start(packages[0], max_queue=64, max_batch=64).wait_until_ready()
     answers = []
 
     def client() -> None:
@@ -236,10 +250,12 @@ def link_to(link, package) -> None:
     os.replace(str(link) + ".new", link)
 
 
-def test_a_swap_under_load_fails_no_request_and_a_bad_package_never_takes_over(packages, scorers, tmp_path) -> None:
+def test_a_swap_under_load_fails_no_request_and_a_bad_package_never_takes_over(
+    packages, scorers, tmp_path, start
+) -> None:
     link = tmp_path / "current"
     link_to(link, packages[0])
-    server = ServerProcess(tmp_path / "log", str(link)).wait_until_ready()
+    server = start(str(link)).wait_until_ready()
     load = Load(server, num_clients=8)
     load.wait_for(100)
     link_to(link, packages[1])
@@ -270,10 +286,10 @@ def test_a_swap_under_load_fails_no_request_and_a_bad_package_never_takes_over(p
     assert server.stop() == 0
 
 
-def test_a_watched_link_is_followed_and_sigterm_under_load_fails_no_request(packages, tmp_path) -> None:
+def test_a_watched_link_is_followed_and_sigterm_under_load_fails_no_request(packages, tmp_path, start) -> None:
     link = tmp_path / "current"
     link_to(link, packages[1])
-    server = ServerProcess(tmp_path / "log", str(link), watch_s=0.05).wait_until_ready()
+    server = start(str(link), watch_s=0.05).wait_until_ready()
     load = Load(server, num_clients=10)
     link_to(link, packages[0])
     server.wait_for("package shop@seed_0 replaces shop@seed_1")  # it watches the link by itself
@@ -286,8 +302,8 @@ def test_a_watched_link_is_followed_and_sigterm_under_load_fails_no_request(pack
     assert f"stopped after {len(load.answers):,} answers" in server.text()
 
 
-def test_several_processes_share_a_port_and_their_figures(packages, scorers, tmp_path) -> None:
-    server = ServerProcess(tmp_path / "log", packages[0], workers=2).wait_until_ready(2)
+def test_several_processes_share_a_port_and_their_figures(packages, start) -> None:
+    server = start(packages[0], workers=2).wait_until_ready(2)
     load = Load(server, num_clients=8)
     load.wait_for(200)
     load.end()
@@ -308,18 +324,18 @@ def test_several_processes_share_a_port_and_their_figures(packages, scorers, tmp
     assert load.failures == []
 
 
-def test_servers_that_cannot_start_say_why(packages, tmp_path) -> None:
+def test_servers_that_cannot_start_say_why(packages, tmp_path, start) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        server = ServerProcess(tmp_path / "taken", packages[0], port=port)
+        server = start(packages[0], "taken", port=port)
         assert server.process.wait(60) == 1
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port" in server.text()
-    server = ServerProcess(tmp_path / "none", str(tmp_path))
+    server = start(str(tmp_path), "none")
     assert server.process.wait(60) == 1
     assert "is not a package: it has no package.json" in server.text()
     damaged = shutil.copytree(packages[0], tmp_path / "damaged")
     (damaged / "dense.safetensors").write_bytes(bytes((damaged / "dense.safetensors").stat().st_size))
-    server = ServerProcess(tmp_path / "damaged_log", str(damaged), workers=2)
+    server = start(str(damaged), "damaged_log", workers=2)
     assert server.process.wait(60) == 1
     assert "dense.safetensors is damaged" in server.text()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# For the environment of a process before it loads torch, and with it libgomp. Threads that spin while they wait take
-# the cores from other processes: two copies of two threads on two cores are then 20 to 100 times slower
-# (benchmarks/colocation.py).
+# For the environment of a process before it loads torch, and with it libgomp. Threads that spin while they wait gain a
+# lone copy up to 1.8 times on an idle machine, but take the cores from others: two copies of two threads on two cores
+# are 7 to 12 times slower (benchmarks/colocation.py, RMC2 and RMC3, 2026-11-21).
 PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 

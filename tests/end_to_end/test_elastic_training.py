@@ -12,35 +12,17 @@ import pytest
 
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
+from tests.support.small_runs import SMALL_RECIPE
 from trainer.checkpoint.folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPE = """
-name = "small"
-[data]
-path = "{data}"
-shuffle_block_rows = 8
-[model]
-embedding_dim = 8
-dense_arch_layer_sizes = [16]
-over_arch_layer_sizes = [16]
-[train]
-global_batch_size = 20
-epochs = 30
-log_every_steps = 200
-[checkpoint]
-every_steps = 60
-keep_best = false
-[output]
-tensorboard = false
-"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     path = folder / "small.toml"
-    path.write_text(RECIPE.format(data=write_dataset(folder / "data")))
+    path.write_text(SMALL_RECIPE.format(data=write_dataset(folder / "data"), epochs=30))
     return path
 
 

@@ -20,29 +20,11 @@ from launch.schedulers.job_folder import read_events
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.slurm_cluster import SlurmCluster, pids_with
+from tests.support.small_runs import SMALL_RECIPE
 from tests.support.torchx_command import run_torchx
 from trainer.checkpoint.folder import CheckpointFolder
 
 TIMEOUT_S = 120
-RECIPE = """
-name = "small"
-[data]
-path = "{data}"
-shuffle_block_rows = 8
-[model]
-embedding_dim = 8
-dense_arch_layer_sizes = [16]
-over_arch_layer_sizes = [16]
-[train]
-global_batch_size = 20
-epochs = 15
-log_every_steps = 200
-[checkpoint]
-every_steps = 60
-keep_best = false
-[output]
-tensorboard = false
-"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Place:
 def place(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("slurm")
     recipe = folder / "small.toml"
-    recipe.write_text(RECIPE.format(data=write_dataset(folder / "data")))
+    recipe.write_text(SMALL_RECIPE.format(data=write_dataset(folder / "data"), epochs=15))
     return Place(folder, recipe)
 
 

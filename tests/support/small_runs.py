@@ -16,6 +16,26 @@ from trainer.storage import StorageError
 from trainer.train import train
 
 SGD = {"dense": {"name": "sgd", "learning_rate": 0.1}}
+# Of a job in processes of its own, with `data` and `epochs` (21 steps each) to fill in.
+SMALL_RECIPE = """
+name = "small"
+[data]
+path = "{data}"
+shuffle_block_rows = 8
+[model]
+embedding_dim = 8
+dense_arch_layer_sizes = [16]
+over_arch_layer_sizes = [16]
+[train]
+global_batch_size = 20
+epochs = {epochs}
+log_every_steps = 200
+[checkpoint]
+every_steps = 60
+keep_best = false
+[output]
+tensorboard = false
+"""
 EVERY_3 = {"every_steps": 3, "every_minutes": None, "keep_last": 100}
 
 

@@ -265,6 +265,6 @@ def _sweep(output: str) -> None:
             logger.info("removing %s, which an export that was cut off left behind", path)
             remove_local_folder(path)
         except OSError:
-            pass
+            pass  # locked: that export is under way; or not ours to remove, and in nobody's way
         finally:
             os.close(descriptor)

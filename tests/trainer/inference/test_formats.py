@@ -24,7 +24,7 @@ from trainer.inference.formats.aoti import has_compiler
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
 from trainer.inference.formats.format_folder import format_path, verify_formats
 from trainer.inference.formats.opening import build_format, open_format, open_predictor
-from trainer.inference.formats.predictor import RequestError
+from trainer.inference.formats.predictor import TensorError
 from trainer.inference.package import PackageError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -224,17 +224,15 @@ def test_tables_with_padded_rows_as_on_a_device_give_the_same(package) -> None:
 def test_requests_that_do_not_fit_are_refused_and_nothing_is_read(package) -> None:
     predictor = open_predictor(package)
     dense, ids, lengths = (torch.from_numpy(part) for part in make_requests(package)[4])
-    with pytest.raises(
-        RequestError, match=r"dense must be float32 of shape \[samples, 3\]; it is float64 of shape \[7"
-    ):
+    with pytest.raises(TensorError, match=r"dense must be float32 of shape \[samples, 3\]; it is float64 of shape \[7"):
         predictor.predict(dense.double(), ids, lengths)
-    with pytest.raises(RequestError, match=r"ids must be int32 or int64 with one dimension; it is float32"):
+    with pytest.raises(TensorError, match=r"ids must be int32 or int64 with one dimension; it is float32"):
         predictor.predict(dense, ids.float(), lengths)
-    with pytest.raises(RequestError, match=r"lengths must have 21 entries, one for each of 3 features of each of 7"):
+    with pytest.raises(TensorError, match=r"lengths must have 21 entries, one for each of 3 features of each of 7"):
         predictor.predict(dense, ids, lengths[1:])
-    with pytest.raises(RequestError, match=rf"add up to the number of ids, {len(ids)}; they add up to {len(ids) + 1}"):
+    with pytest.raises(TensorError, match=rf"add up to the number of ids, {len(ids)}; they add up to {len(ids) + 1}"):
         predictor.predict(dense, ids, torch.cat([lengths[:1] + 1, lengths[1:]]))
-    with pytest.raises(RequestError, match=r"the smallest is -1"):
+    with pytest.raises(TensorError, match=r"the smallest is -1"):
         predictor.predict(dense, ids, torch.cat([-torch.ones(1, dtype=torch.int32), lengths[1:]]))
     wide = ids.long()
     wide[0] = 2**40

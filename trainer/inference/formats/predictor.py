@@ -16,7 +16,7 @@ from trainer.inference.package import PackageManifest
 RunGraph = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class RequestError(ValueError):
+class TensorError(ValueError):
     """Tensors that are no request for this package; nothing was computed."""
 
 
@@ -45,7 +45,7 @@ class Predictor:
             lengths: [F * B] int32 or int64, the numbers of ids of the bags, in the same order; 0 is an empty bag.
 
         Raises:
-            RequestError: shapes or types do not fit the package or each other.
+            TensorError: shapes or types do not fit the package or each other.
         """
         dense, ids, lengths = self._checked(dense, ids, lengths)
         if dense.shape[0] == 0:
@@ -61,19 +61,19 @@ class Predictor:
         self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if dense.dtype != torch.float32 or dense.dim() != 2 or dense.shape[1] != self._num_dense:
-            raise RequestError(f"dense must be float32 of shape [samples, {self._num_dense}]; it is {_describe(dense)}")
+            raise TensorError(f"dense must be float32 of shape [samples, {self._num_dense}]; it is {_describe(dense)}")
         for name, tensor in (("ids", ids), ("lengths", lengths)):
             if tensor.dtype not in {torch.int32, torch.int64} or tensor.dim() != 1:
-                raise RequestError(f"{name} must be int32 or int64 with one dimension; it is {_describe(tensor)}")
+                raise TensorError(f"{name} must be int32 or int64 with one dimension; it is {_describe(tensor)}")
         num_bags = len(self._features) * dense.shape[0]
         if lengths.shape[0] != num_bags:
-            raise RequestError(
+            raise TensorError(
                 f"lengths must have {num_bags} entries, one for each of {len(self._features)} features of each of "
                 f"{dense.shape[0]} samples; it has {lengths.shape[0]}"
             )
         # Wrong lengths would make a lookup read other memory: this check is what keeps it safe.
         if num_bags and (int(lengths.min()) < 0 or int(lengths.sum()) != ids.shape[0]):
-            raise RequestError(
+            raise TensorError(
                 f"lengths must be 0 or more and add up to the number of ids, {ids.shape[0]}; they add up to "
                 f"{int(lengths.sum())} and the smallest is {int(lengths.min())}"
             )

@@ -72,7 +72,7 @@ class ServingApp:
             await self._send(answer, scope, send)
             self._metrics.record_request(kind, answer.status, time.perf_counter() - begin_s)
         except ClientGoneError:
-            pass
+            pass  # nobody is there to be answered
         finally:
             self._count(-1)
 

@@ -83,16 +83,27 @@ def test_the_status_is_that_of_the_host_that_failed_first(runner: Runner, capsys
 
 
 def test_a_job_is_tried_again_as_often_as_was_said(runner: Runner, tmp_path: Path) -> None:
-    script = f"echo x >> {tmp_path}/$$SLURM_NODEID; [ $$(wc -l < {tmp_path}/$$SLURM_NODEID) = 3 ]"
-    handle, status, record = run(runner, make_app(script, max_retries=2))
-    assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 2)
-    assert [event.what for event in read_events(record.folder)] == [
-        *("begins", "ended", "retried") * 2,
-        *("begins", "ended"),
-    ]
-    assert (tmp_path / "1").read_text() == "x\n" * 3
+    script = f"echo x >> {tmp_path}/$$SLURM_NODEID; [ $$(wc -l < {tmp_path}/$$SLURM_NODEID) = 2 ]"
+    handle, status, record = run(runner, make_app(script, max_retries=1))
+    assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 1)
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
+    assert (tmp_path / "1").read_text() == "x\n" * 2
     begun = [line for line in runner.log_lines(handle, "small", 1) if line.startswith("papilio: attempt")]
-    assert [line.split(",")[0] for line in begun] == [f"papilio: attempt {count} on host 1 of 2" for count in (1, 2, 3)]
+    assert [line.split(",")[0] for line in begun] == [f"papilio: attempt {count} on host 1 of 2" for count in (1, 2)]
+
+
+def test_what_would_go_wrong_again_is_not_tried_again(
+    runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second attempt fails on host 0 first, but only host 1 knows why (status 78)."""
+    later = "[ $$SLURM_NODEID = 0 ] && exit 1; sleep 0.5; exit 78"
+    script = f"[ -e {tmp_path}/$$SLURM_NODEID ] || {{ touch {tmp_path}/$$SLURM_NODEID; exit 5; }}; {later}"
+    handle, status, record = run(runner, make_app(script, max_retries=5))
+    assert (status.state, status.num_restarts) == (AppState.FAILED, 1)
+    assert status.msg == "FAILED, status 78: it would go wrong again, and is not tried again"
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
+    assert cli.main(["logs", "-f", handle]) == 78
+    assert "status 78: it would go wrong again" in capsys.readouterr().err
 
 
 def test_a_cancelled_job_is_told_to_end_once(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,9 @@
 `torchx run -s slurm` takes the options and submits the job of TorchX's scheduler; `setup.cfg` registers this one in its
 place. What is different:
 
-- jobs are asked about in plain columns, first from squeue, then from the accounting database. TorchX's reads JSON, whose
-  fields change with every release: on Slurm 22.05 it ends with KeyError 'job_resources' right after submitting, and
-  without a database it knows no job that has ended;
+- jobs are asked about in plain columns, first from squeue, then from the accounting database. TorchX's reads JSON,
+  whose fields change with every release: on Slurm 22.05 it ends with KeyError 'job_resources' right after submitting,
+  and without a database it knows no job that has ended;
 - a heterogeneous job is listed once, not once for each replica;
 - environment values with commas arrive whole: `srun --export=A=1,2` would cut them.
 """

@@ -48,10 +48,10 @@ class Place:
         state = {"XDG_STATE_HOME": str(self.folder / "state"), "PYTHONPATH": str(REPOSITORY)}
         return {**self.cluster.environment, **state}
 
-    def words(self, run_dir: str) -> list[str]:
+    def words(self, run_dir: str, *more: str) -> list[str]:
         """Arguments of a job on two hosts, whose run folder has this name."""
         words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1"]
-        return [*words, "--", f"--output.run_dir={run_dir}"]
+        return [*words, *more, "--", f"--output.run_dir={run_dir}"]
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command of ours, where Slurm can be asked."""
@@ -123,8 +123,11 @@ def host_names(told: dict[str, object]) -> list[str]:
     return [host["name"] for host in hosts]
 
 
-def lose_a_host(place: Place) -> str:
-    """Start a job, take one of its hosts, and return the job's handle once it goes on, on other hosts."""
+def lose_a_host(place: Place, meanwhile: Callable[[], None]) -> str:
+    """Start a job, take one of its hosts, and return the job's handle once it goes on, on other hosts.
+
+    `meanwhile` is for the time in which Slurm finds out.
+    """
     handle = place.papilio("launch", "-s", "slurm", *place.words("struck")).strip()
     assert re.fullmatch(r"slurm://papilio/\d+", handle)
     wait_until(lambda: bool(place.checkpoints("struck")), "a checkpoint")
@@ -133,6 +136,7 @@ def lose_a_host(place: Place) -> str:
     hosts, job_folder = host_names(told), Path(str(told["folder"]))
     assert hosts == place.cluster.hosts[:2]
     place.cluster.kill_host(hosts[1])
+    meanwhile()
     wait_until(lambda: any(event.attempt == 2 for event in read_events(str(job_folder))), "Slurm to requeue the job")
     wait_until(lambda: times_resumed(job_folder.glob("host_*.log")) == 1, "the ranks to go on")
     told = place.status(handle)
@@ -167,8 +171,9 @@ def kill_a_rank_under_torchx(place: Place) -> str:
 
 def test_whatever_happens_to_a_job_the_model_is_that_of_a_local_run(place: Place) -> None:
     """A host is lost, then the job is cancelled, started again by `torchx run`, and one of its ranks killed."""
-    local = place.start("launch", "-s", "local_cwd", "--follow", *place.words("local"))
-    handle = lose_a_host(place)
+    local: list[subprocess.Popen[str]] = []
+    locally = ["launch", "-s", "local_cwd", "--follow", *place.words("local", "--preflight", "true")]
+    handle = lose_a_host(place, lambda: local.append(place.start(*locally)))
     cancel(place, handle)
     handle = kill_a_rank_under_torchx(place)
     told = json.loads(place.torchx("status", "--json", handle))
@@ -176,8 +181,9 @@ def test_whatever_happens_to_a_job_the_model_is_that_of_a_local_run(place: Place
     told = place.status(handle)
     assert (told["state"], host_names(told)) == ("SUCCEEDED", [place.cluster.hosts[0], place.cluster.hosts[2]])
     assert f"{handle.replace('torchx/', 'papilio/')} " in place.papilio("list")
-    out, err = local.communicate(timeout=TIMEOUT_S)
-    assert local.returncode == 0, out + err
+    out, err = local[0].communicate(timeout=TIMEOUT_S)
+    assert local[0].returncode == 0, out + err
+    assert out.index("\nready") < out.index("small: dlrm, 921 weights on 2 rank(s)")
     found, expected = place.tensors("struck"), place.tensors("local")
     assert found.keys() == expected.keys()
     for key, values in expected.items():

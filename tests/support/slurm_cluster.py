@@ -6,7 +6,7 @@
 Hosts are called 127.0.0.11, 127.0.0.12, ...: names that resolve without any change to the system. Everything lies in
 one folder, which goes when the cluster does.
 
-With `namespaces` (tests/support/host_namespaces.py, for which one must be root) slurmctld and each host are in a network
+With `namespaces` (tests/support/host_namespaces.py, for which one must be root) slurmctld and each host have a network
 of their own, so that a host can be lost for real. Slurm's commands then work on these hosts only: `cluster.command`.
 """
 
@@ -42,7 +42,7 @@ CLUSTER_MARK, HOST_MARK = "SLURM_CLUSTER_OF_TEST", "SLURM_HOST_OF_TEST"
 # backfill        torchx submits several replicas as a heterogeneous job, which sched/builtin never starts
 # config_overrides  the hosts share one machine and claim the CPUs and the memory written here
 # cred_expire     also the time for which Slurm holds back a requeued job: 120 s by default, 5 at least
-# MessageTimeout, KillWait  what passes after the loss of a host until its job is requeued; ranks save in KillWait, too
+# MessageTimeout, KillWait  pass after the loss of a host before its job is requeued; but in KillWait ranks save, too
 # linuxproc, none no cgroups, no root
 CONFIG = """
 ClusterName=test
@@ -72,7 +72,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout={host_timeout_s}
-KillWait=5
+KillWait=10
 MessageTimeout=2
 MinJobAge={job_age_s}
 """

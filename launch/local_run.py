@@ -18,8 +18,8 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 
-# sysexits.h, "temporary failure": the agent leaves with it when all ranks saved (trainer/exit_codes.py).
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
+from trainer.exit_codes import RESUME_EXIT_CODE
+
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.

@@ -102,11 +102,14 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
         folder.write_plan(model.plan.to_json())
         print(_opening(config, loader, model, ranks, folder, start.progress), flush=True)
     saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks)
+    saver.latest = start.saved
     job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
     try:
         with no_garbage_collection(), watch_for_preemption(ranks) as preemption:
             around = RunContext(dataset, folder, job.checkpoints, preemption, health, start.window)
             run_training(model, optimizers, loader, config, ranks, around, start.progress)
+        health.is_saved = start.progress.is_preempted
+        health.mark(start.progress.step, "ending")
         summary = None if start.progress.is_preempted else _finish(job, start.progress)
         saver.close()
         if summary is None and folder is not None:

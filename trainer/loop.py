@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -69,7 +70,8 @@ def run_training(
     reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.remark)
     reporter.restore(run.window)
     work = OwnWork(model.module, ranks.device, progress)
-    run.health.show(work.figures, _shown(config, ranks, run, loader, reporter, progress, num_steps))
+    standing = partial(_standing, config, run, loader, reporter, progress, num_steps)
+    run.health.show(work.figures, run.folder and Run(config.name, run.folder.path, ranks.world_size, standing))
     wait_before_s = progress.wait_s
     batches = iter(loader)
     model.module.train()
@@ -88,12 +90,10 @@ def run_training(
         progress.train_s += time.perf_counter() - begin_s
         progress.wait_s = wait_before_s + loader.wait_s
         run.health.mark(progress.step, "training")
-        is_report = reporter.is_due(progress)
-        if is_report:
-            reporter.report(progress)
+        is_report = reporter.report_if_due(progress)
         if is_validation_due:
-            pipeline.detach()
             run.health.mark(progress.step, "validating")
+            pipeline.detach()
             reporter.validate(model, run.dataset, progress)
         progress.is_preempted = run.preemption.is_agreed(progress.step) and progress.step < num_steps
         is_best = is_validation_due and progress.is_best_now
@@ -111,36 +111,24 @@ def total_steps(num_done: int, loader: Loader, config: Config) -> int:
     return min(num_done + len(loader), config.train.max_steps or sys.maxsize)
 
 
-def _shown(
-    config: Config,
-    ranks: Ranks,
-    run: RunContext,
-    loader: Loader,
-    reporter: Reporter,
-    progress: Progress,
-    num_steps: int,
-) -> Run | None:
-    """Return what the first rank shows of the run while it runs."""
-    if run.folder is None:
-        return None
+def _standing(
+    config: Config, run: RunContext, loader: Loader, reporter: Reporter, progress: Progress, num_steps: int
+) -> Standing:
+    """Return how far the run is; asked for by the thread that shows it."""
+    position, validations, saved = progress.position, progress.validations, run.checkpoints.latest
     num_epochs = config.train.epochs
-
-    def standing() -> Standing:
-        position, validations, saved = progress.position, progress.validations, run.checkpoints.latest
-        return Standing(
-            step=progress.step,
-            num_steps=num_steps,
-            num_samples=progress.num_samples,
-            train_s=progress.train_s,
-            epoch=min(position.epoch + 1, num_epochs),
-            num_epochs=num_epochs,
-            epoch_share=1.0 if position.epoch == num_epochs else position.sample / loader.num_samples_per_epoch,
-            loss=reporter.latest_loss,
-            validation_auc=validations[-1][1].auc if validations else None,
-            checkpoint=CheckpointView(name=saved.name or None, step=saved.step, unix_s=saved.unix_s) if saved else None,
-        )
-
-    return Run(config.name, run.folder.path, ranks.world_size, standing)
+    return Standing(
+        step=progress.step,
+        num_steps=num_steps,
+        num_samples=progress.num_samples,
+        train_s=progress.train_s,
+        epoch=min(position.epoch + 1, num_epochs),
+        num_epochs=num_epochs,
+        epoch_share=1.0 if position.epoch == num_epochs else position.sample / loader.num_samples_per_epoch,
+        loss=reporter.latest_loss,
+        validation_auc=validations[-1][1].auc if validations else None,
+        checkpoint=CheckpointView(name=saved.name or None, step=saved.step, unix_s=saved.unix_s) if saved else None,
+    )
 
 
 def _save(checkpoints: Checkpoints, reporter: Reporter, progress: Progress, reason: str) -> None:

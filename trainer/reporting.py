@@ -51,10 +51,13 @@ class Reporter:
         share = output.global_batch_size / self._ranks.world_size
         self._loss_sum += torch.stack([output.loss.double() * share, output.loss.new_tensor(share).double()])
 
-    def is_due(self, progress: Progress) -> bool:
-        """Whether a window of steps is full."""
+    def report_if_due(self, progress: Progress) -> bool:
+        """Report if a window of steps is full, and return whether it was. Collective."""
         every = self._config.train.log_every_steps
-        return progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
+        is_due = progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
+        if is_due:
+            self.report(progress)
+        return is_due
 
     def check_finite(self) -> None:
         """Stop if a loss since the last report was not finite. Collective.

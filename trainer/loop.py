@@ -70,17 +70,15 @@ def run_training(
     reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.remark)
     reporter.restore(run.window)
     work = OwnWork(model.module, ranks.device, progress)
-    standing = partial(_standing, config, run, loader, reporter, progress, num_steps)
-    run.health.show(work.figures, run.folder and Run(config.name, run.folder.path, ranks.world_size, standing))
+    run.health.show(work.figures, _shown(config, ranks, run, loader, reporter, progress, num_steps))
     wait_before_s = progress.wait_s
     batches = iter(loader)
     model.module.train()
     while progress.step < num_steps and not progress.is_preempted:
         begin_s = time.perf_counter()
         optimizers.set_step(progress.step)
-        work.begin_step(begin_s)
-        output: StepOutput = pipeline.progress(batches)
-        work.end_step()
+        with work.timed(begin_s):
+            output: StepOutput = pipeline.progress(batches)
         reporter.record(output, progress.step)
         progress.step += 1
         progress.position = output.position
@@ -111,11 +109,27 @@ def total_steps(num_done: int, loader: Loader, config: Config) -> int:
     return min(num_done + len(loader), config.train.max_steps or sys.maxsize)
 
 
+def _shown(
+    config: Config,
+    ranks: Ranks,
+    run: RunContext,
+    loader: Loader,
+    reporter: Reporter,
+    progress: Progress,
+    num_steps: int,
+) -> Run | None:
+    """Return what the first rank shows of the run while it runs."""
+    if run.folder is None:
+        return None
+    standing = partial(_standing, config, run.checkpoints, loader, reporter, progress, num_steps)
+    return Run(config.name, run.folder.path, ranks.world_size, standing)
+
+
 def _standing(
-    config: Config, run: RunContext, loader: Loader, reporter: Reporter, progress: Progress, num_steps: int
+    config: Config, checkpoints: Checkpoints, loader: Loader, reporter: Reporter, progress: Progress, num_steps: int
 ) -> Standing:
     """Return how far the run is; asked for by the thread that shows it."""
-    position, validations, saved = progress.position, progress.validations, run.checkpoints.latest
+    position, validations, saved = progress.position, progress.validations, checkpoints.latest
     num_epochs = config.train.epochs
     return Standing(
         step=progress.step,

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Times(Protocol):
 
 
 class OwnWork:
-    """Times one rank's work; `begin_step` and `end_step` around every step, `figures` from any thread."""
+    """Times one rank's work; `timed` around every step, `figures` from any thread."""
 
     def __init__(self, model: nn.Module, device: torch.device, times: Times, every_s: float = TIMED_EVERY_S) -> None:
         """`model` is sharded; `times` is read when figures are asked for."""
@@ -54,19 +55,17 @@ class OwnWork:
         self._dense_ms: deque[float] = deque(maxlen=NUM_KEPT)
         self._num_timed = 0
 
-    def begin_step(self, now_s: float) -> None:
-        """Prepare to time the step that begins at `now_s` (time.perf_counter), if that is due."""
-        if now_s < self._due_s:
-            return
-        self._due_s = now_s + self._every_s
-        self._take_in_spans()
-        for module in self._lookups:
-            self._time(module, is_lookup=True)
-        for module in self._dense:
-            self._time(module, is_lookup=False)
-
-    def end_step(self) -> None:
-        """End the step; without hooks again, the next one takes the modules' fast path."""
+    @contextmanager
+    def timed(self, now_s: float) -> Iterator[None]:
+        """Time the step in the block, which begins at `now_s` (time.perf_counter), if that is due."""
+        if now_s >= self._due_s:
+            self._due_s = now_s + self._every_s
+            self._take_in_spans()
+            for module in self._lookups:
+                self._time(module, is_lookup=True)
+            for module in self._dense:
+                self._time(module, is_lookup=False)
+        yield
         if self._handles:
             for handle in self._handles:
                 handle.remove()

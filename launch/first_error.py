@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.schedulers.job_folder import last_event, read_events
 
 # What the agents and ranks say once they know (trainer/failures.py, trainer/agent.py).
-FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first: .*")
+FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first(, at step [\d,]+)?: .*")
 ERROR = re.compile(r"papilio[ \w]*: error: (.*)")
 RANK_PREFIX = re.compile(r"^\[\d+\]:(?:\[rank\d+\]: ?)?")
 ATTEMPT = "papilio: attempt "

@@ -24,6 +24,10 @@ PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.
 RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))(?:\[rank\d+\]: ?)?")
+# The C++ stack of an error of the process group: long, without a word of use; the log file has it.
+NATIVE_STACK = re.compile(
+    r"^(?:\[\d+\]:)?(?:\[rank\d+\]: ?)?(?:frame #\d+: |<omitting python frames>|Exception raised from )"
+)
 ERASE_TO_END_OF_LINE = "\x1b[K"
 
 
@@ -41,6 +45,8 @@ class LinePrinter:
 
     def print(self, line: str) -> None:
         """Print one line, given without its newline."""
+        if NATIVE_STACK.match(line):
+            return
         line = RANK_PREFIX.sub(lambda match: "" if match[1] else f"rank {match[2]}: ", line)
         if self._num_columns is not None and PROGRESS_BAR.search(line):
             # A line that wraps cannot be drawn over.

@@ -98,7 +98,8 @@ class Agent(LocalElasticAgent):
             numa_options=config.numa_options,
         )
         assert config.logs_specs is not None
-        super().__init__(spec, config.logs_specs, config.start_method)
+        # The rank of the whole job: torch's own prefix is the rank on this host.
+        super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)

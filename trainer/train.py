@@ -23,7 +23,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError
+from trainer.failures import LostRankError, note_early_failure
 from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             summary = train(config, ranks, health)
     except EXPECTED_ERRORS as error:
+        note_early_failure(error)
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, PASSING_ERRORS) else NO_RESTART_EXIT_CODE
     return RESUME_EXIT_CODE if summary is None else 0

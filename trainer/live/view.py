@@ -94,6 +94,10 @@ class LiveView(_Section):
     ranks: tuple[RankView, ...] = ()
     findings: tuple[FindingView, ...] = ()
 
+    def own_ms(self, rank: RankView) -> float:
+        """Return what a rank does of a step without the others, as far as it is measured."""
+        return (rank.lookup_ms or 0.0) + (rank.dense_ms or 0.0) + (rank.wait_share or 0.0) * (self.step_ms or 0.0)
+
     def age_s(self, now_unix_s: float | None = None) -> float:
         """Seconds since it was written."""
         return max(0.0, (time.time() if now_unix_s is None else now_unix_s) - self.unix_s)

@@ -106,7 +106,7 @@ class LiveWriter:
         """Read all ranks' signs, log what is new, and return the view."""
         signs = self._channel.signs(self._run.world_size)
         own = self._own_sign()
-        signs[own.rank] = own
+        signs = {own.rank: own} | signs
         standing, now_s = self._run.standing(), time.monotonic()
         for rank, sign in signs.items():
             if rank not in self._seen or self._seen[rank][0] != sign.count:
@@ -179,18 +179,13 @@ def remark_on(view: LiveView) -> str:
 
 def slowest_rank(view: LiveView) -> tuple[RankView, float] | None:
     """Return the rank that takes longest for its own work and by how much, against the median; None if not worth it."""
-    own_ms = {rank.rank: own_work_ms(rank, view.step_ms) for rank in view.ranks}
+    own_ms = {rank.rank: view.own_ms(rank) for rank in view.ranks}
     if len(own_ms) < 2 or view.step_ms is None:
         return None
     slowest = max(view.ranks, key=lambda rank: own_ms[rank.rank])
     others = statistics.median(found for rank, found in own_ms.items() if rank != slowest.rank)
     behind_ms = own_ms[slowest.rank] - others
     return (slowest, behind_ms) if behind_ms >= BEHIND_SHARE * view.step_ms else None
-
-
-def own_work_ms(rank: RankView, step_ms: float | None) -> float:
-    """Return what a rank does of a step without the others, as far as it is measured."""
-    return (rank.lookup_ms or 0.0) + (rank.dense_ms or 0.0) + (rank.wait_share or 0.0) * (step_ms or 0.0)
 
 
 def _states(signs: Mapping[int, Sign]) -> dict[int, RankState]:

@@ -95,7 +95,7 @@ def make_app(
     """Return a job of one role, a replica for each host, each of which runs the module `command[0]`."""
     fewest, most = bounds(nnodes)
     plain, carried = _split_environment(surroundings.env or {})
-    parsed_mounts = specs.parse_mounts(list(surroundings.mounts)) if surroundings.mounts else []
+    parsed_mounts = _parse_mounts(surroundings.mounts or ())
     first = [f"--env={name}={escape_macros(value)}" for name, value in carried.items()]
     first += [f"--mounted={mount.dst_path}" for mount in parsed_mounts if not isinstance(mount, specs.DeviceMount)]
     if most > 1:
@@ -144,6 +144,16 @@ def _pod_settings(request: HostRequest, grace_s: int) -> dict[object, object]:
     """
     shared = {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{request.memory_mb // 2}M"}}
     return {"terminationGracePeriodSeconds": grace_s + POD_MARGIN_S, JOIN("volumes", on="name"): [shared]}
+
+
+def _parse_mounts(words: Sequence[str]) -> list[specs.BindMount | specs.VolumeMount | specs.DeviceMount]:
+    try:
+        return list(specs.parse_mounts(list(words)))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"--mounts {','.join(words)}: {error.args[0]}; as in type=volume,src=CLAIM,dst=FOLDER or "
+            "type=bind,src=FOLDER,dst=FOLDER,readonly"
+        ) from None
 
 
 def _split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import queue
@@ -12,15 +11,13 @@ import shutil
 import sys
 import threading
 import time
-import zlib
 from typing import Any
 
 from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.api import Stream
-from torchx.specs import finder
 
-from launch import components
+from launch.component_arguments import build_app
 from launch.job_status import exit_status, handle_of, log_paths, record_of, status_lines, status_of
 from launch.live_text import table
 from launch.local_run import LinePrinter
@@ -28,28 +25,17 @@ from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record
 from launch.schedulers.runner import make_runner, scheduler_of
 from launch.usage import UsageError
-from trainer.config_file import load_config
 
-SETTING = re.compile(r"--[A-Za-z]\w*(\.\w+)+=.*", re.DOTALL)
 RANK_LINE = re.compile(r"^\[\d+\]:")
 POLL_S = 1.0
-# Two jobs may share a host, and each needs a port of its own to meet at; below those that the kernel gives away.
-FIRST_PORT, NUM_PORTS = 29_500, 3_000
 MAX_LISTED = 20
 
 
 def run_launch(namespace: argparse.Namespace) -> int:
     """Submit a component as a job, or print what would be submitted; with --follow, show its output to its end."""
-    name, words = namespace.component, _settings_last(namespace.arguments)
-    component = _find_component(name)
-    if name.rpartition(".")[2] == "train":
-        _check_recipe(words)
-    if "rdzv_port" in inspect.signature(component).parameters and not any(w.startswith("--rdzv_port") for w in words):
-        seed = f"{os.getpid()} {time.time_ns()}".encode()
-        words = ["--rdzv_port", str(FIRST_PORT + zlib.crc32(seed) % NUM_PORTS), *words]
+    app = build_app(namespace.component, namespace.arguments)
     with make_runner() as runner:
         settings = _settings(runner, namespace.scheduler, namespace.cfg)
-        app = specs.materialize_appdef(component, words)
         info = runner.dryrun(app, namespace.scheduler, cfg=settings)
         if namespace.dryrun:
             print(info)
@@ -133,39 +119,6 @@ def _settings(runner: Runner, scheduler: str, words: list[str]) -> dict[str, Any
         if "=" not in word or not names <= known:
             raise UsageError(f"-cfg {word}: the settings of {scheduler} are {', '.join(sorted(known))}, as key=value")
     return dict(runner.cfg_from_str(scheduler, *words))
-
-
-def _find_component(name: str) -> Any:
-    """Return the function of a component: one of ours by its bare name, any other as TorchX names it."""
-    bare = name.removeprefix("papilio.")
-    found = getattr(components, bare, None)
-    if not bare.startswith("_") and inspect.isfunction(found) and found.__module__ == components.__name__:
-        return found
-    if "." not in name and ":" not in name:
-        ours = [key for key, value in vars(components).items() if inspect.isfunction(value) and not key.startswith("_")]
-        ours = [key for key in ours if vars(components)[key].__module__ == components.__name__]
-        raise UsageError(
-            f"there is no component {name}; there are {', '.join(ours)}, and TorchX's own, as dist.torchrun"
-        )
-    return finder.get_component(name).fn
-
-
-def _settings_last(words: list[str]) -> list[str]:
-    """Put settings of the recipe behind `--`, where TorchX wants them."""
-    before, after = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    settings = [word for word in before if SETTING.fullmatch(word)]
-    rest = [word for word in before if not SETTING.fullmatch(word)]
-    return [*rest, "--", *settings, *after] if settings or after else rest
-
-
-def _check_recipe(words: list[str]) -> None:
-    """Load the recipe with its settings, so that a wrong key is found before the job waits in a queue."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    before, after = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    recipe = parser.parse_known_args(before)[0].recipe
-    if recipe is not None:
-        load_config(recipe, after)
 
 
 def _role(runner: Runner, handle: str) -> str:

@@ -5,7 +5,8 @@
 - ranks that leave with status 75 after SIGTERM have saved: nothing failed. This host's agent leaves with 75 too if it
   was told to end, or if the job needs all hosts; in an elastic job the others go on, and count no restart;
 - the rank that failed first is noted where the other ranks look for it, and named before each restart;
-- a rank that leaves with status 78 made a mistake that it would make again: the job is not restarted;
+- a rank that leaves with status 78 made a mistake that it would make again: the job is not restarted, and the agents
+  of all hosts leave with 78 too, so that no scheduler tries again;
 - after a failure the other ranks get some seconds to say what they saw, before they are ended.
 """
 
@@ -36,8 +37,10 @@ from trainer.side_channel import Failure, SideChannel, host_name, open_side_chan
 LAST_WORDS_S = 6.0
 # What a rank that failed to end by itself gets between SIGTERM and SIGKILL.
 FAILED_GRACE_S = 3.0
-# For the other agents of a job that was preempted whole, to see their own ranks leave while there is a rendezvous.
+# For the other agents of a job that ends whole, to see why while there is a store.
 FAREWELL_S = 5.0
+# How often an agent whose own ranks are well asks whether another host's made a mistake.
+ASK_S = 1.0
 POLL_S = 0.05
 # Ranks that ran for so long have proved that they can: restarts are counted anew.
 PROVEN_S = 3_600.0
@@ -45,7 +48,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this host's part of a job; return 0, 1, 75 (resume me), or 128 + the signal that ended it."""
+    """Run this host's part of a job; return 0, 1, 75 (resume me), 78 (do not retry), or 128 + a signal's number."""
     # With torch's shared store an agent that joins after a loss waits for an address that nobody writes, and the
     # survivors die after 60 s (seen 2 times of 2 with torch 2.13.0).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -106,6 +109,8 @@ class Agent(LocalElasticAgent):
         self._were_saved = False
         self._is_joined = False
         self._failure = ""
+        self._is_final = False
+        self._asked_s = 0.0
         self._started_s = time.monotonic()
 
     def run_to_the_end(self) -> int:
@@ -127,7 +132,7 @@ class Agent(LocalElasticAgent):
             return 1
         if result.is_failed():
             say(f"error: {self._failure}")
-            return 1
+            return self._leave_for_good() if self._is_final else 1
         return 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -158,6 +163,8 @@ class Agent(LocalElasticAgent):
             if self._have_saved():
                 return self._after_saving(worker_group)
             self._tell_failure()
+        elif self._is_forbidden():
+            self._join_the_end()
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -238,9 +245,30 @@ class Agent(LocalElasticAgent):
         if time.monotonic() - self._started_s > PROVEN_S:
             self._remaining_restarts = most
         if NO_RESTART_EXIT_CODE in self._exit_statuses().values():
-            self._remaining_restarts = 0
+            self._channel.forbid_restart()
+        if self._channel.is_restart_forbidden() or NO_RESTART_EXIT_CODE in self._exit_statuses().values():
+            self._is_final, self._remaining_restarts = True, 0
         if self._remaining_restarts > 0:
             say(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
+
+    def _is_forbidden(self) -> bool:
+        """Whether a mistake on another host ends the job; asked now and then."""
+        if self._worker_group.group_world_size == 1 or time.monotonic() - self._asked_s < ASK_S:
+            return False
+        self._asked_s = time.monotonic()
+        return self._channel.is_restart_forbidden()
+
+    def _join_the_end(self) -> None:
+        """End this host's ranks, which may not have heard of the mistake of another."""
+        self._is_final, self._remaining_restarts = True, 0
+        self._failure = str(self._channel.first_failure() or "another host failed first")
+        self._wait_for_ranks(LAST_WORDS_S)
+        self._end_ranks(FAILED_GRACE_S)
+
+    def _leave_for_good(self) -> int:
+        self._exit_barrier_timeout = FAREWELL_S
+        self._exit_barrier()  # type: ignore[no-untyped-call]
+        return NO_RESTART_EXIT_CODE
 
     def _status_after(self, number: signal.Signals) -> int:
         statuses = set(self._exit_statuses().values())
@@ -259,6 +287,8 @@ class Agent(LocalElasticAgent):
         else:
             what = f"the hosts do not find each other: {error.__cause__ or error}"
         say(f"error: {self._failure + '; ' if self._failure else ''}{what}")
+        if self._is_final or self._channel.is_restart_forbidden():
+            return self._leave_for_good()
         return RESUME_EXIT_CODE if self._were_saved else 1
 
 

@@ -24,6 +24,7 @@ from trainer.live.figures import RankFigures
 ANSWER_TIMEOUT_S = 3.0
 FAILURE_KEY = "first_failure"
 PREEMPTION_KEY = "preempted"
+NO_RESTART_KEY = "no_restart"
 
 T = TypeVar("T")
 
@@ -116,11 +117,19 @@ class SideChannel:
 
         return self._ask(read, None)
 
+    def forbid_restart(self) -> None:
+        """Let all agents know that what went wrong would go wrong again."""
+        self._ask(lambda store: store.set(NO_RESTART_KEY, "1"), None)
+
+    def is_restart_forbidden(self) -> bool:
+        """Return whether any agent has said so."""
+        return self._ask(lambda store: store.check([NO_RESTART_KEY]), False)
+
     def forget(self, world_size: int) -> None:
         """Delete what an earlier round may have left under the same name."""
 
         def delete(store: dist.Store) -> None:
-            for key in (FAILURE_KEY, *(_sign_key(rank) for rank in range(world_size))):
+            for key in (FAILURE_KEY, NO_RESTART_KEY, *(_sign_key(rank) for rank in range(world_size))):
                 store.delete_key(key)
 
         self._ask(delete, None)

@@ -24,6 +24,7 @@ if "--save=1" in sys.argv:
 if "--fail=1" in sys.argv and rank == "1":
     sys.exit("this rank fails on purpose")
 if "--hang=1" in sys.argv or "--save=1" in sys.argv:
+    time.sleep(1)  # no real rank is up before its agent knows it, which is what gives a rank its time to save
     Path(f"pid_{rank}").write_text(str(os.getpid()))
     time.sleep(300)
 """

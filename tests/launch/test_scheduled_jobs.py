@@ -18,7 +18,7 @@ from torchx.runner import Runner
 from torchx.schedulers import get_scheduler_factories
 from torchx.specs import AppState
 
-from launch import cli, scheduled_jobs
+from launch import cli
 from launch.first_error import find_first_error
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record, read_events
@@ -196,20 +196,6 @@ def test_a_component_explains_itself(papilio: Papilio) -> None:
     status, out, _ = papilio("launch", "train", "--help")
     assert status == 0
     assert "--nnodes" in out and "--recipe" in out
-
-
-def test_settings_may_stand_anywhere() -> None:
-    words = ["--recipe", "r", "--data.path=a b", "--env", "A=1", "--", "--seed=2"]
-    assert scheduled_jobs._settings_last(words) == [
-        "--recipe",
-        "r",
-        "--env",
-        "A=1",
-        "--",
-        "--data.path=a b",
-        "--seed=2",
-    ]
-    assert scheduled_jobs._settings_last(["--recipe", "r"]) == ["--recipe", "r"]
 
 
 def test_torchxs_own_schedulers_and_default_are_untouched() -> None:

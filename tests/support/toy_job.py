@@ -22,6 +22,10 @@ from trainer.preemption import Preemption, watch_for_preemption
 from trainer.ranks import Ranks, process_group
 
 
+class RefusalError(ValueError):
+    """A mistake that would be made again."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -79,7 +83,7 @@ def happen(options: argparse.Namespace, rank: int, step: int) -> None:
     if kind == "sleep":
         time.sleep(1000)
     if kind == "refuse":
-        sys.exit(NO_RESTART_EXIT_CODE)
+        raise RefusalError("this rank refuses on purpose")
     os.kill(os.getpid(), getattr(signal, kind))
 
 
@@ -99,5 +103,5 @@ if __name__ == "__main__":
         status = 1
     except ValueError as error:
         print(f"toy: mistake: {error}", file=sys.stderr)
-        status = 1
+        status = NO_RESTART_EXIT_CODE if isinstance(error, RefusalError) else 1
     leave(status)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.agents import AgentProcess, free_port, is_alive, wait_until
 
-RESUME = 75
+RESUME, NO_RESTART = 75, 78
 
 
 @pytest.fixture
@@ -71,9 +71,23 @@ def test_an_error_is_told_once_with_the_rank_that_made_it(start: Callable[..., A
 
 def test_a_mistake_that_would_be_made_again_is_not_restarted(start: Callable[..., AgentProcess]) -> None:
     agent = start("--event=refuse:0:3", max_restarts=3)
-    assert agent.wait() == 1
+    assert agent.wait() == NO_RESTART
     assert agent.output.count("toy begins") == 1
-    assert f"papilio: error: rank 0 (host {os.uname().nodename}) failed first: exited with status 78" in agent.output
+    assert f"papilio: error: rank 0 (host {os.uname().nodename}) failed first, at step 2: Refusal" in agent.output
+
+
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_the_agents_of_all_hosts_say_that_a_mistake_would_be_made_again(
+    start: Callable[..., AgentProcess], mistaken: int
+) -> None:
+    port = free_port()
+    event = f"--event=refuse:{mistaken}:3"
+    one = start(event, nproc=1, nnodes="2", port=port, max_restarts=3)
+    other = start(event, nproc=1, nnodes="2", port=port, is_host=False, max_restarts=3)
+    assert (one.wait(), other.wait()) == (NO_RESTART, NO_RESTART), one.output + other.output
+    assert (one.output + other.output).count("toy begins") == 1
+    for agent in (one, other):
+        assert f"papilio: error: rank {mistaken} (host {os.uname().nodename}) failed first, at step 2" in agent.output
 
 
 @pytest.mark.parametrize("goes_to", ["agent", "rank"])

@@ -14,6 +14,7 @@ MAX_RANK_LINES = 16
 MAX_HOST_LINES = 12
 NUM_SLOWEST = 5
 WIDE, BAR_WIDTH = 100, 24
+MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 40
 COLORS = {"running": "32", "done": "32", "saved": "33", "failed": "31", "old": "33"}
 WARNING_COLOR, FAINT = "33", "2"
 
@@ -51,11 +52,12 @@ def _head(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[str]:
     is_old = view.is_stale(now_unix_s)
     state = "old" if is_old else view.state
     ended = "" if view.state == "running" and not is_old else f" {ago(view.age_s(now_unix_s))}"
-    first = f"{view.name}  {ink.paint(state, COLORS[state])}{ended}  step {view.step:,} of {view.num_steps:,}"
-    bar = progress_bar(view.step, view.num_steps, max(10, min(40, width - 60)))
-    if view.state == "running" and view.remaining_s is not None:
-        bar += f"  {duration(view.remaining_s)} left"
-    lines = [f"{first}  {bar}", *_filled(_facts(view, now_unix_s), width)]
+    words = [view.name, f"{state}{ended}", f"step {view.step:,} of {view.num_steps:,}"]
+    left = f"  {duration(view.remaining_s)} left" if view.state == "running" and view.remaining_s is not None else ""
+    room = width - len("  ".join(words)) - len(left) - len("  || 100%")
+    bar = progress_bar(view.step, view.num_steps, min(MAX_BAR_WIDTH, room)) if room >= MIN_BAR_WIDTH else ""
+    words[1] = ink.paint(state, COLORS[state]) + ended
+    lines = [f"{'  '.join([*words, *([bar] if bar else [])])}{left}", *_filled(_facts(view, now_unix_s), width)]
     if is_old:
         text = f"this was written {ago(view.age_s(now_unix_s))} and should be anew every {_seconds(view.interval_s)}"
         lines += _wrapped(f"{text}: rank 0 is gone, or its host hangs", width, ink, WARNING_COLOR)

@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.failures import last_error
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -237,8 +238,15 @@ class Agent(LocalElasticAgent):
     def _note_failure(self, rank: int, status: int) -> None:
         sign = self._channel.signs(rank + 1).get(rank)
         last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
-        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign, time.time())
+        said = last_error(self._error_log(rank)) if status > 0 else ""
+        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign + said, time.time())
         self._failure = str(self._channel.note_failure(failure))
+
+    def _error_log(self, rank: int) -> str | None:
+        """Return the file of what a rank of this host said on stderr."""
+        local_rank = rank - self._worker_group.workers[0].global_rank
+        path: str | None = getattr(self._pcontext, "stderrs", {}).get(local_rank)
+        return path
 
     def _tell_failure(self) -> None:
         most = self._worker_group.spec.max_restarts

@@ -7,6 +7,7 @@ names the ranks that give no more signs of life.
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import time
 import traceback
@@ -23,6 +24,9 @@ MAX_ERROR_CHARACTERS = 300
 # Errors of these say what was wrong and what mends it; of any other, where it came from says more.
 OUR_PACKAGES = ("data_pipeline", "sharding", "trainer")
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+# As Python ends a traceback, with the rank that torch puts before it.
+ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception|Interrupt)|Fatal Python error)\b.*)")
+MAX_LOG_BYTES = 64 * 1024
 # What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
 SYMPTOMS_OF_A_LOST_PEER = (
     "connection closed by peer",
@@ -77,6 +81,20 @@ def note_early_failure(error: BaseException) -> None:
     rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if num_ranks > 1 and not isinstance(error, LostRankError):
         open_side_channel().note_failure(Failure(rank, host_name(), -1, told_with_place(error), time.time()))
+
+
+def last_error(path: str | None) -> str:
+    """Return, after a colon, the last line of a log that reads as an error's; nothing where there is none.
+
+    It is what is known of a rank that failed before it could note anything, for example in an import.
+    """
+    if path is None or not os.path.exists(path):
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - MAX_LOG_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    found = [match[1] for match in map(ERROR_LINE.match, lines) if match is not None]
+    return f": {found[-1][:MAX_ERROR_CHARACTERS]}" if found else ""
 
 
 def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: SideChannel) -> str | None:

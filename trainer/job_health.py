@@ -50,10 +50,10 @@ class JobHealth:
         """Put this rank's figures into its signs; with `run`, on one rank, write the view of all ranks too."""
         if self._watchdog is None or self._channel is None:
             return
-        self._watchdog.show(figures)
         if run is not None:
             self._writer = LiveWriter(run, self._channel, self._watchdog.sign)
             self._writer.start()
+        self._watchdog.show(figures, self._close_with)
 
     def remark(self) -> str:
         """Return what of the other ranks is worth a word in the progress line; mostly nothing."""
@@ -66,8 +66,12 @@ class JobHealth:
         if error is None:
             self._writer.close("saved" if self.is_saved else "done")
         else:
-            first = self._channel.first_failure()
-            self._writer.close("failed", one_line(error) if first is None else str(first))
+            self._close_with(one_line(error))
+
+    def _close_with(self, line: str) -> None:
+        first = self._channel.first_failure() if self._channel is not None else None
+        if self._writer is not None:
+            self._writer.close("failed", line if first is None else str(first))
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Watchdog:
         self._has_ended = threading.Event()
         self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._figures: Callable[[], RankFigures] | None = None
+        self._at_end: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     @property
@@ -65,9 +66,13 @@ class Watchdog:
         self._phase = phase
         self._num_marks += 1
 
-    def show(self, figures: Callable[[], RankFigures]) -> None:
-        """Put these into every sign from now on; asked for in the watchdog's thread."""
+    def show(self, figures: Callable[[], RankFigures], at_end: Callable[[str], None] | None = None) -> None:
+        """Put these into every sign from now on; `at_end` is told why, should this process be ended here.
+
+        Both are called in the watchdog's thread.
+        """
         self._figures = figures
+        self._at_end = at_end
 
     def sign(self, *, has_left: bool = False) -> Sign:
         """Return this rank's sign as it is now."""
@@ -166,6 +171,8 @@ class Watchdog:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         print(f"Stack of rank {self._ranks.rank} (most recent call last):\n{stack}", file=sys.stderr, flush=True)
+        if self._at_end is not None:
+            self._at_end(line)
         os._exit(1)
 
 

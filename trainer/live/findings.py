@@ -16,13 +16,13 @@ from trainer.live.figures import RankFigures
 Kind = Literal["dense", "lookups", "data", "all_data"]
 
 WINDOW_S = 5.0
-NUM_WINDOWS = 3
+NUM_WINDOWS = 4
 # A rank's medians are over fewer steps at the beginning.
 MIN_TIMED = 8
 # How many times the others' time; where a finding begins, and where it ends.
 BEGINS_AT, ENDS_AT = 1.5, 1.25
-# Forward is a third of the work: so much more of it makes the step longer by some 6 %.
-MIN_SHARE_OF_STEP = 0.02
+# Forward is a third of the work: so much more of it makes a step longer by some 9 %.
+MIN_SHARE_OF_STEP = 0.03
 # Of a rank's time, beyond the others' (median).
 DATA_BEGINS_AT, DATA_ENDS_AT = 0.10, 0.05
 # Of all ranks' time (median).

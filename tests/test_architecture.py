@@ -47,7 +47,9 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.places",
     "trainer.inference.formats.format_folder",
     "trainer.inference.package",
+    "trainer.live.view",
     "trainer.memory_limit",
+    "trainer.progress",
     "trainer.retries",
     "trainer.storage",
 }

@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.failures import last_error
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -101,7 +102,8 @@ class Agent(LocalElasticAgent):
             numa_options=config.numa_options,
         )
         assert config.logs_specs is not None
-        super().__init__(spec, config.logs_specs, config.start_method)
+        # The rank of the whole job: torch's own prefix is the rank on this host.
+        super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
@@ -236,8 +238,15 @@ class Agent(LocalElasticAgent):
     def _note_failure(self, rank: int, status: int) -> None:
         sign = self._channel.signs(rank + 1).get(rank)
         last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
-        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign, time.time())
+        said = last_error(self._error_log(rank)) if status > 0 else ""
+        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign + said, time.time())
         self._failure = str(self._channel.note_failure(failure))
+
+    def _error_log(self, rank: int) -> str | None:
+        """Return the file of what a rank of this host said on stderr."""
+        local_rank = rank - self._worker_group.workers[0].global_rank
+        path: str | None = getattr(self._pcontext, "stderrs", {}).get(local_rank)
+        return path
 
     def _tell_failure(self) -> None:
         most = self._worker_group.spec.max_restarts

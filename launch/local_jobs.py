@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch import components
 from launch.local_run import run_locally
+from launch.several_hosts import meeting_of, train_with_others
 from launch.usage import UsageError, require_files, require_folder
 from trainer.config_file import load_config
 
@@ -20,8 +21,12 @@ def run_train(namespace: argparse.Namespace) -> int:
     recipe, overrides = namespace.recipe, namespace.overrides
     if recipe.endswith(".toml"):
         require_files("--recipe", [recipe])
-    load_config(recipe, overrides)
-    return run_locally(components.train(*overrides, recipe=recipe, nproc=_num_ranks(namespace.nproc)))
+    config = load_config(recipe, overrides)
+    meeting = meeting_of(namespace, config.output.run_dir)
+    nproc = _num_ranks(namespace.nproc)
+    if meeting is None:
+        return run_locally(components.train(*overrides, recipe=recipe, nproc=nproc))
+    return run_locally(train_with_others(recipe, overrides, nproc, namespace.nnodes, meeting))
 
 
 def run_evaluate(namespace: argparse.Namespace) -> int:

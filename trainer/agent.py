@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.rendezvous import Rendezvous, open_rendezvous
+from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in SIGNALS:  # torch does so once the first ranks run
         signal.signal(number, _raise)
     try:
-        rendezvous = open_rendezvous(config, say)
+        rendezvous = open_rendezvous(config, [str(command), *map(str, command_arguments)], say)
     except SignalException as stopped:
         say(f"told to end by {stopped.sigval.name}; no rank had started")
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         say(f"error: {error}")
-        return 1
+        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError) else 1
     os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
     return Agent(config, rendezvous, str(command), command_arguments).run_to_the_end()
 

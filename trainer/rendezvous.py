@@ -7,24 +7,23 @@ its place again, or joins anew if the others went on without it.
 
 from __future__ import annotations
 
-import contextlib
+import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import count
-from threading import Thread, Timer
+from threading import Timer
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousInfo,
     RendezvousTimeoutError,
 )
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousSettings,
@@ -35,22 +34,16 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from trainer.addresses import is_loopback, is_own_address, own_address_towards
+from trainer.rendezvous_store import TELL_AFTER_S, Backend, StoreAddress, Tell, hold_store
 
-# How long a question to the store may take. On a loaded host threads come late.
-ANSWER_TIMEOUT_S = 5.0
-CONNECT_TIMEOUT_S = 3.0
-RETRY_S = 0.5
-# For what agents write for each other right after they met.
-READ_TIMEOUT_S = 60
 # How long an agent without ranks waits for a store that it has known.
 STORE_TIMEOUT_S = 30
 JOIN_TIMEOUT_S = 600
 LAST_CALL_TIMEOUT_S = 30
 KEEP_ALIVE_INTERVAL_S = 5
 KEEP_ALIVE_ATTEMPTS = 3
-TELL_AFTER_S = 3.0
-
-Tell = Callable[[str], None]
+# After which a host that has taken a job's name has come to the rendezvous.
+LOOK_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,13 +62,17 @@ class Times:
         return self.keep_alive_interval * self.keep_alive_attempts
 
 
-def open_rendezvous(config: LaunchConfig, tell: Tell) -> Rendezvous:
+class OtherJobError(RendezvousError):
+    """At the store another job runs under this one's name, or the hosts were started with different words."""
+
+
+def open_rendezvous(config: LaunchConfig, words: Sequence[str], tell: Tell) -> Rendezvous:
     """Reach the store of the job, or hold it where the endpoint is this host's, and return the place to meet.
 
-    With the port 0 the store is held here, for a job of one host.
+    With the port 0 the store is held here, for a job of one host. `words` start a rank, on all hosts the same.
 
     Raises:
-        RendezvousError: the store is not reached in time.
+        RendezvousError: the store is not reached in time, or the job there is another one.
     """
     settings = config.rdzv_configs
     times = Times(
@@ -89,15 +86,17 @@ def open_rendezvous(config: LaunchConfig, tell: Tell) -> Rendezvous:
     host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=29400)
     server = hold_store(host, port, is_certain=is_host is not None) if _holds(host, is_host) else None
     address = StoreAddress(host, server.port if server is not None else port)
-    run_id = config.run_id
-    for attempt in count(1):
-        backend = Backend(address, config.run_id, server)
-        backend.wait_for_store(times.join, tell)
-        rendezvous = Rendezvous.at(backend, config, times, config.local_addr or _own_address(address), tell)
-        # A store that outlives its jobs knows this name from one that has ended.
-        if not rendezvous.is_closed():
-            break
-        config.run_id = f"{run_id}.{attempt}"
+    backend = Backend(address, server)
+    backend.wait_for_store(times.join, tell)
+    own = config.local_addr or _own_address(address)
+
+    def meet(run_id: str) -> Rendezvous:
+        return Rendezvous.at(backend, run_id, (config.min_nodes, config.max_nodes), times, own, tell)
+
+    # A store that outlives its jobs may know this name from one that has ended.
+    names = (f"{config.run_id}.{attempt}" if attempt else config.run_id for attempt in count())
+    rendezvous = next(met for met in map(meet, names) if not met.is_closed())
+    rendezvous.check_same_job(words)
     return rendezvous
 
 
@@ -109,127 +108,6 @@ def _own_address(store: StoreAddress) -> str | None:
     """The address at which other hosts find this one; None for torch's choice, the name."""
     address = own_address_towards(store.host, store.port)
     return None if address is None or is_loopback(address) else address
-
-
-def hold_store(host: str, port: int, *, is_certain: bool = True) -> dist.TCPStore | None:
-    """Hold a store in this process, at a free port if `port` is 0.
-
-    None if the port is taken, unless this host `is_certain` to hold it: another agent of this host may hold the store.
-
-    Raises:
-        RendezvousConnectionError: the port is taken.
-    """
-    try:
-        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        if is_certain:
-            raise RendezvousConnectionError(f"cannot hold a store at port {port}: {error}") from error
-        return None
-
-
-@dataclass(frozen=True)
-class StoreAddress:
-    """Where the store is."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def why_silent(self) -> str:
-        """Say why no connection opens; nothing if one does."""
-        try:
-            with socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S):
-                return ""
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                return "no answer"
-            return (error.strerror or str(error)).lower()
-
-    def connect(self) -> dist.TCPStore:
-        """Open a connection to the store."""
-        timeout = timedelta(seconds=READ_TIMEOUT_S)
-        return dist.TCPStore(self.host, self.port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-class Backend(C10dRendezvousBackend):
-    """The state of the rendezvous in the store."""
-
-    def __init__(self, address: StoreAddress, run_id: str, server: dist.TCPStore | None) -> None:
-        """`server` is the store itself, if this process holds it."""
-        self.address = address
-        self.has_lost_state = False
-        self.heard_s = time.monotonic()
-        self.silence_before_s = 0.0
-        self.why_silent = ""
-        self._server = server
-        self._key = f"torch.rendezvous.{run_id}"
-        self._connection: dist.TCPStore | None = None
-
-    def wait_for_store(self, timeout_s: float, tell: Tell) -> None:
-        """Return once the store answers.
-
-        Raises:
-            RendezvousConnectionError: it does not in time.
-        """
-        deadline_s, begin_s, has_told = time.monotonic() + timeout_s, time.monotonic(), False
-        while True:
-            with contextlib.suppress(RendezvousConnectionError):
-                self.connection()
-                return
-            now_s = time.monotonic()
-            if now_s > deadline_s:
-                raise RendezvousConnectionError(
-                    f"the store at {self.address} did not answer for {timeout_s:.0f} s ({self.why_silent}): is the job "
-                    "running on that host, or `papilio rendezvous`, and the port open?"
-                )
-            if not has_told and now_s - begin_s > TELL_AFTER_S:
-                has_told = True
-                tell(f"waiting up to {timeout_s:.0f} s for the store at {self.address}: {self.why_silent}")
-            time.sleep(RETRY_S)
-
-    def connection(self) -> dist.TCPStore:
-        """Return a connection that has answered since it was last found silent."""
-        if self._connection is None:
-            self.why_silent = self.address.why_silent()
-            if self.why_silent:
-                raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.why_silent}")
-            self._connection = self.ask(self._open)
-        return self._connection
-
-    def _open(self) -> dist.TCPStore:
-        store = self.address.connect()
-        # The store may have been started anew, and then knows nothing.
-        state = store.compare_set(self._key, "", self._NULL_SENTINEL)
-        self.has_lost_state = state == self._NULL_SENTINEL.encode()
-        return store
-
-    def _call_store(self, store_op: str, *args: Any, **kwargs: Any) -> Any:
-        store = self.connection()
-        return self.ask(lambda: getattr(store, store_op)(*args, **kwargs))
-
-    def ask(self, question: Callable[[], Any]) -> Any:
-        """Put a question in a thread that may be left behind: torch's have no limit of their own."""
-        answers: list[Any] = []
-        errors: list[Exception] = []
-
-        def put() -> None:
-            try:
-                answers.append(question())
-            except (dist.DistError, RuntimeError, ValueError) as error:
-                errors.append(error)
-
-        thread = Thread(target=put, name="rendezvous", daemon=True)
-        thread.start()
-        thread.join(ANSWER_TIMEOUT_S)
-        if not answers:
-            self._connection = None
-            self.why_silent = "the connection broke" if errors else "no answer"
-            raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.why_silent}")
-        now_s = time.monotonic()
-        self.silence_before_s, self.heard_s = now_s - self.heard_s, now_s
-        return answers[0]
 
 
 class _State(_BackendRendezvousStateHolder):
@@ -262,16 +140,22 @@ class Rendezvous(DynamicRendezvousHandler):
     _missing: frozenset[str] = frozenset()
 
     @classmethod
-    def at(cls, backend: Backend, config: LaunchConfig, times: Times, address: str | None, tell: Tell) -> Rendezvous:
-        """Return this host's place in the job; `address` is where other hosts find it."""
+    def at(
+        cls, backend: Backend, run_id: str, nodes: tuple[int, int], times: Times, address: str | None, tell: Tell
+    ) -> Rendezvous:
+        """Return this host's place in a job of so many hosts, at least and at most.
+
+        `address` is where other hosts find this one.
+        """
         settings = RendezvousSettings(
-            run_id=config.run_id,
-            min_nodes=config.min_nodes,
-            max_nodes=config.max_nodes,
+            run_id=run_id,
+            min_nodes=nodes[0],
+            max_nodes=nodes[1],
             timeout=RendezvousTimeout(timedelta(seconds=times.join), timedelta(seconds=times.last_call)),
             keep_alive_interval=timedelta(seconds=times.keep_alive_interval),
             keep_alive_max_attempt=times.keep_alive_attempts,
         )
+        backend.look_at(run_id)
         node = cls._node_desc_generator.generate(address)
         made = cls(node, settings, backend.name, backend.connection(), _State(backend, settings))
         made._backend, made._times, made._tell, made._names = backend, times, tell, {}
@@ -281,6 +165,34 @@ class Rendezvous(DynamicRendezvousHandler):
     def endpoint(self) -> str:
         """Where the store is."""
         return str(self._backend.address)
+
+    def check_same_job(self, words: Sequence[str]) -> None:
+        """Check that the hosts that are there were started with the same words.
+
+        Raises:
+            OtherJobError: they were not.
+        """
+        key = f"papilio/{self.get_run_id()}/job"
+        mine = json.dumps({"host": socket.gethostname(), "words": list(words)})
+        there = self._write_first(key, "", mine)
+        if there["words"] != list(words) and not self._has_hosts():
+            time.sleep(LOOK_AGAIN_S)
+            if not self._has_hosts():  # what stands is of an earlier job
+                there = self._write_first(key, json.dumps(there), mine)
+        if there["words"] != list(words):
+            raise OtherJobError(
+                f"at {self.endpoint}, host {there['host']} runs a job with other settings: "
+                f"{_only_in(there['words'], words)} there, {_only_in(words, there['words'])} here; start the same "
+                "command on all hosts, or name this job with --rdzv-id"
+            )
+
+    def _write_first(self, key: str, expected: str, value: str) -> dict[str, Any]:
+        standing: dict[str, Any] = json.loads(self._backend.call("compare_set", key, expected, value))
+        return standing
+
+    def _has_hosts(self) -> bool:
+        self._state_holder.sync()
+        return bool(self._state_holder.state.last_heartbeats)
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Meet the other hosts; a store that does not answer is waited for.
@@ -354,11 +266,13 @@ class Rendezvous(DynamicRendezvousHandler):
         """Ask once for the names of the other hosts, while they are there."""
         if len(self._names) == self._size:
             return
-        store = self._wrap_store(self._backend.connection())
         for rank in set(range(self._size)) - self._names.keys():
-            key = _name_key(rank)
-            if self._backend.ask(partial(store.check, [key])):
-                self._names[rank] = self._backend.ask(partial(store.get, key)).decode()
+            key = f"{self._prefix()}/{_name_key(rank)}"
+            if self._backend.call("check", [key]):
+                self._names[rank] = self._backend.call("get", key).decode()
+
+    def _prefix(self) -> str:
+        return f"torch.rendezvous.{self.get_run_id()}.{self._round}"
 
     def _tell_who_is_missing(self) -> None:
         """Name hosts that have fallen silent since the last time, and those that speak again."""
@@ -382,3 +296,7 @@ class Rendezvous(DynamicRendezvousHandler):
 
 def _name_key(rank: int) -> str:
     return f"papilio/host/{rank}"
+
+
+def _only_in(words: Sequence[str], others: Sequence[str]) -> str:
+    return " ".join(word for word in words if word not in others) or "nothing more"

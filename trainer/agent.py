@@ -98,7 +98,7 @@ class Agent(LocalElasticAgent):
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
         self._were_saved = False
-        self._is_joined = False
+        self._has_started = False
         self._failure = ""
         self._is_final = False
         self._asked_s = 0.0
@@ -140,9 +140,9 @@ class Agent(LocalElasticAgent):
         )
         if worker_group.group_rank == 0:
             self._channel.forget(world_size)
-        if self._failure or self._were_saved or self._is_joined:
+        if self._has_started:
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
-        self._failure, self._were_saved, self._is_joined = "", False, False
+        self._has_started, self._failure, self._were_saved = True, "", False
         self._started_s = time.monotonic()
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
@@ -171,7 +171,6 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
         """End the ranks before a restart; those that still run, because another host joins, get time to save."""
         if None in self._exit_statuses().values():
-            self._is_joined = True
             say("another host joins; the ranks save and start again")
         self._end_ranks(self._grace_s)
 

@@ -209,9 +209,8 @@ class Rendezvous(DynamicRendezvousHandler):
                 try:
                     return self._meet()
                 except RendezvousTimeoutError:
-                    here = len(self._state_holder.state.participants)
                     raise RendezvousTimeoutError(
-                        f"{here} of {self.settings.min_nodes} hosts came to {self.endpoint} within "
+                        f"fewer than {self.settings.min_nodes} hosts came to {self.endpoint} within "
                         f"{self._times.join} s; the same command must run on each of them"
                     ) from None
                 except (RendezvousConnectionError, dist.DistError):
@@ -249,7 +248,9 @@ class Rendezvous(DynamicRendezvousHandler):
         if self._has_told:
             self._tell(f"the store at {self.endpoint} answers again")
         self._has_told = False
-        if not has_moved_on:
+        if has_moved_on:
+            self._tell("the other hosts went on without this one, or the store is a new one; joining anew")
+        else:
             self._tell_who_is_missing()
         return waiting
 

@@ -6,8 +6,10 @@ with HostNamespaces(folder, ["n1", "n2"]) as hosts:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -76,10 +78,10 @@ class HostNamespaces:
         """What the host sees as /etc/hosts. Write to it, do not replace it."""
         return self._folder / f"{name}.hosts"
 
-    def command(self, name: str, words: Sequence[str]) -> list[str]:
-        """What runs a command on a host, in the folder of this process as the host sees it."""
+    def command(self, name: str, words: Sequence[str], folder: Path | None = None) -> list[str]:
+        """What runs a command on a host, in a folder (default: the one of this process) as the host sees it."""
         enter = ["nsenter", "-t", str(self._holders[name].pid), "-n", "-u", "-m", "--"]
-        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd()), *words]
+        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(folder or Path.cwd()), *words]
 
     def shape(self, name: str, rate: str) -> None:
         """Limit what a host sends and gets."""
@@ -90,6 +92,22 @@ class HostNamespaces:
     def block_port(self, server: str, port: int, client: str) -> None:
         """Let a port of one host give no answer to another one, as behind a firewall."""
         self._run(server, f"ip rule add ipproto tcp sport {port} to {self.address(client)} blackhole")
+
+    def unplug(self, name: str) -> None:
+        """Pull a host's cable: nothing comes or goes, and no connection breaks."""
+        self._run("switch", f"ip link set v-{name} down")
+
+    def plug_in(self, name: str) -> None:
+        """Put the cable back."""
+        self._run("switch", f"ip link set v-{name} up")
+
+    def kill(self, name: str) -> None:
+        """Kill all that runs on a host, at once."""
+        network = os.readlink(f"/proc/{self._holders[name].pid}/ns/net")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(process / "ns/net") == network and int(process.name) != self._holders[name].pid:
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def run(self, name: str, command: str) -> None:
         """Run a command line on a host."""

@@ -17,8 +17,6 @@ from launch.preflight.reach import gloo_address, interface_of
 from launch.usage import UsageError
 from trainer.addresses import addresses_of, is_loopback, own_address_towards
 
-MAX_RESTARTS = 3
-
 
 def meeting_of(namespace: argparse.Namespace, run_dir: str | None) -> roles.Meeting | None:
     """Return where the hosts meet, None for a job of this host alone; `run_dir` is the config's.
@@ -51,12 +49,8 @@ def meeting_of(namespace: argparse.Namespace, run_dir: str | None) -> roles.Meet
     return roles.Meeting(endpoint, namespace.rdzv_id, namespace.wait_s)
 
 
-def train_with_others(
-    recipe: str, overrides: Sequence[str], nproc: int, nnodes: str, meeting: roles.Meeting
-) -> specs.AppDef:
-    """Return this host's part of a training job."""
-    words = ["trainer.train", "--recipe", recipe, *overrides]
-    command = roles.agent_command(words, nproc, nnodes, max_restarts=MAX_RESTARTS, meeting=meeting)
+def one_host_of(command: Sequence[str], nproc: int) -> specs.AppDef:
+    """Return this host's part of a training job, whose agent `command` starts."""
     around = roles.Surroundings(None, None, None, None, omp_threads=1, max_retries=0)
     return roles.make_app("train", "train", command, request_host(None, nproc=nproc), around, grace_s=GRACE_S)
 

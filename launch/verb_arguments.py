@@ -70,6 +70,13 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait-s", type=int, default=900, metavar="S", help="how long hosts wait for each other (default: 900)"
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="failures after which ranks start again; an hour without one clears the count (default: 3)",
+    )
 
 
 def rendezvous_arguments(parser: argparse.ArgumentParser) -> None:

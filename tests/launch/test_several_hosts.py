@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from launch import roles, several_hosts
-from launch.several_hosts import meeting_of, train_with_others
+from launch.several_hosts import meeting_of, one_host_of
 from launch.usage import UsageError
 
 OTHER = "192.0.2.7"  # an address for documentation (RFC 5737)
@@ -35,12 +35,19 @@ def asked(endpoint: str | None = "n1:29400", nnodes: str = "2", wait_s: int = 90
 def test_hosts_meet_where_the_command_says() -> None:
     meeting = meeting_of(asked(), "runs/mine")
     assert meeting == roles.Meeting("n1:29400", "train", 900)
-    role = train_with_others("r", ["--train.epochs=2"], 3, "1:2", meeting).roles[0]
+    words = roles.agent_command(["trainer.train", "--train.epochs=2"], 3, "1:2", max_restarts=5, meeting=meeting)
+    (role,) = one_host_of(words, 3).roles
     assert role.num_replicas == 1
     assert role.args[:2] == ["-m", "trainer.agent"]
-    assert {"--nnodes=1:2", "--nproc-per-node=3", "--rdzv-endpoint=n1:29400", "--rdzv-id=train"} <= set(role.args)
+    assert {
+        "--nnodes=1:2",
+        "--nproc-per-node=3",
+        "--rdzv-endpoint=n1:29400",
+        "--rdzv-id=train",
+        "--max-restarts=5",
+    } <= set(role.args)
     assert any("join_timeout=900" in word and "store_timeout=900" in word for word in role.args)
-    assert role.args[-4:] == ["trainer.train", "--recipe", "r", "--train.epochs=2"]
+    assert role.args[-2:] == ["trainer.train", "--train.epochs=2"]
 
 
 def test_one_host_meets_nobody() -> None:
@@ -63,9 +70,7 @@ def test_one_host_meets_nobody() -> None:
 )
 def test_what_could_not_meet_is_refused(namespace: argparse.Namespace, run_dir: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        meeting = meeting_of(namespace, run_dir)
-        assert meeting is not None
-        train_with_others("r", [], 1, namespace.nnodes, meeting)
+        roles.agent_command(["trainer.train"], 1, namespace.nnodes, meeting=meeting_of(namespace, run_dir))
 
 
 def test_a_name_that_leads_every_host_home_is_refused(names: dict[str, str]) -> None:

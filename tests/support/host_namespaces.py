@@ -103,11 +103,20 @@ class HostNamespaces:
 
     def kill(self, name: str) -> None:
         """Kill all that runs on a host, at once."""
-        network = os.readlink(f"/proc/{self._holders[name].pid}/ns/net")
+        for pid, _ in self.processes(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, name: str) -> list[tuple[int, list[str]]]:
+        """Return what runs on a host: process ids and command lines."""
+        holder = self._holders[name].pid
+        network = os.readlink(f"/proc/{holder}/ns/net")
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(process / "ns/net") == network and int(process.name) != self._holders[name].pid:
-                    os.kill(int(process.name), signal.SIGKILL)
+                if os.readlink(process / "ns/net") == network and int(process.name) != holder:
+                    found.append((int(process.name), (process / "cmdline").read_bytes().decode().split("\0")))
+        return found
 
     def run(self, name: str, command: str) -> None:
         """Run a command line on a host."""

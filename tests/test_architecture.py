@@ -40,6 +40,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
+    "trainer.addresses",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",

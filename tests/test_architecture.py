@@ -40,6 +40,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
+    "trainer.addresses",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
@@ -47,7 +48,9 @@ JOBS_OF_LAUNCH = {
     "trainer.checkpoint.places",
     "trainer.inference.formats.format_folder",
     "trainer.inference.package",
+    "trainer.live.view",
     "trainer.memory_limit",
+    "trainer.progress",
     "trainer.retries",
     "trainer.storage",
 }

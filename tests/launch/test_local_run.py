@@ -80,6 +80,7 @@ def test_a_failing_rank_is_status_1_and_its_log_is_kept(job_folder: Path) -> Non
     assert "ChildFailedError" not in out
     (log_dir,) = (job_folder / "tmp").glob("papilio_logs_*")
     assert f"papilio: the job failed; the log of each rank is under {log_dir}" in err
+    assert err.splitlines()[-1].startswith("papilio: first error: rank 1 (host "), "the last thing that is said"
     assert any("on purpose" in path.read_text() for path in log_dir.rglob("stderr.log"))
 
 

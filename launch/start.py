@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update(word.split("=", 1) for word in options.env)
     status = run_module([*shlex.split(options.checks), *endpoint]) if options.checks else 0
     if status:
-        print("papilio: error: the checks before the job failed; nothing was started", file=sys.stderr, flush=True)
+        why = "the checks before the job failed, the log of host 0 says why; nothing was started"
+        print(f"papilio: error: {why}", file=sys.stderr, flush=True)
         return status
     return os.execv(sys.executable, [sys.executable, "-m", module, *endpoint, *rest])
 

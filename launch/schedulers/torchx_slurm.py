@@ -46,8 +46,9 @@ class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
 
     def log_iter(self, app_id: str, *arguments: Any, **named: Any) -> Iterable[str]:
         """Return the lines of a replica, as they come."""
-        is_ours = find_record("slurm", app_id) is not None and not self._jobs.is_heterogeneous(app_id)
-        lines: Iterable[str] = (self._jobs if is_ours else super()).log_iter(app_id, *arguments, **named)
+        if find_record("slurm", app_id) is not None and not self._jobs.is_heterogeneous(app_id):
+            return self._jobs.log_iter(app_id, *arguments, **named)
+        lines: Iterable[str] = super().log_iter(app_id, *arguments, **named)
         return lines
 
     def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:

@@ -25,7 +25,7 @@ from launch.schedulers.job_folder import read_events
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.host_namespaces import HostNamespaces, why_not_here
-from tests.support.slurm_cluster import SlurmCluster, pids_with
+from tests.support.slurm_cluster import SlurmCluster, free_ports, pids_with
 from tests.support.slurm_programs import SlurmPrograms
 from tests.support.small_runs import SMALL_RECIPE
 from tests.support.torchx_command import REPOSITORY, run_torchx
@@ -157,7 +157,8 @@ def cancel(place: Place, handle: str) -> None:
 
 def kill_a_rank_under_torchx(place: Place) -> str:
     """Go on with the same run under TorchX's own command, and kill a rank once it has; return the handle."""
-    component, *words = place.words("struck")
+    # On loopback all hosts have the same ports, and TorchX gives each job the same.
+    component, *words = place.words("struck", "--rdzv_port", str(free_ports(1)[0]))
     handle = place.torchx("run", "--workspace", "", "-s", "slurm", f"papilio.{component}", *words).split()[0]
     assert handle.startswith("slurm://torchx/")
     logs = f"slurm-{handle.rpartition('/')[2]}-train-*.out"

@@ -45,6 +45,8 @@ def test_a_job_whose_preflight_fails_ends_with_the_table_and_is_not_tried_again(
     out = " ".join(captured.out.split())
     assert status == 78
     assert "FAIL data" in out and "0.arrow is missing" in out and "not ready: 1 thing to mend" in out
-    assert re.search(r"first error: host \d: the checks before the job failed; nothing was started", captured.err)
+    assert re.search(
+        r"first error: host \d: the checks before the job failed, the log of host 0 says why", captured.err
+    )
     assert "FAILED (FAILED, status 78: it would go wrong again" in " ".join(captured.err.split())
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []

@@ -125,7 +125,9 @@ def test_a_preflight_comes_first_meets_where_the_job_will_and_may_end_it(tmp_pat
     assert (options.wait_s, options.failure_status) == (900, 78)
     assert done.returncode == status
     assert ("trainer.train" in done.stdout) == (status == 0)
-    assert ("the checks before the job failed; nothing was started" in done.stderr) == (status != 0)
+    assert ("the checks before the job failed, the log of host 0 says why; nothing was started" in done.stderr) == (
+        status != 0
+    )
 
 
 def test_a_preflight_asks_a_fixed_number_of_nodes() -> None:

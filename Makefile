@@ -9,7 +9,8 @@
 #   DEVICE    cpu or cuda; found by asking nvidia-smi
 #   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/trio.py)
 #   PIP_ARGS  passed to every `pip install`, for an index or a wheel folder of your own
-#   RECIPE, NPROC, ROWS  of `make train` and `make data` (ranks: one a GPU, or 2); PYTEST_ARGS of `make test`
+#   RECIPE, NPROC, ROWS  of `make train` and `make data` (ranks: one a GPU, or 2)
+#   TEST_WORKERS, PYTEST_ARGS  of `make test`: files of tests run side by side, as many as workers
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -18,6 +19,8 @@ PIP_ARGS ?=
 RECIPE ?= launch/recipes/quickstart.toml
 NPROC ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | grep -c ^GPU),2)
 ROWS ?= 1000000
+# Tests of killed ranks and lost hosts mostly wait, so two workers pay even on two cores.
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -35,7 +38,7 @@ train: env data
 	PATH="$(abspath $(BIN)):$$PATH" torchx --log_level WARNING run -s local_cwd launch/components.py:train --recipe $(RECIPE) --nproc $(NPROC)
 
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: env
 	$(BIN)/ruff check .

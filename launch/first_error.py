@@ -9,12 +9,35 @@ from pathlib import Path
 from launch.schedulers.job_folder import last_event, read_events
 
 # What the agents and ranks say once they know (trainer/failures.py, trainer/agent.py).
-FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first: .*")
+FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first(, at step [\d,]+)?: .*")
 ERROR = re.compile(r"papilio[ \w]*: error: (.*)")
 RANK_PREFIX = re.compile(r"^\[\d+\]:(?:\[rank\d+\]: ?)?")
+# What an agent says before its ranks start anew.
+AGAIN = re.compile(r"^papilio: starting again on ")
 ATTEMPT = "papilio: attempt "
 # Of a log, from its end: enough for a traceback of each of eight ranks.
 MAX_BYTES = 256 * 1024
+
+
+class ErrorWatch:
+    """Finds the first error among the lines that a job prints while it runs."""
+
+    def __init__(self) -> None:
+        self._failed_first: str | None = None
+        self._error: str | None = None
+
+    @property
+    def found(self) -> str | None:
+        """Who failed first and why, or else the first error of any kind."""
+        return self._failed_first or self._error
+
+    def take(self, line: str) -> None:
+        """Take in a line; what was before a restart is over."""
+        if AGAIN.search(line):
+            self._failed_first = self._error = None
+        failed_first, error = FAILED_FIRST.search(line), ERROR.search(line)
+        self._failed_first = self._failed_first or (failed_first[0] if failed_first else None)
+        self._error = self._error or (error[1] if error else None)
 
 
 def find_first_error(folder: str | None, logs: Mapping[int, Path]) -> str | None:

@@ -18,14 +18,19 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 
-# sysexits.h, "temporary failure": the agent leaves with it when all ranks saved (trainer/exit_codes.py).
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
-# sysexits.h, "configuration error": what went wrong would go wrong again.
-NO_RESTART_EXIT_CODE = os.EX_CONFIG
+from launch.first_error import ErrorWatch
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.
 RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))(?:\[rank\d+\]: ?)?")
+# Of an error between processes, torch prints its C++ stack: long, without a word of use; the log file has it.
+NATIVE_STACK = re.compile(
+    r"^(?:host \d+: )?(?:\[\d+\]:)?(?:\[rank\d+\]: ?)?"
+    r"(?:frame #\d+: |<omitting python frames>|Exception raised from |\[W\d+ \S+ (?:TCPStore|socket)\.cpp:\d+\] )"
+)
+BLANK = re.compile(r"(?:host \d+: )?(?:\[\d+\]:)?\s*")
 ERASE_TO_END_OF_LINE = "\x1b[K"
 
 
@@ -40,9 +45,13 @@ class LinePrinter:
         self._stream = stream
         self._num_columns = num_columns
         self._in_progress_line = False
+        self._in_native_stack = False
 
     def print(self, line: str) -> None:
         """Print one line, given without its newline."""
+        was_native, self._in_native_stack = self._in_native_stack, NATIVE_STACK.match(line) is not None
+        if self._in_native_stack or (was_native and BLANK.fullmatch(line)):
+            return
         line = RANK_PREFIX.sub(lambda match: "" if match[1] else f"rank {match[2]}: ", line)
         if self._num_columns is not None and PROGRESS_BAR.search(line):
             # A line that wraps cannot be drawn over.
@@ -95,16 +104,19 @@ def run_locally(app: specs.AppDef) -> int:
         The exit status: 0 when the job succeeded, 1 when it failed, 78 when it would fail again; 75 when it was told to
         end (but not by Ctrl-C) and saved, so that it can be resumed; else 128 + the number of the signal that ended it.
     """
+    errors = ErrorWatch()
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
     printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     try:
-        status = _follow(app, log_dir, printer)
+        status = _follow(app, log_dir, printer, errors)
     except SignalException as stopped:  # raised by TorchX's handlers; leaving the Runner has ended the ranks
         printer.end_progress()
         print(f"papilio: stopped by {stopped.sigval.name}; all ranks were ended", file=sys.stderr)
         status = 128 + stopped.sigval
     if status in (1, NO_RESTART_EXIT_CODE):
         print(f"papilio: the job failed; the log of each rank is under {log_dir}", file=sys.stderr)
+        if errors.found is not None:
+            print(f"papilio: first error: {errors.found}", file=sys.stderr)
     else:
         shutil.rmtree(log_dir, ignore_errors=True)
     return status
@@ -121,7 +133,7 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
         return process
 
 
-def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter) -> int:
+def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter, errors: ErrorWatch) -> int:
     scheduler = _Scheduler("papilio", CWDImageProvider)
     with Runner("papilio", {"local_cwd": lambda session_name: scheduler}) as runner:
         handle = runner.run(app, "local_cwd", cfg={"log_dir": log_dir})
@@ -130,6 +142,7 @@ def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter) -> int:
         stopper.watch()
         for line in _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True)):
             printer.print(line)
+            errors.take(line)
         printer.end_progress()
         runner.wait(handle, wait_interval=0.1)
     return _exit_status(agent.returncode, stopper.received)

@@ -1,9 +1,8 @@
-"""`papilio launch`, `status`, `logs`, `cancel`, `list`: jobs on Slurm, Kubernetes or this machine, through TorchX."""
+"""`papilio launch`, `logs`, `cancel`, `list`: jobs on Slurm, Kubernetes or this machine, through TorchX."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import queue
@@ -12,52 +11,38 @@ import shutil
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.api import Stream
-from torchx.specs import AppState, AppStatus, finder
 
-from launch import components
-from launch.first_error import find_first_error
+from launch.component_arguments import build_app
+from launch.job_status import exit_status, handle_of, log_paths, record_of, status_lines, status_of
+from launch.live_text import table
 from launch.local_run import LinePrinter
 from launch.schedulers.errors import SchedulerError
-from launch.schedulers.job_folder import JobRecord, find_record, last_event, read_events, read_records
-from launch.schedulers.runner import SCHEDULERS, make_runner, scheduler_of
+from launch.schedulers.job_folder import JobRecord, find_record
+from launch.schedulers.runner import make_runner, scheduler_of
 from launch.usage import UsageError
-from trainer.config_file import load_config
 
-SETTING = re.compile(r"--[A-Za-z]\w*(\.\w+)+=.*", re.DOTALL)
 RANK_LINE = re.compile(r"^\[\d+\]:")
 POLL_S = 1.0
-# Two jobs may share a host, and each needs a port of its own to meet at; below those that the kernel gives away.
-FIRST_PORT, NUM_PORTS = 29_500, 3_000
 MAX_LISTED = 20
 
 
 def run_launch(namespace: argparse.Namespace) -> int:
     """Submit a component as a job, or print what would be submitted; with --follow, show its output to its end."""
-    name, words = namespace.component, _settings_last(namespace.arguments)
-    component = _find_component(name)
-    if name.rpartition(".")[2] == "train":
-        _check_recipe(words)
-    if "rdzv_port" in inspect.signature(component).parameters and not any(w.startswith("--rdzv_port") for w in words):
-        seed = f"{os.getpid()} {time.time_ns()}".encode()
-        words = ["--rdzv_port", str(FIRST_PORT + zlib.crc32(seed) % NUM_PORTS), *words]
+    app = build_app(namespace.component, namespace.arguments)
     with make_runner() as runner:
         settings = _settings(runner, namespace.scheduler, namespace.cfg)
-        app = specs.materialize_appdef(component, words)
         info = runner.dryrun(app, namespace.scheduler, cfg=settings)
         if namespace.dryrun:
             print(info)
             return 0
         handle = runner.schedule(info)
         print(handle, flush=True)
-        record = _record(handle)
+        record = record_of(handle)
         if record is not None:
             print(f"logs and scripts: {os.path.relpath(record.folder)}", file=sys.stderr)
         if namespace.follow:
@@ -66,27 +51,15 @@ def run_launch(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def run_status(namespace: argparse.Namespace) -> int:
-    """Print the state of a job, its hosts, and, if it failed, the first error."""
-    with make_runner() as runner:
-        handle = _handle(namespace.job)
-        status = _status(runner, handle)
-        if namespace.json:
-            print(json.dumps(_status_json(runner, handle, status), indent=1))
-        else:
-            print("\n".join(_status_lines(runner, handle, status)))
-    return 0
-
-
 def run_logs(namespace: argparse.Namespace) -> int:
     """Print what the hosts of a job printed; with --follow, go on until its end and leave with its status."""
     with make_runner() as runner:
-        handle = _handle(namespace.job)
-        status = _status(runner, handle)
+        handle = handle_of(namespace.job)
+        status = status_of(runner, handle)
         if namespace.follow:
             return _follow(runner, handle, namespace.host)
         scheduler = specs.parse_app_handle(handle)[0]
-        paths = _log_paths(runner, handle)
+        paths = log_paths(runner, handle)
         if not paths and scheduler != "kubernetes":
             raise SchedulerError(f"no host of {handle} has printed anything yet; papilio status {handle} says why")
         hosts = sorted(paths) or [replica.id for role in status.roles for replica in role.replicas]
@@ -100,8 +73,8 @@ def run_logs(namespace: argparse.Namespace) -> int:
 def run_cancel(namespace: argparse.Namespace) -> int:
     """Tell a job to end; its ranks save before."""
     with make_runner() as runner:
-        handle = _handle(namespace.job)
-        status = _status(runner, handle)
+        handle = handle_of(namespace.job)
+        status = status_of(runner, handle)
         if status.is_terminal():
             print(f"{handle} has ended already: {status.state.name}")
             return 0
@@ -128,7 +101,7 @@ def run_list(namespace: argparse.Namespace) -> int:
         return 0
     shown = rows if namespace.all else rows[-MAX_LISTED:]
     cells = [["job", "name", "state", "hosts", "started", "folder"], *(_row_cells(job, rec) for _, job, rec in shown)]
-    print("\n".join(_table(cells)) if shown else f"no jobs (on {', '.join(names)})")
+    print("\n".join(table(cells)) if shown else f"no jobs (on {', '.join(names)})")
     if len(shown) < len(rows):
         print(f"{len(rows) - len(shown)} older ones: --all")
     return 0
@@ -148,88 +121,9 @@ def _settings(runner: Runner, scheduler: str, words: list[str]) -> dict[str, Any
     return dict(runner.cfg_from_str(scheduler, *words))
 
 
-def _find_component(name: str) -> Any:
-    """Return the function of a component: one of ours by its bare name, any other as TorchX names it."""
-    bare = name.removeprefix("papilio.")
-    found = getattr(components, bare, None)
-    if not bare.startswith("_") and inspect.isfunction(found) and found.__module__ == components.__name__:
-        return found
-    if "." not in name and ":" not in name:
-        ours = [key for key, value in vars(components).items() if inspect.isfunction(value) and not key.startswith("_")]
-        ours = [key for key in ours if vars(components)[key].__module__ == components.__name__]
-        raise UsageError(
-            f"there is no component {name}; there are {', '.join(ours)}, and TorchX's own, as dist.torchrun"
-        )
-    return finder.get_component(name).fn
-
-
-def _settings_last(words: list[str]) -> list[str]:
-    """Put settings of the recipe behind `--`, where TorchX wants them."""
-    before, after = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    settings = [word for word in before if SETTING.fullmatch(word)]
-    rest = [word for word in before if not SETTING.fullmatch(word)]
-    return [*rest, "--", *settings, *after] if settings or after else rest
-
-
-def _check_recipe(words: list[str]) -> None:
-    """Load the recipe with its settings, so that a wrong key is found before the job waits in a queue."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    before, after = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    recipe = parser.parse_known_args(before)[0].recipe
-    if recipe is not None:
-        load_config(recipe, after)
-
-
-def _handle(word: str | None) -> str:
-    """Return the handle that a word means: itself, the id of a job, the name of its folder, or the newest.
-
-    Raises:
-        UsageError: it means none.
-    """
-    if word is not None and "://" in word:
-        return word
-    records = read_records()
-    if word is None:
-        if not records:
-            raise UsageError("no job was started from this machine; give a job, as in slurm://papilio/12")
-        return records[-1].handle
-    found = [record for record in records if word in (record.app_id, record.name) or word == Path(record.folder).name]
-    if found:
-        return found[-1].handle
-    if word.isdigit():
-        return f"slurm://papilio/{word}"
-    raise UsageError(f"there is no job {word}; `papilio list` lists them")
-
-
-def _status(runner: Runner, handle: str) -> AppStatus:
-    scheduler = specs.parse_app_handle(handle)[0]
-    if scheduler not in SCHEDULERS:
-        raise UsageError(f"{handle}: Papilio has no scheduler {scheduler}; it has {', '.join(SCHEDULERS)}")
-    status = runner.status(handle)
-    if status is None:
-        raise SchedulerError(
-            f"{scheduler} knows no job {handle}: it ended long ago, or belongs to another cluster or user; "
-            "`papilio list` lists those that are known"
-        )
-    return status
-
-
-def _record(handle: str) -> JobRecord | None:
-    scheduler, _, app_id = specs.parse_app_handle(handle)
-    return find_record(scheduler, app_id)
-
-
 def _role(runner: Runner, handle: str) -> str:
     app = runner.describe(handle)
     return str(app.roles[0].name) if app is not None and app.roles else "train"
-
-
-def _log_paths(runner: Runner, handle: str, stream: Stream | None = None) -> dict[int, Path]:
-    scheduler, _, app_id = specs.parse_app_handle(handle)
-    find = getattr(scheduler_of(runner, scheduler), "log_paths", None)
-    paths: dict[int, Path] = find(app_id, stream) if find is not None else {}
-    return paths
 
 
 def _log_streams(runner: Runner, handle: str) -> tuple[Stream | None, ...]:
@@ -240,48 +134,10 @@ def _log_streams(runner: Runner, handle: str) -> tuple[Stream | None, ...]:
     return streams
 
 
-def _first_error(runner: Runner, handle: str) -> str | None:
-    """Agents and ranks complain on stderr, where that is a file of its own."""
-    record = _record(handle)
-    return find_first_error(record.folder if record else None, _log_paths(runner, handle, Stream.STDERR))
-
-
-def _status_lines(runner: Runner, handle: str, status: AppStatus) -> Iterator[str]:
-    record = _record(handle)
-    name = f"  {record.name}" if record else ""
-    again = f", attempt {status.num_restarts + 1}" if status.num_restarts > 0 else ""
-    yield f"{handle}{name}  {status.state.name}{again}" + (f"  ({status.msg})" if status.msg else "")
-    for role in status.roles:
-        rows = [["host", "name", "state"]]
-        rows += [[str(r.id), r.hostname or "-", r.state.name] for r in sorted(role.replicas, key=lambda r: r.id)]
-        yield from (f"  {line}" for line in _table(rows))
-    if status.state == AppState.FAILED:
-        error = _first_error(runner, handle)
-        yield f"  first error: {error}" if error else "  the logs do not say why"
-    if record is not None:
-        yield f"  logs: {record.folder}"
-
-
-def _status_json(runner: Runner, handle: str, status: AppStatus) -> dict[str, Any]:
-    record = _record(handle)
-    hosts = [
-        {"role": role.role, "host": replica.id, "name": replica.hostname, "state": replica.state.name}
-        for role in status.roles
-        for replica in role.replicas
-    ]
-    tree: dict[str, Any] = {"job": handle, "state": status.state.name, "message": status.msg, "hosts": hosts}
-    tree["attempt"] = max(status.num_restarts, 0) + 1
-    tree["exit_status"] = _exit_status(handle, status) if status.is_terminal() else None
-    tree["folder"] = record.folder if record else None
-    if status.state == AppState.FAILED:
-        tree["first_error"] = _first_error(runner, handle)
-    return tree
-
-
 def _follow(runner: Runner, handle: str, only_host: int | None = None) -> int:
     """Print the output of all hosts, or of one, as it comes; return the job's exit status at its end."""
     printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    status = _status(runner, handle)
+    status = status_of(runner, handle)
     hosts = [replica.id for role in status.roles for replica in role.replicas] or [0]
     lines: queue.Queue[str | None] = queue.Queue()
     role = _role(runner, handle)
@@ -308,17 +164,8 @@ def _follow(runner: Runner, handle: str, only_host: int | None = None) -> int:
         print(f"papilio: {handle} goes on; papilio cancel {handle} ends it", file=sys.stderr)
         return 130
     printer.end_progress()
-    print("\n".join(_status_lines(runner, handle, status)), file=sys.stderr)
-    return _exit_status(handle, status)
-
-
-def _exit_status(handle: str, status: AppStatus) -> int:
-    """Return the status of the job's own command where it is known, or else 0 or 1."""
-    if status.state == AppState.SUCCEEDED:
-        return 0
-    record = _record(handle)
-    ended = last_event(read_events(record.folder), "ended", "begins") if record else None
-    return int(ended.details[0]) or 1 if ended is not None and ended.what == "ended" else 1
+    print("\n".join(status_lines(runner, handle, status)), file=sys.stderr)
+    return exit_status(handle, status)
 
 
 def _prefixed(host: int, line: str) -> str:
@@ -340,8 +187,3 @@ def _row_cells(job: Any, record: JobRecord | None) -> list[str]:
 def _row_json(job: Any, record: JobRecord | None) -> dict[str, Any]:
     tree = {"job": job.app_handle, "name": job.name, "state": job.state.name}
     return tree | ({"submitted_s": record.submitted_s, "folder": record.folder} if record else {})
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

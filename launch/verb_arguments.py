@@ -246,7 +246,13 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status_arguments(parser: argparse.ArgumentParser) -> None:
-    cancel_arguments(parser)
+    parser.add_argument(
+        "job",
+        nargs="?",
+        metavar="JOB",
+        help="a handle, as slurm://papilio/12, an id, or a run folder (default: the newest job)",
+    )
+    parser.add_argument("-w", "--watch", action="store_true", help="draw it anew every 2 s until the job ends")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
 
 

@@ -147,10 +147,10 @@ VERBS = (
     ),
     Verb(
         "status",
-        "say how a job does: its state, its hosts, and the first error if it failed",
+        "say how a job does: its state, its ranks in one view, and the first error if it failed",
         "papilio status slurm://papilio/12",
         arguments.status_arguments,
-        "launch.scheduled_jobs:run_status",
+        "launch.status_jobs:run_status",
     ),
     Verb(
         "logs",

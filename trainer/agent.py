@@ -30,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from trainer.failures import last_error
 from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
@@ -92,7 +93,7 @@ class Agent(LocalElasticAgent):
             numa_options=config.numa_options,
         )
         assert config.logs_specs is not None
-        # torch's own prefix has the number within the host, which on several hosts is no rank's.
+        # The rank of the whole job: torch's own prefix has the number within the host.
         super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
         self._place = rendezvous
         self._is_elastic = config.min_nodes < config.max_nodes
@@ -229,8 +230,15 @@ class Agent(LocalElasticAgent):
     def _note_failure(self, rank: int, status: int) -> None:
         sign = self._channel.signs(rank + 1).get(rank)
         last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
-        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign, time.time())
+        said = last_error(self._error_log(rank)) if status > 0 else ""
+        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign + said, time.time())
         self._failure = str(self._channel.note_failure(failure))
+
+    def _error_log(self, rank: int) -> str | None:
+        """Return the file of what a rank of this host said on stderr."""
+        local_rank = rank - self._worker_group.workers[0].global_rank
+        path: str | None = getattr(self._pcontext, "stderrs", {}).get(local_rank)
+        return path
 
     def _tell_failure(self) -> None:
         most = self._worker_group.spec.max_restarts

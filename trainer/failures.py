@@ -6,17 +6,27 @@ names the ranks that give no more signs of life.
 
 from __future__ import annotations
 
+import os
+import re
+import sysconfig
 import time
+import traceback
 
 import torch.distributed as dist
 
 from trainer.ranks import Ranks
-from trainer.side_channel import Failure, SideChannel, Sign, host_name
+from trainer.side_channel import Failure, SideChannel, Sign, host_name, open_side_channel
 
 # How long a rank that lost its peers waits for the cause: some beats, and for the agent to find the dead.
 WAIT_FOR_CAUSE_S = 3.0
 POLL_S = 0.1
 MAX_ERROR_CHARACTERS = 300
+# Errors of these say what was wrong and what mends it; of any other, where it came from says more.
+OUR_PACKAGES = ("data_pipeline", "sharding", "trainer")
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+# As Python ends a traceback, with the rank that torch puts before it.
+ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception|Interrupt)|Fatal Python error)\b.*)")
+MAX_LOG_BYTES = 64 * 1024
 # What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
 SYMPTOMS_OF_A_LOST_PEER = (
     "connection closed by peer",
@@ -56,9 +66,40 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def told_with_place(error: BaseException) -> str:
+    """Return an error's type and first line, and the line of our code or the user's that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or type(error).__module__.partition(".")[0] in OUR_PACKAGES:
+        return one_line(error)
+    frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
+    path = os.path.join(*frame.filename.split(os.sep)[-2:])
+    return f"{one_line(error)} ({path}:{frame.lineno}, in {frame.name})"
+
+
+def note_early_failure(error: BaseException) -> None:
+    """Note that this rank failed, for those that wait for it to join the group; nothing, where a cause is noted."""
+    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if num_ranks > 1 and not isinstance(error, LostRankError):
+        open_side_channel().note_failure(Failure(rank, host_name(), -1, told_with_place(error), time.time()))
+
+
+def last_error(path: str | None) -> str:
+    """Return, after a colon, the last line of a log that reads as an error's; nothing where there is none.
+
+    It is what is known of a rank that failed before it could note anything, for example in an import.
+    """
+    if path is None or not os.path.exists(path):
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - MAX_LOG_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    found = [match[1] for match in map(ERROR_LINE.match, lines) if match is not None]
+    return f": {found[-1][:MAX_ERROR_CHARACTERS]}" if found else ""
+
+
 def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: SideChannel) -> str | None:
     """Note that this rank failed by itself; return a line about another that did so first, for another reason."""
-    text = one_line(error)
+    text = told_with_place(error)
     first = channel.note_failure(Failure(ranks.rank, host_name(), step, text, time.time()))
     return None if first.rank == ranks.rank or first.error == text else str(first)
 

@@ -35,6 +35,23 @@ def write_local(path: str, chunks: Iterable[bytes | memoryview]) -> int:
     return num_bytes
 
 
+def replace_local(path: str, data: bytes) -> None:
+    """Write a file that readers see whole, the old one or the new; a power cut may lose it.
+
+    Raises:
+        OSError: it was not written; nothing is left behind.
+    """
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 def make_local_folder(path: str) -> None:
     """Create a folder and its parents, if need be, so that they are still there after a power cut."""
     missing = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -13,6 +14,9 @@ from data_pipeline.loader import Loader
 from trainer.checkpoint.policy import Checkpoints
 from trainer.config import Config
 from trainer.job_health import JobHealth
+from trainer.live.own_work import OwnWork
+from trainer.live.view import CheckpointView
+from trainer.live.writer import Run, Standing
 from trainer.models.train_model import StepOutput
 from trainer.optimizers import Optimizers
 from trainer.preemption import Preemption
@@ -63,15 +67,18 @@ def run_training(
         dmp_collection_sync_interval_batches=None,  # replicas are averaged below, where it can be seen
     )
     num_steps = total_steps(progress.step, loader, config)
-    reporter = Reporter(config, ranks, run.folder, num_steps, progress.step)
+    reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.remark)
     reporter.restore(run.window)
+    work = OwnWork(model.module, ranks.device, progress)
+    run.health.show(work.figures, _shown(config, ranks, run, loader, reporter, progress, num_steps))
     wait_before_s = progress.wait_s
     batches = iter(loader)
     model.module.train()
     while progress.step < num_steps and not progress.is_preempted:
         begin_s = time.perf_counter()
         optimizers.set_step(progress.step)
-        output: StepOutput = pipeline.progress(batches)
+        with work.timed(begin_s):
+            output: StepOutput = pipeline.progress(batches)
         reporter.record(output, progress.step)
         progress.step += 1
         progress.position = output.position
@@ -81,10 +88,9 @@ def run_training(
         progress.train_s += time.perf_counter() - begin_s
         progress.wait_s = wait_before_s + loader.wait_s
         run.health.mark(progress.step, "training")
-        is_report = reporter.is_due(progress)
-        if is_report:
-            reporter.report(progress)
+        is_report = reporter.report_if_due(progress)
         if is_validation_due:
+            run.health.mark(progress.step, "validating")
             pipeline.detach()
             reporter.validate(model, run.dataset, progress)
         progress.is_preempted = run.preemption.is_agreed(progress.step) and progress.step < num_steps
@@ -101,6 +107,42 @@ def run_training(
 def total_steps(num_done: int, loader: Loader, config: Config) -> int:
     """Return the steps that a run has in all: those done, and those that the loader has batches for, or max_steps."""
     return min(num_done + len(loader), config.train.max_steps or sys.maxsize)
+
+
+def _shown(
+    config: Config,
+    ranks: Ranks,
+    run: RunContext,
+    loader: Loader,
+    reporter: Reporter,
+    progress: Progress,
+    num_steps: int,
+) -> Run | None:
+    """Return what the first rank shows of the run while it runs."""
+    if run.folder is None:
+        return None
+    standing = partial(_standing, config, run.checkpoints, loader, reporter, progress, num_steps)
+    return Run(config.name, run.folder.path, ranks.world_size, standing)
+
+
+def _standing(
+    config: Config, checkpoints: Checkpoints, loader: Loader, reporter: Reporter, progress: Progress, num_steps: int
+) -> Standing:
+    """Return how far the run is; asked for by the thread that shows it."""
+    position, validations, saved = progress.position, progress.validations, checkpoints.latest
+    num_epochs = config.train.epochs
+    return Standing(
+        step=progress.step,
+        num_steps=num_steps,
+        num_samples=progress.num_samples,
+        train_s=progress.train_s,
+        epoch=min(position.epoch + 1, num_epochs),
+        num_epochs=num_epochs,
+        epoch_share=1.0 if position.epoch == num_epochs else position.sample / loader.num_samples_per_epoch,
+        loss=reporter.latest_loss,
+        validation_auc=validations[-1][1].auc if validations else None,
+        checkpoint=CheckpointView(name=saved.name or None, step=saved.step, unix_s=saved.unix_s) if saved else None,
+    )
 
 
 def _save(checkpoints: Checkpoints, reporter: Reporter, progress: Progress, reason: str) -> None:

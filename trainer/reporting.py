@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,15 @@ class Reporter:
     """Measures training over windows of steps, prints and writes; the decisions to do so are equal on all ranks."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, folder: RunFolder | None, num_steps: int, first_step: int = 0
+        self,
+        config: Config,
+        ranks: Ranks,
+        folder: RunFolder | None,
+        num_steps: int,
+        first_step: int = 0,
+        remark: Callable[[], str] = str,
     ) -> None:
+        """`remark` gives what else is worth a word in the progress line."""
         self._config = config
         self._ranks = ranks
         self._folder = folder
@@ -34,7 +42,8 @@ class Reporter:
         self._printer = ProgressPrinter(config.train.log_every_s, is_silent=not ranks.is_first, num_done=first_step)
         self._nan_watch = NanWatch(ranks.device)
         self._loss_sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        self._latest_loss = math.nan
+        self._remark = remark
+        self.latest_loss = math.nan
 
     def record(self, output: StepOutput, step: int) -> None:
         """Take in a step's outputs; nothing waits for the device."""
@@ -42,10 +51,13 @@ class Reporter:
         share = output.global_batch_size / self._ranks.world_size
         self._loss_sum += torch.stack([output.loss.double() * share, output.loss.new_tensor(share).double()])
 
-    def is_due(self, progress: Progress) -> bool:
-        """Whether a window of steps is full."""
+    def report_if_due(self, progress: Progress) -> bool:
+        """Report if a window of steps is full, and return whether it was. Collective."""
         every = self._config.train.log_every_steps
-        return progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
+        is_due = progress.step % every == 0 or progress.step in {min(10, every), self._num_steps}
+        if is_due:
+            self.report(progress)
+        return is_due
 
     def check_finite(self) -> None:
         """Stop if a loss since the last report was not finite. Collective.
@@ -74,7 +86,7 @@ class Reporter:
         dist.all_reduce(self._loss_sum, group=self._ranks.group)
         loss_sum, weight = self._loss_sum.tolist()
         self._loss_sum.zero_()
-        self._latest_loss = loss_sum / weight
+        self.latest_loss = loss_sum / weight
         wait_share = progress.wait_s / progress.train_s
         progress.meter.close_window(
             progress.step, progress.train_s, device=self._ranks.device, has_only_trained=not self._has_evaluated
@@ -84,7 +96,7 @@ class Reporter:
                 "train",
                 progress.step,
                 {
-                    "logloss": self._latest_loss,
+                    "logloss": self.latest_loss,
                     "samples_per_s": progress.samples_per_s,
                     "data_wait_share": wait_share,
                     "num_samples": progress.num_samples,
@@ -95,8 +107,9 @@ class Reporter:
             "train",
             progress.step,
             self._num_steps,
-            f"step {progress.step:,}/{self._num_steps:,}  logloss {self._latest_loss:.4f} (train)  "
-            f"{progress.samples_per_s:,.0f} samples/s  data wait {wait_share:.1%} ",
+            f"step {progress.step:,}/{self._num_steps:,}  logloss {self.latest_loss:.4f} (train)  "
+            f"{progress.samples_per_s:,.0f} samples/s  data wait {wait_share:.1%}  {self._remark()}".rstrip()
+            + " ",
         )
 
     def validate(self, model: ShardedModel, dataset: Dataset, progress: Progress) -> None:

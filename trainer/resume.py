@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from data_pipeline.paths import join
@@ -14,6 +15,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import CheckpointError, DamagedError, Marker
 from trainer.checkpoint.loading import load_newest
 from trainer.checkpoint.policy import RunIdentity
+from trainer.checkpoint.saver import Saved
 from trainer.config import Config
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
@@ -27,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where to begin, and with which sums of losses since the last report."""
+    """Where to begin: from which checkpoint, if any, and with which sums of losses since the last report."""
 
     progress: Progress
     window: list[list[float]] | None = None
+    saved: Saved | None = None
 
 
 def check_can_go_on(folder: CheckpointFolder, run_dir: str, identity: RunIdentity, ranks: Ranks) -> None:
@@ -66,7 +69,8 @@ def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimiz
     progress.history.append({"step": marker.step, **now, "changes": changed})
     if ranks.is_first:
         print(_resuming(marker, changed, ranks), flush=True)
-    return Start(progress, marker.progress["window"])
+    saved = Saved("", marker.step, unix_s=datetime.fromisoformat(marker.saved_at).timestamp())
+    return Start(progress, marker.progress["window"], saved)
 
 
 def _check_writable(*paths: str) -> None:

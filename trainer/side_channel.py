@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from trainer.live.figures import RankFigures
+
 # A store on a host that vanished answers nothing, not even an error.
 ANSWER_TIMEOUT_S = 3.0
 FAILURE_KEY = "first_failure"
@@ -32,7 +34,8 @@ class Sign:
     """A rank's sign of life: where its training stands.
 
     `count` grows with every sign; `num_collectives` is how many the rank has begun;
-    `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come.
+    `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come;
+    `figures` are of its own work, once it trains.
     """
 
     rank: int
@@ -44,6 +47,18 @@ class Sign:
     idle_s: float
     unix_s: float
     has_left: bool = False
+    figures: RankFigures | None = None
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Sign:
+        """Rebuild it from `to_json`'s result."""
+        tree = json.loads(text)
+        figures = tree.pop("figures", None)
+        return cls(**tree, figures=None if figures is None else RankFigures.from_dict(figures))
+
+    def to_json(self) -> str:
+        """Return it as text."""
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -74,15 +89,17 @@ class SideChannel:
 
     def publish(self, sign: Sign) -> None:
         """Write a rank's sign, in place of its last."""
-        self._ask(lambda store: store.set(_sign_key(sign.rank), json.dumps(asdict(sign))), None)
+        self._ask(lambda store: store.set(_sign_key(sign.rank), sign.to_json()), None)
 
     def signs(self, world_size: int) -> dict[int, Sign]:
         """Return the latest sign of every rank that ever gave one."""
 
         def read(store: dist.Store) -> dict[int, Sign]:
-            known = [rank for rank in range(world_size) if store.check([_sign_key(rank)])]
+            known = list(range(world_size))
+            if not store.check([_sign_key(rank) for rank in known]):  # one question, where all are there
+                known = [rank for rank in known if store.check([_sign_key(rank)])]
             found = store.multi_get([_sign_key(rank) for rank in known]) if known else []
-            return {rank: Sign(**json.loads(value)) for rank, value in zip(known, found, strict=True)}
+            return {rank: Sign.from_json(value) for rank, value in zip(known, found, strict=True)}
 
         return self._ask(read, {})
 

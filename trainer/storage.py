@@ -20,6 +20,7 @@ from trainer.local_files import (
     read_local,
     read_local_into,
     remove_local_folder,
+    replace_local,
     write_local,
 )
 from trainer.retries import DEFAULT_RETRIES, RetryPolicy, StorageError, TryAgainError, attempt
@@ -90,6 +91,24 @@ def write_text(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) 
     """Write a text file."""
     data = text.encode()
     write_file(path, lambda: [data], retries=retries)
+
+
+def write_passing(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
+    """Write a text file that is soon written anew: whole or not at all, but not flushed to a local disk.
+
+    Raises:
+        StorageError: it failed for good.
+    """
+    local = _local_path(path)
+    if local is None:
+        write_text(path, text, retries=retries)
+    else:
+        attempt("write", path, lambda: replace_local(local, text.encode()), retries)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path leads to a storage that is not a local disk."""
+    return _local_path(path) is None
 
 
 def write_json(path: str, value: Any, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:

@@ -23,7 +23,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError
+from trainer.failures import LostRankError, note_early_failure
 from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose
 from trainer.install import InstallError, check_install
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             summary = train(config, ranks, health)
     except EXPECTED_ERRORS as error:
+        note_early_failure(error)
         print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, PASSING_ERRORS) else NO_RESTART_EXIT_CODE
     return RESUME_EXIT_CODE if summary is None else 0
@@ -102,11 +103,14 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
         folder.write_plan(model.plan.to_json())
         print(_opening(config, loader, model, ranks, folder, start.progress), flush=True)
     saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks)
+    saver.latest = start.saved
     job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
     try:
         with no_garbage_collection(), watch_for_preemption(ranks) as preemption:
             around = RunContext(dataset, folder, job.checkpoints, preemption, health, start.window)
             run_training(model, optimizers, loader, config, ranks, around, start.progress)
+        health.is_saved = start.progress.is_preempted
+        health.mark(start.progress.step, "ending")
         summary = None if start.progress.is_preempted else _finish(job, start.progress)
         saver.close()
         if summary is None and folder is not None:

@@ -13,11 +13,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from trainer.failures import silent_ranks
+from trainer.live.figures import RankFigures
+from trainer.live.findings import describe_ranks
 from trainer.ranks import Ranks
 from trainer.side_channel import Failure, SideChannel, Sign, host_name
 
@@ -44,6 +47,8 @@ class Watchdog:
         self._failure_seen_s: float | None = None
         self._has_ended = threading.Event()
         self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._figures: Callable[[], RankFigures] | None = None
+        self._at_end: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     @property
@@ -61,21 +66,44 @@ class Watchdog:
         self._phase = phase
         self._num_marks += 1
 
+    def show(self, figures: Callable[[], RankFigures], at_end: Callable[[str], None] | None = None) -> None:
+        """Put these into every sign from now on; `at_end` is told why, should this process be ended here.
+
+        Both are called in the watchdog's thread.
+        """
+        self._figures = figures
+        self._at_end = at_end
+
+    def sign(self, *, has_left: bool = False) -> Sign:
+        """Return this rank's sign as it is now."""
+        return Sign(
+            rank=self._ranks.rank,
+            host=host_name(),
+            step=self._step,
+            phase=self._phase,
+            num_collectives=self._seen[1],
+            count=self._count,
+            idle_s=self._idle_s(),
+            unix_s=time.time(),
+            has_left=has_left,
+            figures=None if self._figures is None else self._figures(),
+        )
+
     def end(self, *, has_failed: bool) -> None:
         """Stop watching, and leave a last sign. It may be called once."""
         self._has_ended.set()
         self._thread.join(BEAT_S)
         self._phase = "failed" if has_failed else "done"
         if self._channel.is_answering:
-            self._channel.publish(self._sign(has_left=True))
+            self._publish(has_left=True)
 
     def _run(self) -> None:
-        self._channel.publish(self._sign())
+        self._publish()
         while not self._has_ended.wait(BEAT_S):
             if self._agent_pid is not None and os.getppid() != self._agent_pid:
                 self._leave_without_agent()
             self._look()
-            self._channel.publish(self._sign())
+            self._publish()
             if self._idle_s() > self._stall_timeout_s:
                 self._end_if_stalled()
             else:
@@ -98,19 +126,11 @@ class Watchdog:
                 count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         return count
 
-    def _sign(self, *, has_left: bool = False) -> Sign:
+    def _publish(self, *, has_left: bool = False) -> Sign:
         self._count += 1
-        return Sign(
-            rank=self._ranks.rank,
-            host=host_name(),
-            step=self._step,
-            phase=self._phase,
-            num_collectives=self._seen[1],
-            count=self._count,
-            idle_s=self._idle_s(),
-            unix_s=time.time(),
-            has_left=has_left,
-        )
+        sign = self.sign(has_left=has_left)
+        self._channel.publish(sign)
+        return sign
 
     def _end_if_stalled(self) -> None:
         before = self._channel.signs(self._ranks.world_size)
@@ -119,8 +139,7 @@ class Watchdog:
         self._look()
         if self._idle_s() < self._stall_timeout_s:  # it moves after all
             return
-        own = self._sign()
-        self._channel.publish(own)
+        own = self._publish()
         after = self._channel.signs(self._ranks.world_size)
         late = late_ranks(before, after, self._ranks.world_size)
         what = describe_stall(late, after, own, self._ranks.world_size, time.time())
@@ -152,6 +171,8 @@ class Watchdog:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         print(f"Stack of rank {self._ranks.rank} (most recent call last):\n{stack}", file=sys.stderr, flush=True)
+        if self._at_end is not None:
+            self._at_end(line)
         os._exit(1)
 
 
@@ -192,15 +213,3 @@ def _describe_late(rank: int, sign: Sign | None, next_step: int, now_unix_s: flo
         f"rank {rank} has not arrived at step {next_step:,}: last sign step {sign.step:,} ({sign.phase}), "
         f"{age_s:.0f} s ago, host {sign.host}"
     )
-
-
-def describe_ranks(ranks: list[int]) -> str:
-    """Write sorted rank numbers as "rank 3" or "ranks 0-2, 5"."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1].append(rank)
-        else:
-            spans.append([rank])
-    text = ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -24,6 +24,7 @@ if "--save=1" in sys.argv:
 if "--fail=1" in sys.argv and rank == "1":
     sys.exit("this rank fails on purpose")
 if "--hang=1" in sys.argv or "--save=1" in sys.argv:
+    time.sleep(1)  # no real rank is up before its agent knows it, which is what gives a rank its time to save
     Path(f"pid_{rank}").write_text(str(os.getpid()))
     time.sleep(300)
 """
@@ -79,6 +80,7 @@ def test_a_failing_rank_is_status_1_and_its_log_is_kept(job_folder: Path) -> Non
     assert "ChildFailedError" not in out
     (log_dir,) = (job_folder / "tmp").glob("papilio_logs_*")
     assert f"papilio: the job failed; the log of each rank is under {log_dir}" in err
+    assert err.splitlines()[-1].startswith("papilio: first error: rank 1 (host "), "the last thing that is said"
     assert any("on purpose" in path.read_text() for path in log_dir.rglob("stderr.log"))
 
 

@@ -18,7 +18,7 @@ from torchx.runner import Runner
 from torchx.schedulers import get_scheduler_factories
 from torchx.specs import AppState
 
-from launch import cli, scheduled_jobs
+from launch import cli
 from launch.first_error import find_first_error
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record, read_events
@@ -107,6 +107,15 @@ def test_a_job_is_tried_again(runner: Runner, papilio: Papilio, tmp_path: Path) 
     assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 1)
     assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
     assert "SUCCEEDED, attempt 2" in papilio("status", record.app_id)[1]
+
+
+def test_what_would_go_wrong_again_is_not_tried_again(runner: Runner, papilio: Papilio) -> None:
+    """One host knows (78); the other was only killed after it (137)."""
+    handle, record = start(runner, make_app("[ ${replica_id} = 1 ] && exit 78; exit 137", 2, max_retries=5))
+    assert papilio("logs", "-f", handle)[0] == 78
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended"]
+    told = papilio("status", handle)[1].splitlines()[0]
+    assert told == f"{handle}  small  FAILED  (status 78: it would go wrong again, and is not tried again)"
 
 
 def test_a_failed_job_shows_the_first_error(runner: Runner, papilio: Papilio) -> None:
@@ -198,20 +207,6 @@ def test_a_component_explains_itself(papilio: Papilio) -> None:
     assert "--nnodes" in out and "--recipe" in out
 
 
-def test_settings_may_stand_anywhere() -> None:
-    words = ["--recipe", "r", "--data.path=a b", "--env", "A=1", "--", "--seed=2"]
-    assert scheduled_jobs._settings_last(words) == [
-        "--recipe",
-        "r",
-        "--env",
-        "A=1",
-        "--",
-        "--data.path=a b",
-        "--seed=2",
-    ]
-    assert scheduled_jobs._settings_last(["--recipe", "r"]) == ["--recipe", "r"]
-
-
 def test_torchxs_own_schedulers_and_default_are_untouched() -> None:
     """What `torchx run` offers when Papilio is installed; tests/launch/test_packaging.py looks at the entry points."""
     import launch.schedulers.runner  # noqa: F401
@@ -223,7 +218,7 @@ def test_torchxs_own_schedulers_and_default_are_untouched() -> None:
 
 def test_a_script_survives_what_words_may_contain() -> None:
     role = specs.Role("r", "", entrypoint="bash", args=["-c", "x ${app_id} $$y"], num_replicas=4)
-    scripts = render(resolve_role(role), title="a\nb", folder="/with space", sbatch_options=["-N2"], resume_status=75)
+    scripts = render(resolve_role(role), title="a\nb", folder="/with space", sbatch_options=["-N2"])
     assert "# a b\n" in scripts.job
     assert "folder='/with space'\n" in scripts.job
     assert """exec bash -c 'x '"$SLURM_JOB_ID"' $y'\n""" in scripts.host

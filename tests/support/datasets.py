@@ -24,7 +24,7 @@ def make_schema() -> Schema:
     )
 
 
-def write_dataset(folder, *, seed=0, labels="learnable", dense_scale=1.0, split_rows=SPLIT_ROWS) -> str:
+def write_dataset(folder, *, seed=0, labels="learnable", dense_scale=1.0, split_rows=SPLIT_ROWS, longest_bag=3):
     """Write a data set whose label depends on x0 and a ("learnable"), or on nothing ("random"); returns its folder."""
     generator = np.random.default_rng(seed)
     schema = make_schema()
@@ -32,7 +32,7 @@ def write_dataset(folder, *, seed=0, labels="learnable", dense_scale=1.0, split_
     for name, num_rows in split_rows.items():
         shards, positives = [], 0
         for index, size in enumerate([num_rows // 3, num_rows - num_rows // 3]):
-            columns = _make_columns(generator, size, labels, dense_scale)
+            columns = _make_columns(generator, size, labels, dense_scale, longest_bag)
             shards.append(write_shard(columns, schema, str(folder), f"{name}/{index}.arrow"))
             positives += int(columns.labels.sum())
         splits[name] = SplitInfo(num_rows=num_rows, num_positives=positives, shards=tuple(shards))
@@ -55,10 +55,12 @@ def write_dataset(folder, *, seed=0, labels="learnable", dense_scale=1.0, split_
     return str(folder)
 
 
-def _make_columns(generator: np.random.Generator, size: int, labels: str, dense_scale: float) -> Columns:
+def _make_columns(
+    generator: np.random.Generator, size: int, labels: str, dense_scale: float, longest_bag: int
+) -> Columns:
     dense = generator.normal(size=(size, NUM_DENSE)).astype(np.float32) * np.float32(dense_scale)
     ids = {name: generator.integers(0, rows, size, dtype=np.int32) for name, rows in ROWS_PER_TABLE.items()}
-    lengths = generator.integers(0, 4, size)
+    lengths = generator.integers(0, longest_bag + 1, size)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     bag_ids = generator.integers(0, ROWS_PER_TABLE["m"], offsets[-1], dtype=np.int32)
     logit = 1.5 * dense[:, 0] / dense_scale + np.where(ids["a"] % 2, 1.0, -1.0)

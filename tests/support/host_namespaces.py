@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 NETWORK = "10.77.3"
+# A host, too, beside those that are named; it has all names, and they have its.
+SWITCH_ADDRESS = f"{NETWORK}.1"
 START_TIMEOUT_S = 20
 HOLD = """
 hostname "$1"; ip link set lo up
@@ -55,6 +57,7 @@ class HostNamespaces:
                 self._start(name)
             self._run("switch", "ip link add br0 type bridge")
             self._run("switch", "ip link set br0 up")
+            self._run("switch", f"ip addr add {SWITCH_ADDRESS}/24 dev br0")
             for name in self.names:
                 pid = self._holders[name].pid
                 self._run("switch", f"ip link add v-{name} type veth peer name eth0 netns {pid}")
@@ -93,6 +96,11 @@ class HostNamespaces:
         """Let a port of one host give no answer to another one, as behind a firewall."""
         self._run(server, f"ip rule add ipproto tcp sport {port} to {self.address(client)} blackhole")
 
+    def lose(self, name: str) -> None:
+        """End a host as a power cut does: nobody hears of it, for the link goes first."""
+        self.unplug(name)
+        self.kill(name)
+
     def unplug(self, name: str) -> None:
         """Pull a host's cable: nothing comes or goes, and no connection breaks."""
         self._run("switch", f"ip link set v-{name} down")
@@ -128,7 +136,11 @@ class HostNamespaces:
             holder.wait()
 
     def _start(self, name: str) -> None:
-        lines = ["127.0.0.1 localhost", *(f"{self.address(each)} {each}" for each in self.names)]
+        lines = [
+            "127.0.0.1 localhost",
+            f"{SWITCH_ADDRESS} switch",
+            *(f"{self.address(each)} {each}" for each in self.names),
+        ]
         self.hosts_file(name).write_text("\n".join(lines) + "\n")
         words = [
             "unshare",

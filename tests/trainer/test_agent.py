@@ -63,7 +63,9 @@ def test_an_error_is_told_once_with_the_rank_that_made_it(start: Callable[..., A
     assert agent.wait() == 1
     assert "[1]:toy: mistake: this rank fails on purpose\n" in agent.output
     (told_by_rank_0,) = [line for line in agent.output.splitlines() if line.startswith("[0]:toy: error: ")]
-    assert told_by_rank_0.endswith("failed first, at step 11: ValueError: this rank fails on purpose")
+    told, _, place = told_by_rank_0.partition(" (support/toy_job.py:")
+    assert told.endswith("failed first, at step 11: ValueError: this rank fails on purpose")
+    assert place.endswith(", in happen)")
     (told_by_agent,) = [line for line in agent.output.splitlines() if line.startswith("papilio: ")]
     assert told_by_agent == told_by_rank_0.replace("[0]:toy: error: ", "papilio: error: ")
     assert "Traceback" not in agent.output

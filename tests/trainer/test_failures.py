@@ -1,17 +1,29 @@
+import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.support.agents import REPOSITORY, AgentProcess
 from tests.support.signs import sign_of
-from trainer.failures import find_cause, is_loss_of_a_peer, note_own_failure, one_line
+from trainer.config_file import ConfigError, build_config
+from trainer.failures import (
+    LostRankError,
+    find_cause,
+    is_loss_of_a_peer,
+    last_error,
+    note_early_failure,
+    note_own_failure,
+    one_line,
+    told_with_place,
+)
 from trainer.ranks import Ranks
-from trainer.side_channel import Failure, SideChannel
+from trainer.side_channel import Failure, SideChannel, open_side_channel
 
 GLOO_CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29853."
 
@@ -37,6 +49,55 @@ def test_an_error_fits_on_a_line() -> None:
     assert one_line(ValueError("a\n  b\n\nmore")) == "ValueError: a b"
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert one_line(ValueError("x" * 1_000)) == "ValueError: " + "x" * 297 + "..."
+
+
+def test_an_error_is_told_with_the_line_of_the_user_that_it_came_from() -> None:
+    with pytest.raises(ValueError, match="dimensions") as caught:
+        np.concatenate([np.zeros(2), np.zeros((2, 2))])
+    with pytest.raises(json.JSONDecodeError) as deep:
+        json.loads("{")
+    line = test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__code__.co_firstlineno
+    place = f"in {test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__name__})"
+    assert told_with_place(caught.value).endswith(f" (trainer/test_failures.py:{line + 2}, {place}")
+    assert told_with_place(deep.value).endswith(f" (trainer/test_failures.py:{line + 4}, {place}")
+
+
+def test_an_error_of_ours_says_enough_by_itself() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config({"name": "x"}, source="r.toml")
+    assert told_with_place(caught.value) == one_line(caught.value)
+
+
+def test_what_fails_before_the_group_is_noted_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment = {"PET_RDZV_ENDPOINT": f"localhost:{store.port}", "TORCHELASTIC_RUN_ID": "j", "MASTER_ADDR": "a"}
+    environment |= {"MASTER_PORT": "1", "RANK": "5", "WORLD_SIZE": "8"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    note_early_failure(LostRankError("rank 2 failed first"))
+    assert open_side_channel().first_failure() is None
+    note_early_failure(ConfigError("recipe: there is no key train.epoch"))
+    first = open_side_channel().first_failure()
+    assert first is not None
+    assert (first.rank, first.step, first.error) == (5, -1, "ConfigError: recipe: there is no key train.epoch")
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            "Traceback ...\n  File x\nModuleNotFoundError: No module named 'a'\n",
+            ": ModuleNotFoundError: No module named 'a'",
+        ),
+        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory\nbye\n", ": torch.OutOfMemoryError: CUDA out of memory"),
+        ("Fatal Python error: Segmentation fault\n", ": Fatal Python error: Segmentation fault"),
+        ("no error: here\n", ""),
+    ],
+)
+def test_the_last_error_of_a_log(tmp_path: Path, log: str, expected: str) -> None:
+    (tmp_path / "stderr.log").write_text(log)
+    assert last_error(str(tmp_path / "stderr.log")) == expected
+    assert last_error(str(tmp_path / "none.log")) == last_error(None) == ""
 
 
 @pytest.fixture

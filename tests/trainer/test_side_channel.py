@@ -4,6 +4,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tests.support.signs import sign_of
+from trainer.live.figures import RankFigures
 from trainer.side_channel import Failure, SideChannel, open_side_channel
 
 
@@ -20,6 +21,31 @@ def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
     writer.publish(sign_of(2, 7, has_left=True))
     assert reader.signs(3) == {0: sign_of(0, 6), 2: sign_of(2, 7, has_left=True)}
     assert reader.signs(1) == {0: sign_of(0, 6)}
+
+
+def test_figures_travel_with_a_sign(tmp_path: Path) -> None:
+    channel = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    sign = sign_of(1, 9, figures=RankFigures(12.5, 0.25, 40, 1.5, None, (("t_C3", 0.61),)))
+    channel.publish(sign)
+    assert channel.signs(2) == {1: sign}
+
+
+def test_all_signs_of_many_ranks_are_two_questions() -> None:
+    class Counted:
+        def __init__(self) -> None:
+            self.questions: list[str] = []
+
+        def check(self, keys: list[str]) -> bool:
+            self.questions.append("check")
+            return True
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            self.questions.append("multi_get")
+            return [sign_of(int(key.rpartition("/")[2]), 3).to_json().encode() for key in keys]
+
+    store = Counted()
+    assert SideChannel(store).signs(512) == {rank: sign_of(rank, 3) for rank in range(512)}
+    assert store.questions == ["check", "multi_get"]
 
 
 def test_the_first_failure_stands(tmp_path: Path) -> None:

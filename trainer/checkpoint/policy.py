@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.version import papilio_version
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.format import Marker
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.saver import Saved, Saver
 from trainer.ranks import Ranks
 
 
@@ -76,6 +76,11 @@ class Checkpoints:
         )
         self._saver.save(marker, wait=wait)
         self._latest_step, self._latest_s = step, time.monotonic()
+
+    @property
+    def latest(self) -> Saved | None:
+        """The newest complete checkpoint."""
+        return self._saver.latest
 
     @property
     def stalls_s(self) -> list[float]:

@@ -45,12 +45,14 @@ class Saved:
         name: its folder.
         num_bytes: size of its files (known to the first rank).
         write_s: how long writing took, beside training.
+        unix_s: when the state was copied.
     """
 
     name: str
     step: int
     num_bytes: int = 0
     write_s: float = 0.0
+    unix_s: float = 0.0
 
 
 class Saver:
@@ -103,7 +105,7 @@ class Saver:
         if not has_to_wait:
             # Its memory is kept for the next one: new memory costs more time than the copy.
             state = self._snapshot = state.snapshot(self._snapshot)
-        saved = Saved(f"step_{marker.step:010}-{self._attempt}", marker.step)
+        saved = Saved(f"step_{marker.step:010}-{self._attempt}", marker.step, unix_s=time.time())
         self._under_way = self._executor.submit(self._write, saved, marker, state)
         self.stalls_s.append(time.perf_counter() - begin_s)
         if has_to_wait:

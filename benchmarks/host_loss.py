@@ -146,15 +146,15 @@ def elastic(cluster: Cluster) -> None:
     hosts, measure = cluster.hosts, cluster.measure
     measure("start of two hosts", lambda: cluster.start("n1", "n2"), 2)
     measure("rank killed", lambda: cluster.end_rank("n2"), 2, "n1")
-    measure("agent killed: goes on without its host", lambda: cluster.end_agent("n2"), 1, "n1")
-    measure("host comes: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
+    measure("agent killed: goes on without that host", lambda: cluster.end_agent("n2"), 1, "n1")
+    measure("host whose agent was killed comes again: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
     measure("host lost: shrinks", lambda: hosts.kill("n2"), 1, "n1")
     measure("lost host comes back: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
     cluster.measure_silence(f"link down for {SHORT_S:.0f} s: goes on", "n2", "n1")
     measure("link down for long: shrinks", lambda: hosts.unplug("n2"), 1, "n1")
     measure("link up again: grows", lambda: hosts.plug_in("n2"), 2, "n1", JOINING)
     measure("SIGTERM to one host: saves, shrinks", lambda: cluster.terminate("n2"), 1, "n1")
-    measure("host comes: grows (2)", lambda: cluster.start("n2"), 2, "n1", JOINING)
+    measure("host that was told to end comes again: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
 
     def lose_store() -> None:
         hosts.kill("n1")

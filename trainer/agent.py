@@ -95,6 +95,7 @@ class Agent(LocalElasticAgent):
         assert config.logs_specs is not None
         # The rank of the whole job: torch's own prefix has the number within the host.
         super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
+        self._place = rendezvous
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
@@ -171,9 +172,10 @@ class Agent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
         """End the ranks before a restart; those that still run, because another host joins, get time to save."""
-        if None in self._exit_statuses().values():
+        is_left_behind = self._place.is_left_behind
+        if None in self._exit_statuses().values() and not is_left_behind:
             say("another host joins; the ranks save and start again")
-        self._end_ranks(self._grace_s)
+        self._end_ranks(FAILED_GRACE_S if is_left_behind else self._grace_s)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **named: Any) -> None:
         """End the ranks for good. Whatever signal came, ranks get the one that lets them save."""

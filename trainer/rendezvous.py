@@ -137,6 +137,8 @@ class Rendezvous(DynamicRendezvousHandler):
     _rank = -1
     _size = 0
     _has_told = False
+    # Whether the others have gone on without this host, so that its ranks wait in vain.
+    is_left_behind = False
     _missing: frozenset[str] = frozenset()
 
     @classmethod
@@ -236,7 +238,8 @@ class Rendezvous(DynamicRendezvousHandler):
                 self._take_place_again()
                 self._learn_names()
                 state = self._state_holder.state
-                has_moved_on = self._backend.has_lost_state or state.round != self._round
+                self.is_left_behind = state.round != self._round and not self._backend.has_lost_state
+                has_moved_on = self._backend.has_lost_state or self.is_left_behind
                 waiting = len(state.wait_list) or int(has_moved_on)
         except RendezvousConnectionError:
             if not self._has_told and time.monotonic() - self._backend.heard_s > TELL_AFTER_S:
@@ -248,8 +251,10 @@ class Rendezvous(DynamicRendezvousHandler):
         if self._has_told:
             self._tell(f"the store at {self.endpoint} answers again")
         self._has_told = False
-        if has_moved_on:
-            self._tell("the other hosts went on without this one, or the store is a new one; joining anew")
+        if self.is_left_behind:
+            self._tell("the other hosts went on without this one; its ranks end, and it joins anew")
+        elif has_moved_on:
+            self._tell(f"the store at {self.endpoint} is a new one; the ranks save, and the hosts join anew")
         else:
             self._tell_who_is_missing()
         return waiting

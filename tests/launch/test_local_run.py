@@ -23,6 +23,8 @@ if "--save=1" in sys.argv:
     signal.signal(signal.SIGTERM, lambda number, frame: (time.sleep(7), print("saved", flush=True), sys.exit(75)))
 if "--fail=1" in sys.argv and rank == "1":
     sys.exit("this rank fails on purpose")
+if "--refuse=1" in sys.argv:
+    sys.exit(78)
 if "--hang=1" in sys.argv or "--save=1" in sys.argv:
     time.sleep(1)  # no real rank is up before its agent knows it, which is what gives a rank its time to save
     Path(f"pid_{rank}").write_text(str(os.getpid()))
@@ -82,6 +84,13 @@ def test_a_failing_rank_is_status_1_and_its_log_is_kept(job_folder: Path) -> Non
     assert f"papilio: the job failed; the log of each rank is under {log_dir}" in err
     assert err.splitlines()[-1].startswith("papilio: first error: rank 1 (host "), "the last thing that is said"
     assert any("on purpose" in path.read_text() for path in log_dir.rglob("stderr.log"))
+
+
+def test_a_mistake_that_would_be_made_again_is_status_78(job_folder: Path) -> None:
+    job = start_job(job_folder, "--refuse=1")
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 78
+    assert "papilio: the job failed; the log of each rank is under" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -95,7 +95,7 @@ class HostJob:
     def output(self) -> str:
         return "\n".join(line for _, line in list(self.lines))
 
-    def wait(self, timeout_s: float = 90) -> int:
+    def wait(self, timeout_s: float = 120) -> int:
         """Wait for the command's end and return its exit status."""
         status = self.process.wait(timeout_s)
         self._reader.join(5)
@@ -104,7 +104,7 @@ class HostJob:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait_for(self, text: str, timeout_s: float = 90) -> float:
+    def wait_for(self, text: str, timeout_s: float = 120) -> float:
         """Wait until a line has this text, and return when it came."""
         found: list[float] = []
 
@@ -117,7 +117,7 @@ class HostJob:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, timeout_s: float = 90, seen: Callable[[], str] = lambda: ""
+    condition: Callable[[], bool], what: str, timeout_s: float = 120, seen: Callable[[], str] = lambda: ""
 ) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():

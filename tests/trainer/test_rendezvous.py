@@ -55,7 +55,7 @@ def test_a_store_that_was_started_anew_makes_the_hosts_join_anew() -> None:
         pass
     assert said[1:] == [
         f"the store at localhost:{port} answers again",
-        "the other hosts went on without this one, or the store is a new one; joining anew",
+        f"the store at localhost:{port} is a new one; the ranks save, and the hosts join anew",
     ]
     assert rendezvous.next_rendezvous().world_size == 1
     assert rendezvous.num_nodes_waiting() == 0

@@ -2,7 +2,8 @@
 
 Each rank has a thread that writes, once a second, where its training stands into the side channel; the step itself only
 assigns a few attributes. When nothing has moved here for `stall_timeout_s`, the thread reads the others' signs, says
-which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again.
+which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again. It
+does so sooner when another rank gives no more signs of life (trainer/silence.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trainer.live.figures import RankFigures
 from trainer.live.findings import describe_ranks
 from trainer.ranks import Ranks
 from trainer.side_channel import Failure, SideChannel, Sign, host_name
+from trainer.silence import SilenceWatch
 
 BEAT_S = 1.0
 # Of two readings of the signs, so far apart, a rank that lives has given a new one in between.
@@ -38,6 +40,7 @@ class Watchdog:
         self._ranks = ranks
         self._stall_timeout_s = stall_timeout_s
         self._channel = channel
+        self._silence = SilenceWatch(channel, ranks.world_size)
         self._step = 0
         self._phase = "start-up"
         self._num_marks = 0
@@ -108,6 +111,7 @@ class Watchdog:
                 self._end_if_stalled()
             else:
                 self._follow_the_first_failure()
+                self._end_if_left_alone()
 
     def _look(self) -> None:
         seen = (self._num_marks, self._num_collectives())
@@ -147,6 +151,17 @@ class Watchdog:
         culprit = late[0] if late else self._ranks.rank
         host = after[culprit].host if culprit in after else "unknown"
         self._channel.note_failure(Failure(culprit, host, -1, line, time.time()))
+        self._end_process(line)
+
+    def _end_if_left_alone(self) -> None:
+        """End this rank when it waits for one whose host is gone: no connection would tell."""
+        lost = self._silence.lost(self._idle_s())
+        if lost is None:
+            return
+        line = f"nothing has moved for {self._idle_s():.0f} s: {lost}"
+        culprit = self._silence.culprit()
+        if culprit is not None:
+            self._channel.note_failure(Failure(*culprit, -1, line, time.time()))
         self._end_process(line)
 
     def _leave_without_agent(self) -> NoReturn:

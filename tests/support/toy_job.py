@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from trainer import silence
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import LostRankError
 from trainer.job_health import JobHealth, job_health
@@ -33,9 +34,11 @@ def main() -> int:
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--save-s", type=float, default=0.0)
     parser.add_argument("--stall-timeout-s", type=float, default=60.0)
+    parser.add_argument("--lost-after-s", type=float, default=silence.LOST_AFTER_S)
     parser.add_argument("--event", default="", help="kind:rank:step")
     parser.add_argument("--times", type=int, default=1, help="how often the event happens")
     options = parser.parse_args()
+    silence.LOST_AFTER_S = options.lost_after_s
     with (
         process_group() as ranks,
         job_health(ranks, options.stall_timeout_s) as health,

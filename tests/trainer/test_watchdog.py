@@ -77,6 +77,17 @@ def test_a_rank_that_does_not_arrive_is_named_and_the_job_starts_again(tmp_path:
     assert "toy begins at step 10 on 2" in agent.output
 
 
+def test_a_rank_that_gives_no_sign_of_life_is_not_waited_for(tmp_path: Path) -> None:
+    agent = AgentProcess(tmp_path, "--event=SIGSTOP:1:12", "--lost-after-s=4", max_restarts=1)
+    try:
+        assert agent.wait() == 0, agent.output
+    finally:
+        agent.kill()
+    assert "rank 1 (host " in agent.output
+    assert "has given no sign of life for 4 s: the host or its network is gone" in agent.output
+    assert "toy begins at step 10 on 2" in agent.output
+
+
 STANDS_STILL = """
 import time
 from trainer.job_health import job_health

@@ -32,6 +32,8 @@ EXAMPLES = {
     "evaluate": "--run runs/quickstart --split test",
     "preprocess": "--source criteo --input day_0.gz,day_1.gz --output datasets/terabyte",
 }
+# Their jobs have flags of their own, which stand behind `--` with the settings.
+WITH_FLAGS = {"preflight"}
 PORT = "rdzv_port"
 # Two jobs may share a host, and each needs a port of its own to meet at; below those that the kernel gives away.
 FIRST_PORT, NUM_PORTS = 29_500, 3_000
@@ -48,7 +50,7 @@ def build_app(name: str, words: Sequence[str]) -> specs.AppDef:
     component = our_components().get(bare)
     if component is None:
         return _build_other(name, words)
-    known, rest = _split(component, words)
+    known, rest = _split(words, takes_settings=_takes_settings(component) and bare not in WITH_FLAGS)
     namespace = vars(parse_arguments(_as_verb(bare, component), known))
     overrides = namespace.pop("overrides")
     if bare == "train":
@@ -76,13 +78,13 @@ def _build_other(name: str, words: Sequence[str]) -> specs.AppDef:
     return specs.materialize_appdef(component, list(words))
 
 
-def _split(component: Callable[..., specs.AppDef], words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(words: Sequence[str], takes_settings: bool) -> tuple[list[str], list[str]]:
     """Part the words at `--`: what follows is passed on as it is, unless these are settings, which go anywhere."""
     if "--" not in words:
         return list(words), []
     place = list(words).index("--")
     before, after = list(words[:place]), list(words[place + 1 :])
-    return ([*before, *after], []) if _takes_settings(component) else (before, after)
+    return ([*before, *after], []) if takes_settings else (before, after)
 
 
 def _as_verb(name: str, component: Callable[..., specs.AppDef]) -> Verb:

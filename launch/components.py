@@ -38,6 +38,7 @@ def train(
     rdzv_port: int = 29500,
     max_restarts: int = 3,
     grace_s: int = GRACE_S,
+    preflight: bool = False,
 ) -> specs.AppDef:
     """Plan, train and evaluate the model of a recipe on nproc ranks of each of nnodes nodes.
 
@@ -60,12 +61,14 @@ def train(
         rdzv_port: port on the first node where the nodes meet; unused with one node
         max_restarts: failures after which the ranks are started again in place; an hour without one clears the count
         grace_s: seconds that ranks get to save when they are told to end; less than the scheduler gives
+        preflight: ask first on all nodes whether the job would run there, and end it with the table if it would not
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     words = ["trainer.train", "--recipe", recipe, *([f"--host={asked.hardware}"] if asked.hardware else []), *overrides]
     command = roles.agent_command(words, asked.nproc, nnodes, rdzv_port, max_restarts)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
-    return roles.make_app(name, "train", command, asked, around, nnodes, rdzv_port, grace_s)
+    checks = roles.preflight_before(recipe, overrides, asked, nnodes) if preflight else []
+    return roles.make_app(name, "train", command, asked, around, nnodes, rdzv_port, grace_s, checks)
 
 
 def evaluate(
@@ -188,9 +191,7 @@ def preprocess(
     """
     words = ["--source", source, "--input", *input, "--output", output, "--num-workers", str(cpu), *options]
     around = Surroundings(python, image, env, mounts, 1, max_retries)
-    return roles.make_app(
-        name, "preprocess", roles.verb_command("preprocess", words), hosts.one_process(cpu, memory_mb), around
-    )
+    return roles.verb_app(name, "preprocess", words, hosts.one_process(cpu, memory_mb), around)
 
 
 def export(
@@ -241,9 +242,7 @@ def export(
     words += [f"--data={data}"] if data is not None else []
     words += [*(f"--table={choice}" for choice in table or []), *([] if gate else ["--no-gate"])]
     around = Surroundings(python, image, env, mounts, cpu, max_retries)
-    return roles.make_app(
-        name, "export", roles.verb_command("export", words), hosts.one_process(cpu, memory_mb), around
-    )
+    return roles.verb_app(name, "export", words, hosts.one_process(cpu, memory_mb), around)
 
 
 def predict(
@@ -285,9 +284,7 @@ def predict(
     words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", value)]
     words += ["--input", *input] if input else []
     around = Surroundings(python, image, env, mounts, cpu, max_retries)
-    return roles.make_app(
-        name, "predict", roles.verb_command("predict", words), hosts.one_process(cpu, memory_mb), around
-    )
+    return roles.verb_app(name, "predict", words, hosts.one_process(cpu, memory_mb), around)
 
 
 def study(

@@ -19,9 +19,8 @@ from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 
 from launch.first_error import ErrorWatch
+from trainer.exit_codes import RESUME_EXIT_CODE
 
-# sysexits.h, "temporary failure": the agent leaves with it when all ranks saved (trainer/exit_codes.py).
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torchx.specs.overlays import JOIN, set_overlay
 
 from launch.hosts.request import HostRequest
 from launch.usage import UsageError
+from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
 JOIN_TIMEOUT_S = 900
@@ -82,6 +84,27 @@ def preflight_command(
     return [*words, *(escape_macros(word) for word in overrides)]
 
 
+def preflight_before(recipe: str, overrides: Sequence[str], request: HostRequest, nnodes: str) -> list[str]:
+    """Return the words of a preflight that comes before the job itself, on the same hosts (launch/start.py).
+
+    Raises:
+        UsageError: nobody knows how many hosts must be there.
+    """
+    fewest, most = bounds(nnodes)
+    if fewest < most:
+        raise UsageError(f"--preflight with --nnodes {nnodes}: it asks a fixed number of nodes; leave one of them out")
+    wait_s = JOIN_TIMEOUT_S if most > 1 else LOCAL_JOIN_TIMEOUT_S
+    words = preflight_command(recipe, overrides, request, most, wait_s)
+    return [*words, f"--failure-status={NO_RESTART_EXIT_CODE}"]
+
+
+def verb_app(
+    name: str, verb: str, words: Sequence[str], request: HostRequest, surroundings: Surroundings
+) -> specs.AppDef:
+    """Return a job of one process that does a verb of the command line."""
+    return make_app(name, verb, verb_command(verb, words), request, surroundings)
+
+
 def make_app(
     name: str,
     role_name: str,
@@ -91,8 +114,12 @@ def make_app(
     nnodes: str = "1",
     rdzv_port: int | None = None,
     grace_s: int = SHUTDOWN_TIMEOUT_S,
+    checks: Sequence[str] = (),
 ) -> specs.AppDef:
-    """Return a job of one role, a replica for each host, each of which runs the module `command[0]`."""
+    """Return a job of one role, a replica for each host, each of which runs the module `command[0]`.
+
+    Where there are `checks`, another module with its arguments, they come first, and must succeed.
+    """
     fewest, most = bounds(nnodes)
     plain, carried = _split_environment(surroundings.env or {})
     parsed_mounts = _parse_mounts(surroundings.mounts or ())
@@ -100,6 +127,7 @@ def make_app(
     first += [f"--mounted={mount.dst_path}" for mount in parsed_mounts if not isinstance(mount, specs.DeviceMount)]
     if most > 1:
         first += [f"--head-node-in={specs.macros.rank0_env}", f"--rdzv-port={rdzv_port}"]
+    first += [f"--checks={shlex.join(checks)}"] if checks else []
     role = specs.Role(
         role_name,
         surroundings.image or NO_IMAGE,

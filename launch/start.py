@@ -2,18 +2,23 @@
 
 Schedulers lose things on the way: TorchX's Slurm cuts the value of a variable at its first comma, its Slurm and
 local_cwd ignore mounts, and none but some say which host is the first. Here what is carried another way is put in its
-place, and what is missing ends the job, before any rank starts.
+place, and what is missing ends the job, before any rank starts. So do checks that the job wants to come first, a
+preflight of all its hosts: they are another module, which meets where the job will.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-USAGE_STATUS = 2
+from trainer.exit_codes import NO_RESTART_EXIT_CODE
+
 MOUNTS = "/proc/self/mountinfo"
 
 
@@ -30,17 +35,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mounted", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--head-node-in", metavar="NAME", help="variable that names the first host")
     parser.add_argument("--rdzv-port", type=int, metavar="N", help="port on the first host where the hosts meet")
+    parser.add_argument("--checks", default="", metavar="COMMAND", help="module with arguments that must succeed first")
     options = parser.parse_args(words[:end])
     module, *rest = words[end + 1 :]
+    endpoint = []
     try:
         check_mounts(options.mounted, Path(MOUNTS).read_text("utf-8") if options.mounted else "")
         if options.head_node_in is not None:
-            rest = [f"--rdzv-endpoint={head_node(options.head_node_in, os.environ)}:{options.rdzv_port}", *rest]
+            endpoint = [f"--rdzv-endpoint={head_node(options.head_node_in, os.environ)}:{options.rdzv_port}"]
     except StartError as error:
         print(f"papilio: error: {error}", file=sys.stderr, flush=True)
-        return USAGE_STATUS
+        return NO_RESTART_EXIT_CODE
     os.environ.update(word.split("=", 1) for word in options.env)
-    return os.execv(sys.executable, [sys.executable, "-m", module, *rest])
+    status = run_module([*shlex.split(options.checks), *endpoint]) if options.checks else 0
+    if status:
+        print("papilio: error: the checks before the job failed; nothing was started", file=sys.stderr, flush=True)
+        return status
+    return os.execv(sys.executable, [sys.executable, "-m", module, *endpoint, *rest])
+
+
+def run_module(words: Sequence[str]) -> int:
+    """Run a module to its end and return its status; it ends with this process, if that is told to."""
+    process = subprocess.Popen([sys.executable, "-m", *words])
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    status = process.wait()
+    signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128 - status
 
 
 def head_node(variable: str, environment: Mapping[str, str]) -> str:

@@ -119,12 +119,12 @@ def test_serving_needs_no_torchrec(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("launch")))
 def test_launch_reaches_no_torch(module: str) -> None:
-    """Of the other packages launch imports configs, options, the install check and torch-free jobs."""
+    """Of the other packages launch imports configs, options, exit codes, the install check and torch-free jobs."""
     reached = reached_from(module) if module != PROBE else set()
     heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
     assert heavy == set()
     direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "sharding", "trainer")}
-    allowed = ("config", "config_file", "hardware", "install", "manifest", "plan_file")
+    allowed = ("config", "config_file", "exit_codes", "hardware", "install", "manifest", "plan_file")
     assert all(n.rpartition(".")[2] in allowed or n.endswith("_options") or n in JOBS_OF_LAUNCH for n in direct)
 
 

@@ -62,6 +62,7 @@ class Options:
     read_gib: float = 1.0
     measures_links: bool = True
     as_json: bool = False
+    failure_status: int = 1
     name: str | None = None
 
 
@@ -81,15 +82,16 @@ class Senses:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Take part in a preflight; 0 when no check failed on any host, else 1."""
+    """Take part in a preflight; 0 when no check failed on any host, 1 if they did not meet, else --failure-status."""
+    options = read_options(arguments)
     try:
         check_install()
-        options = read_options(arguments)
         config = load_config(options.recipe, options.overrides)
-        return take_part(options, config)
+        return options.failure_status if take_part(options, config) else 0
     except (ConfigError, InstallError, MeetingError, UsageError) as error:
         print(f"papilio preflight: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        # The first host may be gone: that may go better another time.
+        return 1 if isinstance(error, MeetingError) else options.failure_status
 
 
 def take_part(options: Options, config: Config, senses: Senses | None = None) -> int:
@@ -327,7 +329,8 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--read-gib", type=float, default=Options.read_gib)
     parser.add_argument("--no-links", action="store_false", dest="measures_links")
     parser.add_argument("--json", action="store_true", dest="as_json")
-    parser.add_argument("--name")
+    parser.add_argument("--failure-status", type=int, default=1, help="status that says that something must be mended")
+    parser.add_argument("--host-name", dest="name", help="default: what the machine says")
     parsed, overrides = parser.parse_known_args(arguments)
     return Options(**vars(parsed), overrides=tuple(overrides))
 

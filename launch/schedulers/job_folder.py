@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+
 JOB, EVENTS = "job.json", "job.events"
 HOST_LOG = re.compile(r"host_(\d+)\.log")
 
@@ -107,6 +109,15 @@ def host_logs(folder: str) -> dict[int, Path]:
 def last_event(events: list[Event], *whats: str) -> Event | None:
     """Return the newest event of these kinds."""
     return next((event for event in reversed(events) if event.what in whats), None)
+
+
+def meaning_of(status: str) -> str:
+    """Say what the status that a job ended with means."""
+    meanings = {
+        str(RESUME_EXIT_CODE): "the ranks saved before",
+        str(NO_RESTART_EXIT_CODE): f"status {NO_RESTART_EXIT_CODE}: it would go wrong again, and is not tried again",
+    }
+    return meanings.get(status, f"status {status}")
 
 
 def _parsed(lines: list[str]) -> Iterator[Event]:

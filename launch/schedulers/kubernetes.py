@@ -3,14 +3,13 @@
 It writes what TorchX's scheduler writes, and beside that
 
 - ranks that saved and left (status 75) and pods that were evicted lead to a restart of the job, which resumes, without
-  being asked for; other failures do as often as max_retries says;
+  being asked for; other failures do as often as max_retries says, but a mistake that would be made again (78) never;
 - every field of the manifest is checked before it is sent, here, so that a dry run needs no cluster;
 - a job without an image is refused: no node could start it.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,8 @@ from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesSche
 from launch.roles import NO_IMAGE
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.manifest_check import find_problems
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
-# sysexits.h, "temporary failure": the ranks saved (trainer/exit_codes.py).
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
 # Volcano has one count for all restarts of a job.
 MAX_RESUMES = 10
 
@@ -78,9 +76,12 @@ class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
 def policies(max_retries: int) -> list[dict[str, Any]]:
     """Return what Volcano does when a pod ends before the job is done.
 
-    Without a policy for a failure the other hosts' agents end by themselves, and the job is told as failed.
+    The first that fits decides (Volcano, applyPolicies), so that a status comes before the failure that it is. Without
+    a policy for a failure the other hosts' agents end by themselves, and the job is told as failed.
     """
     found: list[dict[str, Any]] = [
+        # Its pods stay, with their logs; of Volcano's ends this is the one that TorchX tells as a failure.
+        {"exitCode": NO_RESTART_EXIT_CODE, "action": "TerminateJob"},
         {"exitCode": RESUME_EXIT_CODE, "action": "RestartJob"},
         {"event": "PodEvicted", "action": "RestartJob"},
     ]

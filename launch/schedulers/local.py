@@ -32,6 +32,7 @@ from launch.schedulers.job_folder import (
     find_record,
     host_logs,
     last_event,
+    meaning_of,
     new_folder,
     read_events,
     read_records,
@@ -41,7 +42,8 @@ from launch.schedulers.local_supervisor import CANCELLED, PID, PROCESSES, is_sup
 
 START_TIMEOUT_S = 20.0
 POLL_S = 0.02
-HEAD_NODE = "PAPILIO_FIRST_HOST"
+# As TorchX's local schedulers have it.
+HEAD_NODE = "TORCHX_RANK0_HOST"
 
 
 @dataclass
@@ -214,9 +216,8 @@ def _state(record: JobRecord, events: list[Event]) -> tuple[AppState, str]:
     if status == "0":
         return AppState.SUCCEEDED, "status 0"
     if last_event(events, CANCELLED) is not None:
-        saved = ", the ranks saved before" if status == str(os.EX_TEMPFAIL) else ""
-        return AppState.CANCELLED, f"cancelled{saved}"
-    return AppState.FAILED, f"status {status}"
+        return AppState.CANCELLED, f"cancelled, {meaning_of(status)}"
+    return AppState.FAILED, meaning_of(status)
 
 
 def _host_state(record: JobRecord, host: int, state: AppState, attempt: int) -> AppState:

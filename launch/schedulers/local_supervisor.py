@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+
 PROCESSES, PID = "processes.json", "supervisor.pid"
 CANCELLED = "cancelled"
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
 POLL_S = 0.05
 # Beyond the grace that the agents give their ranks.
 MARGIN_S = 10.0
@@ -29,7 +30,7 @@ WAIT_FOR_HOSTS_S = 60.0
 
 
 def main(folder: Path) -> int:
-    """Run the job in `folder` to its end and return its status: 0, or the largest of its hosts."""
+    """Run the job in `folder` to its end and return its status: 0, or that of its hosts."""
     (folder / PID).write_text(f"{os.getpid()} {start_time(os.getpid())}\n")
     plan = json.loads((folder / PROCESSES).read_text())
     supervisor = Supervisor(folder, plan["hosts"])
@@ -37,7 +38,7 @@ def main(folder: Path) -> int:
         signal.signal(number, supervisor.cancel)
     for attempt in range(1, plan["max_retries"] + 2):
         status = supervisor.run(attempt)
-        if status in (0, RESUME_EXIT_CODE) or supervisor.is_cancelled:
+        if status in (0, RESUME_EXIT_CODE, NO_RESTART_EXIT_CODE) or supervisor.is_cancelled:
             break
         if attempt <= plan["max_retries"]:
             supervisor.note("retried", f"status {status}")
@@ -56,7 +57,7 @@ class Supervisor:
         self.is_cancelled = False
 
     def run(self, attempt: int) -> int:
-        """Start all hosts, wait for them, and return the largest of their statuses."""
+        """Start all hosts, wait for them, and return their status: the largest, or 78 if one of them says so."""
         self._attempt, self._processes, self._deadline_s = attempt, [], None
         self.note("begins", " ".join(["localhost"] * len(self._hosts)))
         for host, started in enumerate(self._hosts):
@@ -73,7 +74,8 @@ class Supervisor:
             if self._deadline_s is not None and time.monotonic() > self._deadline_s:
                 self._pass_on(signal.SIGKILL)
             time.sleep(POLL_S)
-        status = max(_status(process) for process in self._processes)
+        statuses = {_status(process) for process in self._processes}
+        status = NO_RESTART_EXIT_CODE if NO_RESTART_EXIT_CODE in statuses else max(statuses)
         self.note("ended", str(status))
         return status
 

@@ -1,7 +1,7 @@
 """TorchX's Runner with the schedulers of Papilio.
 
-They are given to the Runner by name and not registered as entry points, which would hide TorchX's own from every user
-of this environment and change which one is the default.
+They are given to the Runner by name and not registered as entry points: `torchx run` keeps TorchX's own, with their
+options. (But torchx_slurm.py, which `torchx` gets in the place of its own, submits what that one submits.)
 """
 
 from __future__ import annotations

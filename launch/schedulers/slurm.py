@@ -5,7 +5,6 @@ It also tells of jobs that TorchX's own slurm scheduler submitted (`torchx run -
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import socket
@@ -28,57 +27,19 @@ from launch.schedulers.job_folder import (
     JobRecord,
     find_record,
     host_logs,
-    last_event,
     new_folder,
-    read_events,
     read_records,
     write_record,
 )
 from launch.schedulers.slurm_queries import SlurmRow
 from launch.schedulers.slurm_scripts import SlurmScripts, render, resolve_role
+from launch.schedulers.slurm_states import STATES, describe_components, describe_forgotten, describe_job, together
 
-# sysexits.h, "temporary failure": the ranks saved (trainer/exit_codes.py).
-RESUME_EXIT_CODE = os.EX_TEMPFAIL
 # Below this a partition's memory is not configured, and Slurm refuses jobs that ask for any.
 LEAST_PARTITION_MEMORY_MB = 1_000
 # A job with a time limit gets SIGTERM so long before it that its ranks can save: the grace of the component, and this.
 MARGIN_S = 30
 DEFAULT_GRACE_S = 30
-
-REASONS: Mapping[str, str] = {
-    "BeginTime": "Slurm holds back a job that was requeued",
-    "PartitionConfig": "it asks for more hosts or time than the partition has: cancel it",
-    "PartitionNodeLimit": "it asks for more hosts or time than the partition has: cancel it",
-    "PartitionTimeLimit": "it asks for more time than the partition has: cancel it",
-    "Priority": "others are before it",
-    "ReqNodeNotAvail": "hosts that it needs are down or reserved",
-    "Resources": "it waits for hosts",
-}
-STATES: Mapping[str, AppState] = {
-    "BOOT_FAIL": AppState.FAILED,
-    "CANCELLED": AppState.CANCELLED,
-    "COMPLETED": AppState.SUCCEEDED,
-    "COMPLETING": AppState.RUNNING,
-    "CONFIGURING": AppState.PENDING,
-    "DEADLINE": AppState.FAILED,
-    "FAILED": AppState.FAILED,
-    "NODE_FAIL": AppState.FAILED,
-    "OUT_OF_MEMORY": AppState.FAILED,
-    "PENDING": AppState.PENDING,
-    "PREEMPTED": AppState.FAILED,
-    "REQUEUED": AppState.PENDING,
-    "REQUEUE_FED": AppState.PENDING,
-    "REQUEUE_HOLD": AppState.PENDING,
-    "RESIZING": AppState.RUNNING,
-    "REVOKED": AppState.FAILED,
-    "RUNNING": AppState.RUNNING,
-    "SIGNALING": AppState.RUNNING,
-    "SPECIAL_EXIT": AppState.PENDING,
-    "STAGE_OUT": AppState.RUNNING,
-    "STOPPED": AppState.RUNNING,
-    "SUSPENDED": AppState.PENDING,
-    "TIMEOUT": AppState.FAILED,
-}
 
 
 @dataclass
@@ -153,7 +114,6 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
             title=shlex.join(command),
             folder=str(folder),
             sbatch_options=[*_sbatch_options(app.name, role, cfg), f"--output={folder}/job.log"],
-            resume_status=RESUME_EXIT_CODE,
         )
         return specs.AppDryRunInfo(SlurmRequest(folder, scripts, role, app.name, command), str)
 
@@ -194,10 +154,10 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
         if record is not None and rows and rows[0].name != record.name:
             record = None  # of another cluster, where the ids began anew
         if not rows:
-            return _describe_forgotten(record) if record is not None else None
+            return describe_forgotten(record) if record is not None else None
         if rows[0].component is not None or record is None:
-            return _describe_components(app_id, rows)
-        return _describe_job(rows[0], record)
+            return describe_components(app_id, rows)
+        return describe_job(rows[0], record)
 
     def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
         """Return this user's jobs that Slurm remembers, a heterogeneous one as one, after those it has forgotten."""
@@ -206,11 +166,11 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
             jobs.setdefault(row.job_id, []).append(row)
         forgotten = [record for record in read_records() if record.scheduler == "slurm" and record.app_id not in jobs]
         responses = [
-            ListAppResponse(app_id=record.app_id, state=_describe_forgotten(record).state, name=record.name)
+            ListAppResponse(app_id=record.app_id, state=describe_forgotten(record).state, name=record.name)
             for record in forgotten
         ]
         for job_id, rows in jobs.items():
-            state = _together([STATES.get(row.state, AppState.UNKNOWN) for row in rows])
+            state = together([STATES.get(row.state, AppState.UNKNOWN) for row in rows])
             name = rows[0].name if rows[0].component is None else rows[0].name.rpartition("-")[0]
             responses.append(ListAppResponse(app_id=job_id, state=state, name=name))
         return responses
@@ -303,96 +263,3 @@ def _sbatch_options(name: str, role: specs.Role, cfg: SlurmSettings) -> list[str
     }
     given |= {"mail-user": cfg.mail_user, "mail-type": cfg.mail_type}
     return options + [f"--{key}={shlex.quote(value)}" for key, value in given.items() if value is not None]
-
-
-def _describe_job(row: SlurmRow, record: JobRecord) -> DescribeAppResponse:
-    """Describe a job of ours that Slurm remembers."""
-    state = STATES.get(row.state, AppState.UNKNOWN)
-    names = queries.host_names(row.hosts) if state == AppState.RUNNING else []
-    return _response(record, state, _message(row, record), names)
-
-
-def _message(row: SlurmRow, record: JobRecord) -> str:
-    ended = last_event(read_events(record.folder), "ended")
-    if row.state == "PENDING":
-        when = "" if row.start in ("N/A", "Unknown", "") else f", expected to start {row.start}"
-        meaning = f", {REASONS[row.reason]}" if row.reason in REASONS else ""
-        return f"{row.state}: {row.reason}{meaning}{when}"
-    if not row.has_ended or row.state == "COMPLETED":
-        return row.state
-    saved = ", the ranks saved before" if ended is not None and ended.details[0] == str(RESUME_EXIT_CODE) else ""
-    status = f", status {ended.details[0]}" if ended is not None and not saved else ""
-    return f"{row.state}{status}{saved}"
-
-
-def _describe_forgotten(record: JobRecord) -> DescribeAppResponse:
-    """Describe a job that only its folder remembers."""
-    last = last_event(read_events(record.folder), "begins", "ended", "requeued", "retried")
-    if last is None or last.what != "ended":
-        return _response(
-            record, AppState.UNKNOWN, "Slurm has forgotten it, and its folder does not say how it ended", []
-        )
-    status = last.details[0]
-    state = AppState.SUCCEEDED if status == "0" else AppState.FAILED
-    return _response(record, state, f"Slurm has forgotten it; it ended with status {status}", [])
-
-
-def _response(record: JobRecord, state: AppState, message: str, names: list[str]) -> DescribeAppResponse:
-    """Put a description together; hosts whose names Slurm no longer tells are those of the last attempt."""
-    events = read_events(record.folder)
-    begun = last_event(events, "begins")
-    if begun is None:
-        num_restarts = 0
-    else:
-        num_restarts = begun.attempt - 1
-        names = names or begun.details[0].split()
-    replicas = [
-        specs.ReplicaStatus(
-            id=host, role=record.role, state=_host_state(record, host, state, num_restarts + 1), hostname=name
-        )
-        for host, name in enumerate(names or [""] * record.num_hosts)
-    ]
-    return DescribeAppResponse(
-        app_id=record.app_id,
-        state=state,
-        num_restarts=num_restarts,
-        msg=message,
-        metadata={"folder": record.folder},
-        roles=[specs.Role(name=record.role, image="", num_replicas=len(replicas))],
-        roles_statuses=[specs.RoleStatus(record.role, replicas)],
-    )
-
-
-def _host_state(record: JobRecord, host: int, state: AppState, attempt: int) -> AppState:
-    """State of one host: as the host itself noted it in this attempt, or else the job's."""
-    ended = last_event(read_events(record.folder, f"host_{host}.events"), "ended")
-    if state in (AppState.PENDING, AppState.CANCELLED) or ended is None or ended.attempt != attempt:
-        return state
-    return AppState.SUCCEEDED if ended.details[0] == "0" else AppState.FAILED
-
-
-def _describe_components(app_id: str, rows: list[SlurmRow]) -> DescribeAppResponse:
-    """Describe a job of TorchX's own slurm scheduler: one component, named ROLE-REPLICA, for each replica."""
-    roles: dict[str, specs.Role] = {}
-    statuses: dict[str, specs.RoleStatus] = {}
-    for row in rows:
-        role, _, replica = row.name.rpartition("-")
-        if not role or not replica.isdigit():
-            role, replica = row.name, str(row.component or 0)
-        roles.setdefault(role, specs.Role(name=role, image="", num_replicas=0)).num_replicas += 1
-        status = specs.ReplicaStatus(
-            id=int(replica), role=role, state=STATES.get(row.state, AppState.UNKNOWN), hostname=row.hosts
-        )
-        statuses.setdefault(role, specs.RoleStatus(role, [])).replicas.append(status)
-    state = _together([STATES.get(row.state, AppState.UNKNOWN) for row in rows])
-    message = rows[0].state if rows[0].state != "PENDING" else f"PENDING: {rows[0].reason}"
-    return DescribeAppResponse(
-        app_id=app_id, state=state, msg=message, roles=list(roles.values()), roles_statuses=list(statuses.values())
-    )
-
-
-def _together(states: list[AppState]) -> AppState:
-    """Return the state of a whole: ended only when every part has; then failure comes before cancellation."""
-    unfinished = [state for state in states if not specs.is_terminal(state)]
-    order = [AppState.RUNNING, AppState.PENDING] if unfinished else [AppState.FAILED, AppState.CANCELLED]
-    return next((state for state in order if state in states), (unfinished or states)[0])

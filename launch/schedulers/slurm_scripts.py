@@ -11,7 +11,8 @@ backfill scheduler, has one state instead of N, and squeue shows it in one line.
   (300 s), and until then the surviving hosts' failure would look like the job's own;
 - an elastic job (--nnodes 2:4) goes on without a host that is lost, and succeeds when its remaining hosts do;
 - status 75 (saved, resume me) leads to a requeue, unless the job was cancelled; other failures to another attempt on
-  the same hosts at once, as often as max_retries says. A requeue would wait for the 2 minutes that Slurm builds in.
+  the same hosts at once, as often as max_retries says, but status 78 of any host (it would go wrong again) to none. A
+  requeue would wait for the 2 minutes that Slurm builds in.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from dataclasses import dataclass
 
 from torchx import specs
 
-# Where host.sh leaves the first host's name for the component's own shell lines.
-FIRST_HOST = "PAPILIO_FIRST_HOST"
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+
+# The variable in which TorchX's components, and launch/start.py, find the first host; TorchX's own name for it.
+FIRST_HOST = "TORCHX_RANK0_HOST"
 # What the other hosts get after one has failed: to hear of it, let their ranks speak, and end by themselves.
 WAIT_FOR_HOSTS_S = 10
+POLLS_PER_S = 5
 # For a host to say that it is there.
 PROBE_TIMEOUT_S = 30
 # What TorchX fills in at submission is known here only when the job runs.
@@ -36,15 +40,16 @@ JOB_SCRIPT = """#!/bin/bash
 folder={folder}
 retries={max_retries}
 grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\\t' "$folder/job.events") || attempts=0
-first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first
-    grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n | awk -F'\t' '$4 != 0 {{ print $4; exit }}'
+first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first; but 78 of any of them
+    grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n |
+        awk -F'\t' '$4 != 0 && (!status || $4 == {no_restart}) {{ status = $4 }} END {{ print status }}'
 }}
 one_succeeded() {{ grep -qs $'\t'"$attempt"$'\tended\t0$' "$folder"/host_*.events; }}
 note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
 is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
 lost_hosts() {{
     local host index=0
-    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    for host in $hosts; do
         grep -qs $'\t'"$attempt"$'\tended\t' "$folder/host_$index.events" ||
             timeout {probe_timeout_s} srun --overlap --nodes=1 --ntasks=1 --nodelist="$host" true > /dev/null 2>&1 ||
             echo "$host"
@@ -58,13 +63,12 @@ requeue() {{
 
 # Told to end: wait for the hosts, which save. Without this bash would end and Slurm kill them.
 trap : TERM INT
-export {first_host}="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')
 while true; do
     attempt=$((attempts + 1))
-    note begins "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')"
-    export PAPILIO_ATTEMPT=$attempt
+    note begins "$hosts"
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} \\
-        --output="$folder/host_%n.log" bash "$folder/host.sh"
+        --output="$folder/host_%n.log" bash "$folder/host.sh" "$attempt" "${{hosts%% *}}"
     status=$?
     [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)
@@ -75,7 +79,7 @@ while true; do
     lost=$(lost_hosts)
     [ -z "$lost" ] || requeue "lost $(echo $lost)"
     [ $status -ne {resume} ] || requeue 'the ranks saved'
-    [ -z "$lost" ] && [ $status -ne {resume} ] || exit $status
+    [ -z "$lost" ] && [ $status -ne {resume} ] && [ $status -ne {no_restart} ] || exit $status
     # Neither a lost host nor ranks that saved cost a retry.
     [ "$(grep -c $'\\tretried\\t' "$folder/job.events")" -lt "$retries" ] || exit $status
     note retried "status $status"
@@ -84,15 +88,17 @@ done
 """
 
 HOST_SCRIPT = """#!/bin/bash
-# What each host of the job runs.
+# What each host of the job runs; its arguments are the attempt and the first host.
+attempt=$1
+export {first_host}="$2"
 {exports}
 note() {{
-    printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$PAPILIO_ATTEMPT" "$1" "$2" \\
+    printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" \\
         >> {folder}/host_"$SLURM_NODEID".events
 }}
 # The agent gets the signal, too, and ends after its ranks have saved.
 trap : TERM INT
-echo "papilio: attempt $PAPILIO_ATTEMPT on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
+echo "papilio: attempt $attempt on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
 note begins "$SLURMD_NODENAME"
 run() {{
     exec {command}
@@ -103,9 +109,9 @@ note ended $status
 [ $status -gt 128 ] && [ $status -ne 143 ] &&
     echo "papilio: error: the agent of this host was killed by SIG$(kill -l $((status - 128)))" >&2
 # srun kills the other hosts when this one leaves with a failure.
-num_ended() {{ grep -ls $'\t'"$PAPILIO_ATTEMPT"$'\tended\t' {folder}/host_*.events | wc -l; }}
-for _ in $(seq {wait_for_hosts_s}); do
-    [ $status -eq 0 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep 1
+num_ended() {{ grep -ls $'\t'"$attempt"$'\tended\t' {folder}/host_*.events | wc -l; }}
+for _ in $(seq {num_polls}); do
+    [ $status -eq 0 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep {poll_s}
 done
 exit $status
 """
@@ -146,7 +152,7 @@ def resolve_role(role: specs.Role) -> specs.Role:
     return values.apply(role)
 
 
-def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], resume_status: int) -> SlurmScripts:
+def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str]) -> SlurmScripts:
     """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
     is_elastic = role.min_replicas is not None and role.min_replicas < role.num_replicas
     srun = ["--ntasks-per-node=1", "--wait=0", "--open-mode=append", "--unbuffered"]
@@ -159,16 +165,18 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
         folder=shlex.quote(folder),
         max_retries=role.max_retries,
         is_elastic=int(is_elastic),
-        first_host=FIRST_HOST,
         probe_timeout_s=PROBE_TIMEOUT_S,
         srun_options=" ".join(srun),
-        resume=resume_status,
+        resume=RESUME_EXIT_CODE,
+        no_restart=NO_RESTART_EXIT_CODE,
     )
     environment = {"PYTHONUNBUFFERED": "1", **role.env}
     host = HOST_SCRIPT.format(
+        first_host=FIRST_HOST,
         exports="\n".join(f"export {name}={quote(value)}" for name, value in environment.items()),
         folder=shlex.quote(folder),
-        wait_for_hosts_s=WAIT_FOR_HOSTS_S,
+        num_polls=WAIT_FOR_HOSTS_S * POLLS_PER_S,
+        poll_s=1 / POLLS_PER_S,
         command=" ".join(quote(word) for word in [role.entrypoint, *role.args]),
     )
     return SlurmScripts(job, host)

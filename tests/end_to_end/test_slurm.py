@@ -1,7 +1,12 @@
-"""Training on two hosts of a real Slurm: the model is that of a local run, whatever happens on the way."""
+"""A training job on two hosts of a real Slurm: whatever happens on the way, the model is that of a local run.
+
+Where root allows, each host has a network of its own and is lost for real: its processes end, and its link goes before,
+so that nobody is told. Elsewhere the hosts are on loopback, and Slurm is told.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,78 +24,75 @@ import pytest
 from launch.schedulers.job_folder import read_events
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
+from tests.support.host_namespaces import HostNamespaces, why_not_here
 from tests.support.slurm_cluster import SlurmCluster, pids_with
+from tests.support.slurm_programs import SlurmPrograms
 from tests.support.small_runs import SMALL_RECIPE
-from tests.support.torchx_command import run_torchx
+from tests.support.torchx_command import REPOSITORY, run_torchx
 from trainer.checkpoint.folder import CheckpointFolder
 
 TIMEOUT_S = 120
+# Slurm's own default is 300.
+HOST_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the jobs of this file are: the recipe, and what a local run made of it."""
+    """Where jobs are submitted: a cluster, and a folder with a recipe and all that its jobs leave."""
 
+    cluster: SlurmCluster
     folder: Path
-    recipe: Path
 
-    def words(self, name: str, *settings: str) -> list[str]:
-        """Arguments of a job on two hosts whose run folder has this name."""
-        words = ["train", "--recipe", str(self.recipe), "--nnodes", "2", "--nproc", "1", "--cpu", "1"]
-        return [*words, "--", f"--output.run_dir={self.folder / name}", *settings]
+    @property
+    def environment(self) -> dict[str, str]:
+        state = {"XDG_STATE_HOME": str(self.folder / "state"), "PYTHONPATH": str(REPOSITORY)}
+        return {**self.cluster.environment, **state}
 
-    def tensors(self, name: str) -> dict[str, np.ndarray]:
+    def words(self, run_dir: str, *more: str) -> list[str]:
+        """Arguments of a job on two hosts, whose run folder has this name."""
+        words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1"]
+        return [*words, *more, "--", f"--output.run_dir={run_dir}"]
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command of ours, where Slurm can be asked."""
+        command = self.cluster.command([sys.executable, "-m", "launch.cli", *words])
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self.environment, cwd=self.folder)
+
+    def papilio(self, *words: str, status: int = 0) -> str:
+        """Run a command of ours and return what it printed."""
+        process = self.start(*words)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == status, out + err
+        return out
+
+    def torchx(self, *words: str) -> str:
+        """Run one of TorchX's."""
+        done = run_torchx(*words, cwd=self.folder, environment=self.environment, place=self.cluster.command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def status(self, handle: str) -> dict[str, object]:
+        told: dict[str, object] = json.loads(self.papilio("status", handle, "--json"))
+        return told
+
+    def checkpoints(self, run_dir: str) -> list[str]:
+        return CheckpointFolder(str(self.folder / run_dir / "checkpoints")).committed_names()
+
+    def tensors(self, run_dir: str) -> dict[str, np.ndarray]:
         """What a run has saved at its end."""
-        return saved_tensors(newest(self.folder / name / "checkpoints"))
+        return saved_tensors(newest(self.folder / run_dir / "checkpoints"))
 
 
-@pytest.fixture(scope="module")
-def place(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("slurm")
-    recipe = folder / "small.toml"
-    recipe.write_text(SMALL_RECIPE.format(data=write_dataset(folder / "data"), epochs=15))
-    return Place(folder, recipe)
-
-
-@pytest.fixture(scope="module")
-def local_job(place: Place) -> str:
-    """The same job here, without Slurm: two agents of one rank, for a plan depends on the hosts."""
-    done = papilio("launch", "-s", "local_cwd", *place.words("local"))
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def local(place: Place, local_job: str) -> dict[str, np.ndarray]:
-    """The tensors of the job that runs here, at its end."""
-    done = papilio("logs", "-f", local_job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return place.tensors("local")
-
-
-def papilio(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-
-
-def launch(*words: str) -> str:
-    """Submit to Slurm; return the job's handle."""
-    done = papilio("launch", "-s", "slurm", *words)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"slurm://papilio/\d+\n", done.stdout)
-    return done.stdout.strip()
-
-
-def status_of(handle: str) -> dict[str, object]:
-    done = papilio("status", handle, "--json")
-    assert done.returncode == 0, done.stderr
-    told: dict[str, object] = json.loads(done.stdout)
-    return told
-
-
-def wait_for_checkpoint(place: Place, name: str) -> None:
-    folder = CheckpointFolder(str(place.folder / name / "checkpoints"))
-    wait_until(lambda: bool(folder.committed_names()), f"a checkpoint of {name}")
+@pytest.fixture
+def place(slurm_programs: SlurmPrograms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    (tmp_path / "small.toml").write_text(SMALL_RECIPE.format(data=write_dataset(tmp_path / "data"), epochs=15))
+    monkeypatch.chdir(tmp_path)
+    with contextlib.ExitStack() as stack:
+        has_root = not why_not_here()
+        namespaces = stack.enter_context(HostNamespaces(tmp_path, ["n1", "n2", "n3"])) if has_root else None
+        cluster = SlurmCluster(slurm_programs, 3, host_timeout_s=HOST_TIMEOUT_S, namespaces=namespaces)
+        yield Place(stack.enter_context(cluster), tmp_path)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -100,7 +102,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def kill_rank(cluster: SlurmCluster, run_dir: Path, host: str) -> None:
+def kill_rank(cluster: SlurmCluster, run_dir: str, host: str) -> None:
     """Kill the rank that a job runs on this host."""
     for pid in pids_with("SLURMD_NODENAME", host, cluster.folder):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -110,9 +112,9 @@ def kill_rank(cluster: SlurmCluster, run_dir: Path, host: str) -> None:
     raise AssertionError(f"no rank on {host}")
 
 
-def times_resumed(job_folder: str) -> int:
+def times_resumed(logs: Iterator[Path]) -> int:
     """How often the job's first rank, on whichever host, went on from a checkpoint."""
-    return sum(log.read_text().count("going on after step") for log in Path(job_folder).glob("host_*.log"))
+    return sum(log.read_text().count("going on after step") for log in logs)
 
 
 def host_names(told: dict[str, object]) -> list[str]:
@@ -121,48 +123,68 @@ def host_names(told: dict[str, object]) -> list[str]:
     return [host["name"] for host in hosts]
 
 
-def assert_same_model(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def lose_a_host(place: Place, meanwhile: Callable[[], None]) -> str:
+    """Start a job, take one of its hosts, and return the job's handle once it goes on, on other hosts.
+
+    `meanwhile` is for the time in which Slurm finds out.
+    """
+    handle = place.papilio("launch", "-s", "slurm", *place.words("struck")).strip()
+    assert re.fullmatch(r"slurm://papilio/\d+", handle)
+    wait_until(lambda: bool(place.checkpoints("struck")), "a checkpoint")
+    told = place.status(handle)
+    assert (told["state"], told["attempt"], told["exit_status"]) == ("RUNNING", 1, None)
+    hosts, job_folder = host_names(told), Path(str(told["folder"]))
+    assert hosts == place.cluster.hosts[:2]
+    place.cluster.kill_host(hosts[1])
+    meanwhile()
+    wait_until(lambda: any(event.attempt == 2 for event in read_events(str(job_folder))), "Slurm to requeue the job")
+    wait_until(lambda: times_resumed(job_folder.glob("host_*.log")) == 1, "the ranks to go on")
+    told = place.status(handle)
+    assert (told["state"], told["attempt"]) == ("RUNNING", 2)
+    assert host_names(told) == [place.cluster.hosts[0], place.cluster.hosts[2]]
+    return handle
+
+
+def cancel(place: Place, handle: str) -> None:
+    """End a job, whose ranks save first."""
+    place.papilio("cancel", handle)
+    place.papilio("logs", "-f", handle, status=75)
+    told = place.status(handle)
+    assert (told["state"], told["message"]) == ("CANCELLED", "CANCELLED, the ranks saved before")
+    # Every 60 steps there is one anyway.
+    assert int(place.checkpoints("struck")[-1].split("_")[1].split("-")[0]) % 60 != 0
+
+
+def kill_a_rank_under_torchx(place: Place) -> str:
+    """Go on with the same run under TorchX's own command, and kill a rank once it has; return the handle."""
+    component, *words = place.words("struck")
+    handle = place.torchx("run", "--workspace", "", "-s", "slurm", f"papilio.{component}", *words).split()[0]
+    assert handle.startswith("slurm://torchx/")
+    logs = f"slurm-{handle.rpartition('/')[2]}-train-*.out"
+    wait_until(lambda: times_resumed(place.folder.glob(logs)) == 1, "the ranks to go on after what was saved")
+    kill_rank(place.cluster, "struck", place.cluster.hosts[2])
+    followed = place.papilio("logs", "-f", handle)
+    assert re.search(r"rank \d \(host \S+\) failed first: killed by SIGKILL", followed)
+    assert times_resumed(place.folder.glob(logs)) == 2
+    return handle
+
+
+def test_whatever_happens_to_a_job_the_model_is_that_of_a_local_run(place: Place) -> None:
+    """A host is lost, then the job is cancelled, started again by `torchx run`, and one of its ranks killed."""
+    local: list[subprocess.Popen[str]] = []
+    locally = ["launch", "-s", "local_cwd", "--follow", *place.words("local", "--preflight", "true")]
+    handle = lose_a_host(place, lambda: local.append(place.start(*locally)))
+    cancel(place, handle)
+    handle = kill_a_rank_under_torchx(place)
+    told = json.loads(place.torchx("status", "--json", handle))
+    assert told["state"] == "SUCCEEDED"
+    told = place.status(handle)
+    assert (told["state"], host_names(told)) == ("SUCCEEDED", [place.cluster.hosts[0], place.cluster.hosts[2]])
+    assert f"{handle.replace('torchx/', 'papilio/')} " in place.papilio("list")
+    out, err = local[0].communicate(timeout=TIMEOUT_S)
+    assert local[0].returncode == 0, out + err
+    assert out.index("\nready") < out.index("small: dlrm, 921 weights on 2 rank(s)")
+    found, expected = place.tensors("struck"), place.tensors("local")
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         np.testing.assert_array_equal(found[key], values, err_msg=key)
-
-
-def test_torchx_run_trains_on_two_hosts_and_is_followed_to_its_end(
-    slurm: SlurmCluster, place: Place, local_job: str, request: pytest.FixtureRequest
-) -> None:
-    """TorchX's own scheduler submits; its `torchx status` knows neither this Slurm's JSON nor jobs without sacct."""
-    component, *words = place.words("torchx")
-    done = run_torchx("run", "--workspace", "", "-s", "slurm", f"papilio.{component}", *words, cwd=place.folder)
-    handle = done.stdout.split()[0]
-    assert handle.startswith("slurm://torchx/"), done.stderr
-    followed = papilio("logs", "-f", handle)
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "small: dlrm, 921 weights on 2 rank(s)" in followed.stdout
-    told = status_of(handle)
-    assert (told["state"], host_names(told)) == ("SUCCEEDED", slurm.hosts[:2])
-    assert f"{handle.replace('torchx/', 'papilio/')} " in papilio("list").stdout
-    assert_same_model(place.tensors("torchx"), request.getfixturevalue("local"))
-
-
-def test_a_killed_rank_starts_again_in_place_and_a_lost_host_is_replaced(
-    slurm: SlurmCluster, place: Place, local: dict[str, np.ndarray]
-) -> None:
-    handle = launch(*place.words("struck"))
-    wait_for_checkpoint(place, "struck")
-    told = status_of(handle)
-    assert (told["state"], told["attempt"], told["exit_status"]) == ("RUNNING", 1, None)
-    hosts, job_folder = host_names(told), str(told["folder"])
-    kill_rank(slurm, place.folder / "struck", hosts[1])
-    wait_until(lambda: times_resumed(job_folder) == 1, "the ranks to start again")
-    slurm.kill_host(hosts[1])
-    # Slurm would find out by itself, after SlurmdTimeout.
-    slurm.run("scontrol", "update", f"NodeName={hosts[1]}", "State=DOWN", "Reason=lost")
-    wait_until(lambda: any(event.attempt == 2 for event in read_events(job_folder)), "Slurm to requeue the job")
-    followed = papilio("logs", "-f", handle)
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert re.search(r"rank \d \(host \S+\) failed first: killed by SIGKILL", followed.stdout)
-    assert times_resumed(job_folder) == 2
-    told = status_of(handle)
-    assert (told["state"], told["attempt"], told["exit_status"]) == ("SUCCEEDED", 2, 0)
-    assert hosts[1] not in host_names(told) and len(host_names(told)) == 2
-    assert_same_model(place.tensors("struck"), local)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record, read_events
 from launch.schedulers.runner import make_runner
 from tests.support.slurm_cluster import SlurmCluster
+from tests.support.torchx_command import run_torchx
 
 TIMEOUT_S = 60
 
@@ -47,6 +50,13 @@ def run(runner: Runner, app: specs.AppDef) -> tuple[str, specs.AppStatus, JobRec
 def output(runner: Runner, handle: str, host: int) -> list[str]:
     lines = [line.rstrip("\n") for line in runner.log_lines(handle, "small", host)]
     return [line for line in lines if not line.startswith("papilio: attempt")]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
 
 
 def test_environment_and_macros_arrive_whole_on_every_host(runner: Runner) -> None:
@@ -83,16 +93,27 @@ def test_the_status_is_that_of_the_host_that_failed_first(runner: Runner, capsys
 
 
 def test_a_job_is_tried_again_as_often_as_was_said(runner: Runner, tmp_path: Path) -> None:
-    script = f"echo x >> {tmp_path}/$$SLURM_NODEID; [ $$(wc -l < {tmp_path}/$$SLURM_NODEID) = 3 ]"
-    handle, status, record = run(runner, make_app(script, max_retries=2))
-    assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 2)
-    assert [event.what for event in read_events(record.folder)] == [
-        *("begins", "ended", "retried") * 2,
-        *("begins", "ended"),
-    ]
-    assert (tmp_path / "1").read_text() == "x\n" * 3
+    script = f"echo x >> {tmp_path}/$$SLURM_NODEID; [ $$(wc -l < {tmp_path}/$$SLURM_NODEID) = 2 ]"
+    handle, status, record = run(runner, make_app(script, max_retries=1))
+    assert (status.state, status.num_restarts) == (AppState.SUCCEEDED, 1)
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
+    assert (tmp_path / "1").read_text() == "x\n" * 2
     begun = [line for line in runner.log_lines(handle, "small", 1) if line.startswith("papilio: attempt")]
-    assert [line.split(",")[0] for line in begun] == [f"papilio: attempt {count} on host 1 of 2" for count in (1, 2, 3)]
+    assert [line.split(",")[0] for line in begun] == [f"papilio: attempt {count} on host 1 of 2" for count in (1, 2)]
+
+
+def test_what_would_go_wrong_again_is_not_tried_again(
+    runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second attempt fails on host 0 first, but only host 1 knows why (status 78)."""
+    later = "[ $$SLURM_NODEID = 0 ] && exit 1; sleep 0.5; exit 78"
+    script = f"[ -e {tmp_path}/$$SLURM_NODEID ] || {{ touch {tmp_path}/$$SLURM_NODEID; exit 5; }}; {later}"
+    handle, status, record = run(runner, make_app(script, max_retries=5))
+    assert (status.state, status.num_restarts) == (AppState.FAILED, 1)
+    assert status.msg == "FAILED, status 78: it would go wrong again, and is not tried again"
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended", "retried", "begins", "ended"]
+    assert cli.main(["logs", "-f", handle]) == 78
+    assert "status 78: it would go wrong again" in capsys.readouterr().err
 
 
 def test_a_cancelled_job_is_told_to_end_once(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +132,41 @@ def test_a_cancelled_job_is_told_to_end_once(runner: Runner, capsys: pytest.Capt
     assert "CANCELLED, the ranks saved before" in captured.err
     assert cli.main(["cancel", handle]) == 0
     assert "has ended already: CANCELLED" in capsys.readouterr().out
+
+
+COMPONENT = """
+from torchx import specs
+
+def waiting() -> specs.AppDef:
+    script = "echo $$WHAT on $$SLURM_NODEID; exec sleep 100"
+    role = specs.Role("small", "", entrypoint="bash", args=["-c", script], num_replicas=2, env={"WHAT": "1,2,A=3"})
+    role.resource = specs.Resource(cpu=1, gpu=0, memMB=100)
+    return specs.AppDef("job", roles=[role])
+"""
+
+
+def test_torchxs_own_commands_work_on_what_torchx_submits(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """On this Slurm, without a database, TorchX's own would end with KeyError 'job_resources'."""
+    (tmp_path / "component.py").write_text(COMPONENT)
+
+    def torchx(*words: str) -> str:
+        done = run_torchx(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    handle = torchx("run", "--workspace", "", "-s", "slurm", "component.py:waiting").split()[0]
+    job_id = handle.rpartition("/")[2]
+    logs = [tmp_path / f"slurm-{job_id}-small-{host}.out" for host in (0, 1)]
+    wait_until(lambda: all(log.exists() and log.read_text() for log in logs))
+    told = json.loads(torchx("status", "--json", handle))
+    (role,) = told["roles"]
+    assert (told["state"], [each["hostname"] for each in role["replicas"]]) == ("RUNNING", slurm.hosts[:2])
+    assert logs[1].read_text() == "1,2,A=3 on 1\n"
+    assert re.search(rf"slurm://torchx/{job_id} +small +RUNNING", torchx("list", "-s", "slurm"))
+    assert "'num_replicas': 2" in torchx("describe", handle)
+    torchx("cancel", handle)
+    wait_until(lambda: '"CANCELLED"' in torchx("status", "--json", handle))
+    assert "small/1 1,2,A=3 on 1" in torchx("log", "--streams", "stdout", f"{handle}/small")
 
 
 def test_what_slurm_has_forgotten_its_folder_knows(

@@ -10,6 +10,8 @@ from torchx.specs import finder
 
 from launch import components, start
 from launch.cli import parse_arguments
+from launch.preflight.worker import read_options
+from launch.usage import UsageError
 from launch.verbs import VERBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,7 +75,7 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
 
 def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the role's command with a stand-in for trainer.agent that prints its arguments and its environment."""
-    for name in ("launch/__init__.py", "launch/start.py", "trainer/__init__.py"):
+    for name in ("launch/__init__.py", "launch/start.py", "trainer/__init__.py", "trainer/exit_codes.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
     agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
@@ -93,7 +95,7 @@ def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> 
 @pytest.mark.parametrize("environment", [{}, {HEAD_NODE_VARIABLE: ""}])
 def test_two_nodes_refuse_to_meet_at_localhost(tmp_path: Path, environment: dict[str, str]) -> None:
     done = run_role(tmp_path, components.train(recipe="r", nnodes="2"), environment)
-    assert done.returncode == 2
+    assert done.returncode == 78
     assert done.stdout == ""
     assert f"the variable {HEAD_NODE_VARIABLE} is empty" in done.stderr
     assert f"export {HEAD_NODE_VARIABLE}=HOST on every node" in done.stderr
@@ -108,6 +110,27 @@ def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
     parsed = torch.distributed.run.parse_args(words)
     assert (parsed.rdzv_endpoint, parsed.rdzv_id, parsed.nnodes) == ("host-a:1234", "job_7", "2")
     assert words[-5:] == ["--", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 78])
+def test_a_preflight_comes_first_meets_where_the_job_will_and_may_end_it(tmp_path: Path, status: int) -> None:
+    worker = f"import json, sys\njson.dump(sys.argv[1:], open('asked', 'w'))\nsys.exit({status})\n"
+    (tmp_path / "launch/preflight").mkdir(parents=True)
+    (tmp_path / "launch/preflight/worker.py").write_text(worker)
+    app = components.train("--name=it's $HOME", recipe="r", nnodes="2", nproc=3, rdzv_port=1234, preflight=True)
+    done = run_role(tmp_path, app, {HEAD_NODE_VARIABLE: "host-a"})
+    options = read_options(json.loads((tmp_path / "asked").read_text()))
+    assert (options.recipe, options.overrides, options.nnodes, options.nproc) == ("r", ("--name=it's $HOME",), 2, 3)
+    assert (options.rdzv_endpoint, options.index, options.job) == ("host-a:1234", 0, "job_7")
+    assert (options.wait_s, options.failure_status) == (900, 78)
+    assert done.returncode == status
+    assert ("trainer.train" in done.stdout) == (status == 0)
+    assert ("the checks before the job failed; nothing was started" in done.stderr) == (status != 0)
+
+
+def test_a_preflight_asks_a_fixed_number_of_nodes() -> None:
+    with pytest.raises(UsageError, match="--preflight with --nnodes 2:4: it asks a fixed number of nodes"):
+        components.train(recipe="r", nnodes="2:4", preflight=True)
 
 
 def test_values_that_schedulers_cut_travel_in_the_command(tmp_path: Path) -> None:
@@ -136,7 +159,7 @@ def test_variables_that_would_be_lost_or_contradict_are_refused(env: dict[str, s
 def test_a_mount_that_the_scheduler_dropped_ends_the_job_before_it_starts(tmp_path: Path) -> None:
     mounts = ["type=volume", "src=claim", f"dst={tmp_path}/data"]
     done = run_role(tmp_path, components.train(recipe="r", mounts=mounts), {})
-    assert done.returncode == 2
+    assert done.returncode == 78
     assert f"nothing is mounted on {tmp_path}/data, though the job asks for it (--mounts)" in done.stderr
     assert "local_cwd and slurm mount nothing" in done.stderr
     done = run_role(tmp_path, components.train(recipe="r", mounts=["type=bind", "src=/x", "dst=/proc"]), {})

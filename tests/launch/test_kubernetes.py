@@ -87,15 +87,17 @@ def test_the_hosts_find_the_first_of_them(made_by_torchx: Manifest) -> None:
     assert "env" in at(made_by_torchx, ("spec", "plugins"))
 
 
-def test_our_scheduler_resumes_what_was_saved(made_by_us: Manifest) -> None:
+def test_our_scheduler_resumes_what_was_saved_and_ends_what_would_go_wrong_again(made_by_us: Manifest) -> None:
     for task in at(made_by_us, ("spec", "tasks")):
         assert task["policies"] == [
+            {"exitCode": 78, "action": "TerminateJob"},
             {"exitCode": 75, "action": "RestartJob"},
             {"event": "PodEvicted", "action": "RestartJob"},
         ]
     with make_runner() as runner:
         retried = dry_run(runner, image="papilio:1", max_retries=3)
-    assert {"event": "PodFailed", "action": "RestartJob"} in retried["spec"]["tasks"][0]["policies"]
+    # Volcano takes the first that fits: a mistake that would be made again is no failure to try again.
+    assert retried["spec"]["tasks"][0]["policies"][-1] == {"event": "PodFailed", "action": "RestartJob"}
     assert retried["spec"]["maxRetry"] == made_by_us["spec"]["maxRetry"] + 3
 
 

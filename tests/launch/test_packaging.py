@@ -49,6 +49,10 @@ def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> N
         "dist": "torchx.components.dist",
         "utils": "torchx.components.utils",
     }
+    assert dict(entry_points["torchx.schedulers"]) == {
+        "local_docker": "torchx.schedulers.docker_scheduler:create_scheduler",
+        "slurm": "launch.schedulers.torchx_slurm:create_scheduler",
+    }
     assert "Apache License" in wheel.read(f"{folder}/licenses/LICENSE").decode()
 
 
@@ -83,6 +87,19 @@ def test_torchxs_own_components_stay_visible() -> None:
     setup.read(REPOSITORY / "setup.cfg")
     named = {line.split("=")[0].strip() for line in setup["options.entry_points"]["torchx.components"].splitlines()}
     assert holders <= named
+
+
+def test_torchxs_default_scheduler_is_named_again_and_is_its_own() -> None:
+    """One entry of ours comes before all of torchx's; entries are listed by name."""
+    from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
+
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    lines = setup["options.entry_points"]["torchx.schedulers"].split("\n")[1:]
+    named = dict(sorted(line.split(" = ") for line in lines))
+    default, module = next(iter(DEFAULT_SCHEDULER_MODULES.items()))
+    assert next(iter(named)) == default
+    assert named[default] == f"{module}:create_scheduler"
 
 
 def _returns_app(function: ast.FunctionDef) -> bool:

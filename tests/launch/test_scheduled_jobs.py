@@ -109,6 +109,15 @@ def test_a_job_is_tried_again(runner: Runner, papilio: Papilio, tmp_path: Path) 
     assert "SUCCEEDED, attempt 2" in papilio("status", record.app_id)[1]
 
 
+def test_what_would_go_wrong_again_is_not_tried_again(runner: Runner, papilio: Papilio) -> None:
+    """One host knows (78); the other was only killed after it (137)."""
+    handle, record = start(runner, make_app("[ ${replica_id} = 1 ] && exit 78; exit 137", 2, max_retries=5))
+    assert papilio("logs", "-f", handle)[0] == 78
+    assert [event.what for event in read_events(record.folder)] == ["begins", "ended"]
+    told = papilio("status", handle)[1].splitlines()[0]
+    assert told == f"{handle}  small  FAILED  (status 78: it would go wrong again, and is not tried again)"
+
+
 def test_a_failed_job_shows_the_first_error(runner: Runner, papilio: Papilio) -> None:
     failure = "rank 3 (host n2) failed first: ValueError: no such table"
     handle, _ = start(runner, make_app(f"echo 'papilio train: error: {failure}'; exit 5", 2))
@@ -209,7 +218,7 @@ def test_torchxs_own_schedulers_and_default_are_untouched() -> None:
 
 def test_a_script_survives_what_words_may_contain() -> None:
     role = specs.Role("r", "", entrypoint="bash", args=["-c", "x ${app_id} $$y"], num_replicas=4)
-    scripts = render(resolve_role(role), title="a\nb", folder="/with space", sbatch_options=["-N2"], resume_status=75)
+    scripts = render(resolve_role(role), title="a\nb", folder="/with space", sbatch_options=["-N2"])
     assert "# a b\n" in scripts.job
     assert "folder='/with space'\n" in scripts.job
     assert """exec bash -c 'x '"$SLURM_JOB_ID"' $y'\n""" in scripts.host

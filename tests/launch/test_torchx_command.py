@@ -33,12 +33,17 @@ def test_our_components_join_torchx_own_and_hide_none() -> None:
     assert listed == own | {f"papilio.{name}" for name in OURS}
 
 
-def test_the_default_scheduler_stays_torchx_own() -> None:
-    done = run_torchx("run", "--help")
-    offered = re.search(r"--scheduler \{([\w,]+)\}", done.stdout)
-    assert offered is not None
+def test_the_schedulers_and_the_default_stay_torchx_own() -> None:
+    offered = []
+    for with_ours in (True, False):
+        done = run_torchx("run", "--help", with_entry_points=with_ours)
+        found = re.search(r"--scheduler \{([\w,]+)\}", done.stdout)
+        assert found is not None
+        offered.append(found[1].split(","))
+    assert offered[1] == list(DEFAULT_SCHEDULER_MODULES)
+    assert sorted(offered[0]) == sorted(offered[1])
     # The first is the default.
-    assert offered[1].split(",") == list(DEFAULT_SCHEDULER_MODULES)
+    assert offered[0][0] == offered[1][0] == "local_docker"
 
 
 @pytest.mark.parametrize("name", sorted(OURS))

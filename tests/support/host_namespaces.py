@@ -6,8 +6,10 @@ with HostNamespaces(folder, ["n1", "n2"]) as hosts:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 NETWORK = "10.77.3"
+# A host, too, beside those that are named; it has all names, and they have its.
+SWITCH_ADDRESS = f"{NETWORK}.1"
 START_TIMEOUT_S = 20
 HOLD = """
 hostname "$1"; ip link set lo up
@@ -53,6 +57,7 @@ class HostNamespaces:
                 self._start(name)
             self._run("switch", "ip link add br0 type bridge")
             self._run("switch", "ip link set br0 up")
+            self._run("switch", f"ip addr add {SWITCH_ADDRESS}/24 dev br0")
             for name in self.names:
                 pid = self._holders[name].pid
                 self._run("switch", f"ip link add v-{name} type veth peer name eth0 netns {pid}")
@@ -91,6 +96,15 @@ class HostNamespaces:
         """Let a port of one host give no answer to another one, as behind a firewall."""
         self._run(server, f"ip rule add ipproto tcp sport {port} to {self.address(client)} blackhole")
 
+    def lose(self, name: str) -> None:
+        """End a host as a power cut does: nobody hears of it, for the link goes first."""
+        self._run(name, "ip link set eth0 down")
+        network = os.readlink(f"/proc/{self._holders[name].pid}/ns/net")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(process / "ns" / "net") == network:
+                    os.kill(int(process.name), signal.SIGKILL)
+
     def run(self, name: str, command: str) -> None:
         """Run a command line on a host."""
         self._run(name, command)
@@ -101,7 +115,11 @@ class HostNamespaces:
             holder.wait()
 
     def _start(self, name: str) -> None:
-        lines = ["127.0.0.1 localhost", *(f"{self.address(each)} {each}" for each in self.names)]
+        lines = [
+            "127.0.0.1 localhost",
+            f"{SWITCH_ADDRESS} switch",
+            *(f"{self.address(each)} {each}" for each in self.names),
+        ]
         self.hosts_file(name).write_text("\n".join(lines) + "\n")
         words = [
             "unshare",

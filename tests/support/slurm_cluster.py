@@ -5,6 +5,9 @@
 
 Hosts are called 127.0.0.11, 127.0.0.12, ...: names that resolve without any change to the system. Everything lies in
 one folder, which goes when the cluster does.
+
+With `namespaces` (tests/support/host_namespaces.py, for which one must be root) slurmctld and each host have a network
+of their own, so that a host can be lost for real. Slurm's commands then work on these hosts only: `cluster.command`.
 """
 
 from __future__ import annotations
@@ -19,27 +22,31 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.host_namespaces import SWITCH_ADDRESS, HostNamespaces
 from tests.support.slurm_accounting import CLUSTER_CONFIG, database_socket, start_database, start_slurmdbd
 from tests.support.slurm_programs import SlurmPrograms
 
 START_TIMEOUT_S = 30
 POLL_S = 0.05
+# Where slurmctld and munged run, among hosts of their own.
+CONTROLLER = "switch"
 # Marks the processes of a cluster, and of one host of it, also those that outlive their parents.
 CLUSTER_MARK, HOST_MARK = "SLURM_CLUSTER_OF_TEST", "SLURM_HOST_OF_TEST"
 
 # Notes on what is not obvious:
 # backfill        torchx submits several replicas as a heterogeneous job, which sched/builtin never starts
 # config_overrides  the hosts share one machine and claim the CPUs and the memory written here
-# cred_expire     also the time for which Slurm holds back a requeued job: 120 s by default
+# cred_expire     also the time for which Slurm holds back a requeued job: 120 s by default, 5 at least
+# MessageTimeout, KillWait  pass after the loss of a host before its job is requeued; but in KillWait ranks save, too
 # linuxproc, none no cgroups, no root
 CONFIG = """
 ClusterName=test
-SlurmctldHost={machine}(127.0.0.1)
+SlurmctldHost={machine}({address})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -66,6 +73,7 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout={host_timeout_s}
 KillWait=10
+MessageTimeout=2
 MinJobAge={job_age_s}
 """
 
@@ -83,15 +91,17 @@ class SlurmCluster:
         host_timeout_s: int = 20,
         job_age_s: int = 600,
         with_accounting: bool = False,
+        namespaces: HostNamespaces | None = None,
     ) -> None:
         """A job that has ended is forgotten after `job_age_s`; a host that is silent for `host_timeout_s` is down.
 
-        `with_accounting` needs programs that were found with it.
+        `with_accounting` needs programs that were found with it. `namespaces` are the hosts, and open.
         """
         self._programs = programs
         # Not pytest's folder: the path of a socket must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
-        self.hosts = [f"127.0.0.{11 + index}" for index in range(num_hosts)]
+        self._namespaces = namespaces
+        self.hosts = namespaces.names if namespaces else [f"127.0.0.{11 + index}" for index in range(num_hosts)]
         self._cpus, self._memory_mb = cpus_per_host, memory_mb
         self._host_timeout_s, self._job_age_s = host_timeout_s, job_age_s
         self._has_accounting = with_accounting
@@ -115,10 +125,14 @@ class SlurmCluster:
     ) -> None:
         self.close()
 
+    def command(self, words: Sequence[str], host: str = CONTROLLER) -> list[str]:
+        """Return what runs a command where Slurm's daemon for this host does."""
+        return self._namespaces.command(host, words) if self._namespaces else list(words)
+
     def run(self, *command: str, timeout_s: float = 30) -> str:
         """Run one of Slurm's commands and return what it printed."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+            self.command(command), env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
@@ -129,11 +143,17 @@ class SlurmCluster:
         self._start_daemon(host, ["slurmd", "-D", "-N", host, *stepd], {HOST_MARK: host})
 
     def kill_host(self, host: str) -> None:
-        """End everything that runs on a host at once, as a power cut does."""
+        """End everything that runs on a host at once, as a power cut does; Slurm learns of it after a while."""
+        if self._namespaces:
+            self._namespaces.lose(host)
+            self._daemons.pop(host).wait()
+            return
         self._daemons.pop(host).kill()
         for pid in [*pids_with(HOST_MARK, host, self.folder), *pids_with("SLURMD_NODENAME", host, self.folder)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        # On loopback the others hear of it at once; Slurm itself would after SlurmdTimeout.
+        self.run("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=lost")
 
     def wait_for_idle_hosts(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until all hosts that run are known to be idle."""
@@ -166,10 +186,12 @@ class SlurmCluster:
 
     def _write_config(self) -> int:
         """Write slurm.conf and cgroup.conf; return the port that is left for slurmdbd."""
-        machine, ports = socket.gethostname().partition(".")[0], free_ports(2 + len(self.hosts))
+        own_name = CONTROLLER if self._namespaces else socket.gethostname().partition(".")[0]
+        ports = free_ports(2 + len(self.hosts))
         config = CONFIG.format(
             folder=self.folder,
-            machine=machine,
+            machine=own_name,
+            address=SWITCH_ADDRESS if self._namespaces else "127.0.0.1",
             user=getpass.getuser(),
             port=ports[0],
             host_timeout_s=self._host_timeout_s,
@@ -178,7 +200,8 @@ class SlurmCluster:
         if self._programs.plugins:
             config += f"PluginDir={self._programs.plugins}\n"
         for host, port in zip(self.hosts, ports[1:-1], strict=True):
-            config += f"NodeName={host} NodeHostname={machine} NodeAddr={host} Port={port} "
+            where = (host, self._namespaces.address(host)) if self._namespaces else (own_name, host)
+            config += f"NodeName={host} NodeHostname={where[0]} NodeAddr={where[1]} Port={port} "
             config += f"CPUs={self._cpus} RealMemory={self._memory_mb}\n"
         config += f"PartitionName=main Nodes={','.join(self.hosts)} Default=YES State=UP\n"
         if self._has_accounting:
@@ -215,12 +238,18 @@ class SlurmCluster:
         log = self.folder / "log" / f"{name}.out"
         with log.open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command, env={**self.environment, **(marks or {})}, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                self.command(command, name if name in self.hosts else CONTROLLER),
+                env={**self.environment, **(marks or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
             )
 
     def _num_idle(self) -> int:
         command = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            self.command(command), env=self.environment, capture_output=True, text=True, timeout=30, check=False
+        )
         return sum(int(word) for word in done.stdout.split() if word.isdigit())
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:

@@ -1,0 +1,53 @@
+"""TorchX's own slurm scheduler, whose `torchx status`, `describe`, `list`, `log` and `cancel` work on every Slurm.
+
+`torchx run -s slurm` takes the options and submits the job of TorchX's scheduler; `setup.cfg` registers this one in its
+place. What is different:
+
+- jobs are asked about in plain columns, first from squeue, then from the accounting database. TorchX's reads JSON,
+  whose fields change with every release: on Slurm 22.05 it ends with KeyError 'job_resources' right after submitting,
+  and without a database it knows no job that has ended;
+- a heterogeneous job is listed once, not once for each replica;
+- environment values with commas arrive whole: `srun --export=A=1,2` would cut them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchx import specs
+from torchx.schedulers.api import DescribeAppResponse, ListAppResponse
+from torchx.schedulers.slurm_scheduler import SlurmBatchRequest, SlurmOpts, SlurmScheduler
+
+from launch.schedulers.slurm import SlurmJobs
+
+
+class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
+    """TorchX's submission, and our questions."""
+
+    def __init__(self, session_name: str, docker_client: Any = None) -> None:
+        """Arguments are those of TorchX's scheduler."""
+        super().__init__(session_name, docker_client)
+        self._jobs = SlurmJobs(session_name)
+
+    def _submit_dryrun(self, app: specs.AppDef, cfg: SlurmOpts) -> specs.AppDryRunInfo[SlurmBatchRequest, SlurmOpts]:
+        info = super()._submit_dryrun(app, cfg)
+        for replica in info.request.replicas.values():
+            cut = {name: replica.env.pop(name) for name, value in list(replica.env.items()) if "," in value}
+            if cut:
+                assignments = [f"{name}={value}" for name, value in cut.items()]
+                replica.entrypoint, replica.args = "env", [*assignments, replica.entrypoint, *replica.args]
+        return info
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        """Tell the state of a job and of its replicas."""
+        return self._jobs.describe(app_id)
+
+    def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
+        """Return this user's jobs."""
+        return self._jobs.list(cfg)
+
+
+def create_scheduler(session_name: str, **parameters: Any) -> TorchxSlurm:
+    """Return the scheduler, as TorchX's Runner asks for it."""
+    return TorchxSlurm(session_name, parameters.get("docker_client"))

@@ -7,8 +7,9 @@ import os
 import subprocess
 from pathlib import Path
 
-from launch import components
+from launch import components, roles
 from launch.local_run import run_locally
+from launch.several_hosts import meeting_of, one_host_of
 from launch.usage import UsageError, require_files, require_folder
 from trainer.config_file import load_config
 
@@ -20,8 +21,18 @@ def run_train(namespace: argparse.Namespace) -> int:
     recipe, overrides = namespace.recipe, namespace.overrides
     if recipe.endswith(".toml"):
         require_files("--recipe", [recipe])
-    load_config(recipe, overrides)
-    return run_locally(components.train(*overrides, recipe=recipe, nproc=_num_ranks(namespace.nproc)))
+    config = load_config(recipe, overrides)
+    meeting = meeting_of(namespace, config.output.run_dir)
+    nproc = _num_ranks(namespace.nproc)
+    if namespace.max_restarts < 0:
+        raise UsageError(f"--max-restarts {namespace.max_restarts}: 0 for none, or more")
+    if meeting is None:
+        return run_locally(
+            components.train(*overrides, recipe=recipe, nproc=nproc, max_restarts=namespace.max_restarts)
+        )
+    words = ["trainer.train", "--recipe", recipe, *overrides]
+    command = roles.agent_command(words, nproc, namespace.nnodes, max_restarts=namespace.max_restarts, meeting=meeting)
+    return run_locally(one_host_of(command, nproc))
 
 
 def run_evaluate(namespace: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
 
 from launch.first_error import ErrorWatch
-from trainer.exit_codes import RESUME_EXIT_CODE
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
@@ -101,8 +101,8 @@ def run_locally(app: specs.AppDef) -> int:
     SIGINT and SIGTERM end the ranks, which may save before. After a failure the full logs of the ranks are kept.
 
     Returns:
-        The exit status: 0 when the job succeeded, 1 when it failed, 75 when it was told to end (but not by Ctrl-C) and
-        saved, so that it can be resumed; else 128 + the number of the signal that ended it.
+        The exit status: 0 when the job succeeded, 1 when it failed, 78 when it would fail again; 75 when it was told to
+        end (but not by Ctrl-C) and saved, so that it can be resumed; else 128 + the number of the signal that ended it.
     """
     errors = ErrorWatch()
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
@@ -113,7 +113,7 @@ def run_locally(app: specs.AppDef) -> int:
         printer.end_progress()
         print(f"papilio: stopped by {stopped.sigval.name}; all ranks were ended", file=sys.stderr)
         status = 128 + stopped.sigval
-    if status == 1:
+    if status in (1, NO_RESTART_EXIT_CODE):
         print(f"papilio: the job failed; the log of each rank is under {log_dir}", file=sys.stderr)
         if errors.found is not None:
             print(f"papilio: first error: {errors.found}", file=sys.stderr)
@@ -154,7 +154,7 @@ def _exit_status(agent_status: int, received: signal.Signals | None) -> int:
         if agent_status < 0:
             name = signal.Signals(-agent_status).name
             print(f"papilio: the agent of the ranks was killed by {name}; they end by themselves", file=sys.stderr)
-        return agent_status if has_saved else int(agent_status != 0)
+        return agent_status if has_saved or agent_status == NO_RESTART_EXIT_CODE else int(agent_status != 0)
     if agent_status == 0:  # the job had just ended
         return 0
     how = "the run was saved before" if has_saved else "all ranks were ended"

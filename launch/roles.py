@@ -46,25 +46,44 @@ class Surroundings:
     max_retries: int
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where hosts without a scheduler meet: the store's host and port, the job's name there, how long to wait."""
+
+    endpoint: str
+    rdzv_id: str
+    wait_s: int
+
+
 def agent_command(
-    command: Sequence[str], nproc: int, nnodes: str = "1", rdzv_port: int = 29_500, max_restarts: int = 0
+    command: Sequence[str],
+    nproc: int,
+    nnodes: str = "1",
+    rdzv_port: int = 29_500,
+    max_restarts: int = 0,
+    meeting: Meeting | None = None,
 ) -> list[str]:
     """Return the words of the agent (trainer/agent.py) that starts `nproc` ranks of the module `command[0]` on a host.
 
-    On several hosts the words leave out where they meet; `launch/start.py` knows it once the job runs.
+    On several hosts, without a `meeting`, the words leave out where they meet; `launch/start.py` knows it once the job
+    runs.
     """
     fewest, most = bounds(nnodes)
     if nproc < 1 or fewest < 1:
         raise UsageError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
     if not 0 < rdzv_port < 1 << 16:
         raise UsageError(f"rdzv_port is a port, 1 to 65535; got {rdzv_port}")
-    rendezvous = [f"join_timeout={LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S}"]
+    join_timeout_s = LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S
+    rendezvous = [f"join_timeout={meeting.wait_s if meeting else join_timeout_s}"]
     rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
+    # Without a scheduler nobody else starts a lost store again.
+    rendezvous += [f"store_timeout={meeting.wait_s}"] if meeting else []
     words = ["trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
     words += [f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", f"--rdzv-conf={','.join(rendezvous)}"]
-    words += [f"--rdzv-id={specs.macros.app_id}"]
+    words += [f"--rdzv-id={escape_macros(meeting.rdzv_id) if meeting else specs.macros.app_id}"]
     # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
-    words += ["--rdzv-endpoint=localhost:0"] if most == 1 else []
+    endpoint = meeting.endpoint if meeting else "localhost:0" if most == 1 else None
+    words += [f"--rdzv-endpoint={endpoint}"] if endpoint else []
     # After "--", or torchrun takes an argument of the module for one of its own that begins alike (--run, --run-path).
     return [*words, "--tee=3", "--role=", "-m", "--", *(escape_macros(word) for word in command)]
 

@@ -53,6 +53,34 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
     )
     _add_nproc(parser)
+    parser.add_argument(
+        "--nnodes",
+        default="1",
+        metavar="N|MIN:MAX",
+        help="hosts, each of which runs this same command; or the fewest and the most of an elastic job (default: 1)",
+    )
+    parser.add_argument(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="where the hosts meet: the first host, or the one of `papilio rendezvous`, and its port",
+    )
+    parser.add_argument(
+        "--rdzv-id", default="train", metavar="NAME", help="the job's name, if several meet there (default: train)"
+    )
+    parser.add_argument(
+        "--wait-s", type=int, default=900, metavar="S", help="how long hosts wait for each other (default: 900)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="failures after which ranks start again; an hour without one clears the count (default: 3)",
+    )
+
+
+def rendezvous_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=29400, metavar="P", help="where it listens (default: 29400)")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:

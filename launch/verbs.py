@@ -83,11 +83,18 @@ VERBS = (
     ),
     Verb(
         "train",
-        "plan, train and evaluate a recipe on this machine",
+        "plan, train and evaluate a recipe on this machine, or together with others",
         "papilio train --recipe quickstart --nproc 2 --train.epochs=2",
         arguments.train_arguments,
         "launch.local_jobs:run_train",
         takes_overrides=True,
+    ),
+    Verb(
+        "rendezvous",
+        "hold the store where the hosts of a job meet, on a host that outlives them",
+        "papilio rendezvous --port 29400",
+        arguments.rendezvous_arguments,
+        "launch.several_hosts:run_rendezvous",
     ),
     Verb(
         "evaluate",

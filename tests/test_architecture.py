@@ -22,7 +22,7 @@ OWN_IMPORTS = {
 }
 FOREIGN_IMPORTS = {
     "data_pipeline": {"torch", "torchrec", "numpy", "pyarrow", "iopath", "pydantic", "tqdm", "zstandard"},
-    "launch": {"kubernetes", "pydantic", "torchx"},
+    "launch": {"kubernetes", "pydantic", "torchx", "urllib3"},
     "sharding": {"torch", "torchrec", "numpy", "pydantic", "fbgemm_gpu"},
     "trainer": {"iopath", "torch", "torchrec", "fbgemm_gpu", "numpy", "pydantic", "tensorboard"}
     | {"boto3", "botocore", "urllib3", "onnx", "onnxruntime", "pyarrow", "safetensors", "uvicorn"},
@@ -40,6 +40,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
+    "trainer.addresses",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",

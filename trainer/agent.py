@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import last_error
+from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -58,42 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     parsed = parse_args(sys.argv[1:] if arguments is None else list(arguments))  # type: ignore[no-untyped-call]
     config, command, command_arguments = config_from_args(parsed)
-    store = _host_own_rendezvous(config)
-    agent = Agent(config, str(command), command_arguments)
-    status = agent.run_to_the_end()
-    del store
-    return status
+    for number in SIGNALS:  # torch does so once the first ranks run
+        signal.signal(number, _raise)
+    try:
+        rendezvous = open_rendezvous(config, [str(command), *map(str, command_arguments)], say)
+    except SignalException as stopped:
+        say(f"told to end by {stopped.sigval.name}; no rank had started")
+        return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        say(f"error: {error}")
+        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError) else 1
+    os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
+    return Agent(config, rendezvous, str(command), command_arguments).run_to_the_end()
 
 
-def _host_own_rendezvous(config: LaunchConfig) -> dist.TCPStore | None:
-    """Hold the store of a job of one host here, on a free port, so that its ranks can be told where it is."""
-    store = None
-    if config.rdzv_endpoint.endswith(":0"):
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        config.rdzv_endpoint = f"localhost:{store.port}"
-        config.rdzv_configs["is_host"] = "0"
-    os.environ["PET_RDZV_ENDPOINT"] = config.rdzv_endpoint
-    return store
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise SignalException("told to end", sigval=signal.Signals(number))
 
 
 class Agent(LocalElasticAgent):
     """Starts and watches this host's ranks, as torchrun does; see the module for what is different."""
 
-    def __init__(self, config: LaunchConfig, command: str, arguments: Sequence[Any]) -> None:
+    def __init__(self, config: LaunchConfig, rendezvous: Rendezvous, command: str, arguments: Sequence[Any]) -> None:
         """`command` with `arguments` starts one rank."""
-        rendezvous = RendezvousParameters(
-            backend=config.rdzv_backend,
-            endpoint=config.rdzv_endpoint,
-            run_id=config.run_id,
-            min_nodes=config.min_nodes,
-            max_nodes=config.max_nodes,
-            local_addr=config.local_addr,
-            **config.rdzv_configs,
-        )
         spec = WorkerSpec(
             role=config.role,
             local_world_size=config.nproc_per_node,
-            rdzv_handler=get_rendezvous_handler(rendezvous),
+            rdzv_handler=rendezvous,
             entrypoint=command,
             args=tuple(arguments),
             max_restarts=config.max_restarts,
@@ -102,13 +93,13 @@ class Agent(LocalElasticAgent):
             numa_options=config.numa_options,
         )
         assert config.logs_specs is not None
-        # The rank of the whole job: torch's own prefix is the rank on this host.
+        # The rank of the whole job: torch's own prefix has the number within the host.
         super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
         self._were_saved = False
-        self._is_joined = False
+        self._has_started = False
         self._failure = ""
         self._is_final = False
         self._asked_s = 0.0
@@ -150,9 +141,9 @@ class Agent(LocalElasticAgent):
         )
         if worker_group.group_rank == 0:
             self._channel.forget(world_size)
-        if self._failure or self._were_saved or self._is_joined:
+        if self._has_started:
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
-        self._failure, self._were_saved, self._is_joined = "", False, False
+        self._has_started, self._failure, self._were_saved = True, "", False
         self._started_s = time.monotonic()
         started: dict[int, Any] = super()._start_workers(worker_group)
         return started
@@ -181,7 +172,6 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
         """End the ranks before a restart; those that still run, because another host joins, get time to save."""
         if None in self._exit_statuses().values():
-            self._is_joined = True
             say("another host joins; the ranks save and start again")
         self._end_ranks(self._grace_s)
 
@@ -286,14 +276,14 @@ class Agent(LocalElasticAgent):
                 self._exit_barrier_timeout = FAREWELL_S
                 self._exit_barrier()  # type: ignore[no-untyped-call]
             return RESUME_EXIT_CODE
-        say(f"told to end by {number.name}; all ranks were ended, without saving")
+        say(f"told to end by {number.name}; {'all ranks were ended, without saving' if statuses else 'no rank ran'}")
         return 128 + number
 
     def _status_after_rendezvous_error(self, error: Exception) -> int:
         if isinstance(error, RendezvousClosedError):
             what = "another host's agent ended the job"
         else:
-            what = f"the hosts do not find each other: {error.__cause__ or error}"
+            what = str(error)
         say(f"error: {self._failure + '; ' if self._failure else ''}{what}")
         if self._is_final or self._channel.is_restart_forbidden():
             return self._leave_for_good()
@@ -315,4 +305,4 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())  # threads may still wait for a store

@@ -5,20 +5,25 @@ It writes what TorchX's scheduler writes, and beside that
 - ranks that saved and left (status 75) and pods that were evicted lead to a restart of the job, which resumes, without
   being asked for; other failures do as often as max_retries says, but a mistake that would be made again (78) never;
 - every field of the manifest is checked before it is sent, here, so that a dry run needs no cluster;
-- a job without an image is refused: no node could start it.
+- a job without an image is refused: no node could start it;
+- a cluster that does not answer or refuses is told in one line.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torchx import specs
+from torchx.schedulers.api import DescribeAppResponse, ListAppResponse
 from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler, Opts, sanitize_for_serialization
 
 from launch.roles import NO_IMAGE
 from launch.schedulers.errors import SchedulerError
+from launch.schedulers.kubernetes_errors import explained, require_client
 from launch.schedulers.manifest_check import find_problems
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
@@ -53,6 +58,33 @@ class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
                 "the manifest with --dryrun"
             )
         return client
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self._api_client().configuration.host)
+
+    def schedule(self, dryrun_info: specs.AppDryRunInfo[KubernetesJob]) -> str:
+        """Submit a job, whose image is pushed first where it was built here."""
+        with self._explained():
+            return str(super().schedule(dryrun_info))
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        """Tell the state of a job, None if the cluster knows none of this name."""
+        with self._explained():
+            return super().describe(app_id)
+
+    def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
+        """Return all jobs of the cluster."""
+        with self._explained():
+            return list(super().list(cfg))
+
+    def log_iter(self, *arguments: Any, **named: Any) -> Iterable[str]:
+        """Return the lines of a pod, as they come."""
+        with self._explained():
+            yield from super().log_iter(*arguments, **named)
+
+    def _cancel_existing(self, app_id: str) -> None:
+        with self._explained():
+            super()._cancel_existing(app_id)
 
     def _submit_dryrun(self, app: specs.AppDef, cfg: Opts) -> specs.AppDryRunInfo[KubernetesJob]:
         for role in app.roles:
@@ -89,5 +121,10 @@ def policies(max_retries: int) -> list[dict[str, Any]]:
 
 
 def create_scheduler(session_name: str, **parameters: Any) -> KubernetesJobs:
-    """Return the scheduler, as TorchX's Runner asks for it."""
+    """Return the scheduler, as TorchX's Runner asks for it.
+
+    Raises:
+        SchedulerError: its client is not installed.
+    """
+    require_client()
     return KubernetesJobs(session_name, parameters.get("client"), parameters.get("docker_client"))

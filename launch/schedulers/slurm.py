@@ -202,7 +202,7 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
     def log_paths(self, app_id: str, streams: Stream | None = None) -> dict[int, Path]:
         """Return the log files of a job's hosts that are there now, by host."""
         record = find_record("slurm", app_id)
-        if record is not None and not self._is_heterogeneous(app_id):
+        if record is not None and not self.is_heterogeneous(app_id):
             return host_logs(record.folder)
         folder = Path(queries.show_job(app_id).get("WorkDir", "."))
         ending = "err" if streams == Stream.STDERR else "out"
@@ -211,9 +211,10 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
 
     def log_streams(self, app_id: str) -> tuple[Stream | None, ...]:
         """Return what to ask `log_iter` for to get everything: TorchX's own jobs have a file for each stream."""
-        return (Stream.STDOUT, Stream.STDERR) if self._is_heterogeneous(app_id) else (None,)
+        return (Stream.STDOUT, Stream.STDERR) if self.is_heterogeneous(app_id) else (None,)
 
-    def _is_heterogeneous(self, app_id: str) -> bool:
+    def is_heterogeneous(self, app_id: str) -> bool:
+        """Whether TorchX's own scheduler submitted the job, as one component for each replica."""
         rows = queries.query_job(app_id)
         return bool(rows) and rows[0].component is not None
 

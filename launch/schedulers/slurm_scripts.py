@@ -108,10 +108,10 @@ status=$?
 note ended $status
 [ $status -gt 128 ] && [ $status -ne 143 ] &&
     echo "papilio: error: the agent of this host was killed by SIG$(kill -l $((status - 128)))" >&2
-# srun kills the other hosts when this one leaves with a failure.
+# srun kills the other hosts when this one leaves with a failure; those that were ended without saving are done.
 num_ended() {{ grep -ls $'\t'"$attempt"$'\tended\t' {folder}/host_*.events | wc -l; }}
 for _ in $(seq {num_polls}); do
-    [ $status -eq 0 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep {poll_s}
+    [ $status -eq 0 ] || [ $status -eq 143 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep {poll_s}
 done
 exit $status
 """

@@ -6,19 +6,20 @@ place. What is different:
 - jobs are asked about in plain columns, first from squeue, then from the accounting database. TorchX's reads JSON,
   whose fields change with every release: on Slurm 22.05 it ends with KeyError 'job_resources' right after submitting,
   and without a database it knows no job that has ended;
-- a heterogeneous job is listed once, not once for each replica;
+- a heterogeneous job is listed once, not once for each replica; jobs of `papilio launch` are known, too;
 - environment values with commas arrive whole: `srun --export=A=1,2` would cut them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torchx import specs
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse
 from torchx.schedulers.slurm_scheduler import SlurmBatchRequest, SlurmOpts, SlurmScheduler
 
+from launch.schedulers.job_folder import find_record
 from launch.schedulers.slurm import SlurmJobs
 
 
@@ -42,6 +43,12 @@ class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """Tell the state of a job and of its replicas."""
         return self._jobs.describe(app_id)
+
+    def log_iter(self, app_id: str, *arguments: Any, **named: Any) -> Iterable[str]:
+        """Return the lines of a replica, as they come."""
+        is_ours = find_record("slurm", app_id) is not None and not self._jobs.is_heterogeneous(app_id)
+        lines: Iterable[str] = (self._jobs if is_ours else super()).log_iter(app_id, *arguments, **named)
+        return lines
 
     def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
         """Return this user's jobs."""

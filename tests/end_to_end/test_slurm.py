@@ -50,7 +50,7 @@ class Place:
 
     def words(self, run_dir: str, *more: str) -> list[str]:
         """Arguments of a job on two hosts, whose run folder has this name."""
-        words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1"]
+        words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1", "--grace_s", "5"]
         return [*words, *more, "--", f"--output.run_dir={run_dir}"]
 
     def start(self, *words: str) -> subprocess.Popen[str]:

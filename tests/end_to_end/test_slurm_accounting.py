@@ -18,6 +18,7 @@ from launch.schedulers.job_folder import find_record, host_logs
 from launch.schedulers.runner import make_runner
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_programs import NoSlurmError, find_slurm
+from tests.support.torchx_command import run_torchx
 
 pytestmark = pytest.mark.accounting
 FORGET_TIMEOUT_S = 180
@@ -89,6 +90,9 @@ def test_a_job_of_torchxs_own_scheduler_is_known_by_its_components(
     told = told_of(jobs["TORCHX"], capsys)
     assert told["state"] == "SUCCEEDED"
     assert sorted(host["name"] for host in told["hosts"]) == cluster.hosts  # type: ignore[attr-defined]
+    done = run_torchx("status", "--json", jobs["TORCHX"])
+    assert json.loads(done.stdout)["state"] == "SUCCEEDED", done.stderr
+    assert f"{jobs['TORCHX']} " in run_torchx("list", "-s", "slurm").stdout
 
 
 def test_list_has_all_of_them(jobs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

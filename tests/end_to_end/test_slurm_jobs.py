@@ -127,6 +127,7 @@ def test_a_cancelled_job_is_told_to_end_once(runner: Runner, capsys: pytest.Capt
     assert status is not None and status.state == AppState.CANCELLED
     assert cli.main(["logs", "-f", handle]) == 75
     assert [line for line in output(runner, handle, 1) if line in ("ready", "told")] == ["ready", "told"]
+    assert "small/1 told\n" in run_torchx("log", f"{handle}/small/1").stdout
     captured = capsys.readouterr()
     assert f"{handle} was told to end" in captured.out
     assert "CANCELLED, the ranks saved before" in captured.err

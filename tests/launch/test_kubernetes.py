@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,64 @@ def test_our_scheduler_dry_runs_without_settings_and_submits_to_a_cluster_only(
         assert yaml.safe_load(str(info.request))["spec"]["queue"] == "default"
         with pytest.raises(SchedulerError, match="no Kubernetes cluster is configured here: set KUBECONFIG"):
             runner.schedule(info)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A cluster that answers each request with the status and message of its class."""
+
+    answer = (403, "jobs.batch.volcano.sh is forbidden")
+
+    def do_POST(self) -> None:
+        self.send_response(self.answer[0], "No")
+        self.end_headers()
+        self.wfile.write(json.dumps({"message": self.answer[1]}).encode())
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((401, ""), r"does not know you \(No\): log in again"),
+        ((403, "not you"), r"forbids it \(not you\): ask for a role that may use jobs\.batch\.volcano\.sh"),
+        ((404, "page not found"), r"knows no Volcano jobs .*: install Volcano \(https://volcano\.sh\)"),
+        ((500, "full"), "answered 500: full"),
+        (None, r"does not answer: .*[Rr]efused; does `kubectl cluster-info` work here\?"),
+    ],
+)
+def test_what_the_cluster_says_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: tuple[int, str] | None, message: str
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        monkeypatch.setattr(Refusing, "answer", answer)
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+        config = {
+            "clusters": [cluster],
+            "contexts": [context],
+            "users": [{"name": "u", "user": {}}],
+            "current-context": "c",
+        }
+        (tmp_path / "config").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        with make_runner() as runner:
+            info = runner.dryrun(components.train(recipe="quickstart", image="papilio:1"), "kubernetes")
+            if answer is None:
+                server.shutdown()
+                server.server_close()
+            with pytest.raises(SchedulerError, match=f"the Kubernetes cluster at http://127.0.0.1:{port} {message}"):
+                runner.schedule(info)
+        server.shutdown()
+
+
+def test_without_the_client_its_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with make_runner() as runner, pytest.raises(SchedulerError, match="client is not installed here: pip install"):
+        dry_run(runner, image="papilio:1")
 
 
 def test_our_scheduler_checks_what_it_sends() -> None:

@@ -81,10 +81,10 @@ class HostNamespaces:
         """What the host sees as /etc/hosts. Write to it, do not replace it."""
         return self._folder / f"{name}.hosts"
 
-    def command(self, name: str, words: Sequence[str]) -> list[str]:
-        """What runs a command on a host, in the folder of this process as the host sees it."""
+    def command(self, name: str, words: Sequence[str], folder: Path | None = None) -> list[str]:
+        """What runs a command on a host, in a folder (default: the one of this process) as the host sees it."""
         enter = ["nsenter", "-t", str(self._holders[name].pid), "-n", "-u", "-m", "--"]
-        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd()), *words]
+        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(folder or Path.cwd()), *words]
 
     def shape(self, name: str, rate: str) -> None:
         """Limit what a host sends and gets."""
@@ -98,12 +98,33 @@ class HostNamespaces:
 
     def lose(self, name: str) -> None:
         """End a host as a power cut does: nobody hears of it, for the link goes first."""
-        self._run(name, "ip link set eth0 down")
-        network = os.readlink(f"/proc/{self._holders[name].pid}/ns/net")
+        self.unplug(name)
+        self.kill(name)
+
+    def unplug(self, name: str) -> None:
+        """Pull a host's cable: nothing comes or goes, and no connection breaks."""
+        self._run("switch", f"ip link set v-{name} down")
+
+    def plug_in(self, name: str) -> None:
+        """Put the cable back."""
+        self._run("switch", f"ip link set v-{name} up")
+
+    def kill(self, name: str) -> None:
+        """Kill all that runs on a host, at once."""
+        for pid, _ in self.processes(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, name: str) -> list[tuple[int, list[str]]]:
+        """Return what runs on a host: process ids and command lines."""
+        holder = self._holders[name].pid
+        network = os.readlink(f"/proc/{holder}/ns/net")
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(process / "ns" / "net") == network:
-                    os.kill(int(process.name), signal.SIGKILL)
+                if os.readlink(process / "ns/net") == network and int(process.name) != holder:
+                    found.append((int(process.name), (process / "cmdline").read_bytes().decode().split("\0")))
+        return found
 
     def run(self, name: str, command: str) -> None:
         """Run a command line on a host."""

@@ -1,0 +1,99 @@
+"""The store of a rendezvous falls silent, or is another one than before."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher.api import LaunchConfig
+
+from tests.support.agents import free_port
+from trainer.rendezvous import open_rendezvous
+from trainer.rendezvous_store import Backend, StoreAddress, hold_store
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def launch_config(port: int, **settings: object) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=2,
+        nproc_per_node=1,
+        run_id="job",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}",
+        rdzv_configs={"last_call_timeout": 1, "keep_alive_interval": 1, "is_host": 0, **settings},
+    )
+
+
+def test_a_name_that_an_ended_job_has_used_is_used_anew() -> None:
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    ended = open_rendezvous(launch_config(server.port), ["train"], print)
+    ended.next_rendezvous()
+    assert ended.shutdown()
+    new = open_rendezvous(launch_config(server.port), ["train", "--other"], print)
+    assert (ended.get_run_id(), new.get_run_id()) == ("job", "job.1")
+    assert new.next_rendezvous().world_size == 1
+    new.shutdown()
+
+
+def test_a_store_that_was_started_anew_makes_the_hosts_join_anew() -> None:
+    said: list[str] = []
+    port = free_port()
+    server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    rendezvous = open_rendezvous(launch_config(port), ["train"], said.append)
+    rendezvous.next_rendezvous()
+    assert rendezvous.num_nodes_waiting() == 0
+    del server
+    while not said:
+        assert rendezvous.num_nodes_waiting() == 0, "the ranks are left alone"
+    assert said == [f"the store at localhost:{port} does not answer (connection refused); the ranks go on"]
+    server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    while not rendezvous.num_nodes_waiting():
+        pass
+    assert said[1:] == [
+        f"the store at localhost:{port} answers again",
+        "the other hosts went on without this one, or the store is a new one; joining anew",
+    ]
+    assert rendezvous.next_rendezvous().world_size == 1
+    assert rendezvous.num_nodes_waiting() == 0
+    rendezvous.shutdown()
+    del server
+
+
+def test_a_store_that_never_comes_is_named() -> None:
+    port = free_port()
+    with pytest.raises(
+        RendezvousConnectionError, match=rf"the store at localhost:{port} did not answer for 1 s \(conn"
+    ):
+        open_rendezvous(launch_config(port, join_timeout=1), [], print)
+
+
+def test_a_question_that_is_never_answered_ends() -> None:
+    server = hold_store("localhost", 0)
+    assert server is not None
+    backend = Backend(StoreAddress("localhost", server.port), server)
+    with pytest.raises(RendezvousConnectionError, match="does not answer: no answer"):
+        backend.call("get", "a key that nobody writes")
+    assert backend.call("add", "number", 3) == 3
+
+
+def test_the_store_of_papilio_rendezvous_ends_by_a_signal_and_refuses_a_taken_port() -> None:
+    command = [sys.executable, "-m", "launch.cli", "rendezvous", "--port"]
+    holder = subprocess.Popen(
+        [*command, "0"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    port = holder.stdout.readline().rpartition(":")[2].strip()
+    client = dist.TCPStore("localhost", int(port), is_master=False)
+    client.set("key", "value")
+    assert client.get("key") == b"value"
+    other = subprocess.run([*command, port], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert other.returncode == 1
+    assert f"papilio rendezvous: error: cannot hold a store at port {port}" in other.stderr
+    assert "take another one with --port" in other.stderr
+    holder.terminate()
+    assert holder.wait(20) == 0
+    assert "ended by SIGTERM" in holder.stderr.read()

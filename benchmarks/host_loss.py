@@ -26,7 +26,6 @@ from tests.support.host_namespaces import HostNamespaces, why_not_here
 
 SIZE = Size({"a": 3_000, "b": 2_000, "c": 1_000, "d": 20}, 1_003, 25, 100_000, 16, 50)
 STEP_S = 0.02
-STALL_TIMEOUT_S = 20
 SHORT_S = 6.0
 TIMEOUT_S = 180
 PORT = 29400
@@ -48,7 +47,7 @@ class Cluster:
         recipe = write_recipe(str(folder / "recipe.toml"), str(folder / "data"), SIZE, TYPES_OF_CHANGING_RANKS)
         self._command = ["-m", "launch.cli", "train", "--recipe", recipe, "--nproc", "1", "--nnodes", nnodes]
         self._command += ["--rdzv-endpoint", f"{store}:{PORT}", "--max-restarts", "100"]
-        self._command += [f"--output.run_dir={folder / 'run'}", f"--train.stall_timeout_s={STALL_TIMEOUT_S}"]
+        self._command += [f"--output.run_dir={folder / 'run'}"]
         self._command += ["--checkpoint.keep_best=false", "--train.evaluate_every_steps=1000000"]
 
     def start(self, *names: str) -> None:
@@ -150,6 +149,9 @@ def elastic(cluster: Cluster) -> None:
     measure("host whose agent was killed comes again: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
     measure("host lost: shrinks", lambda: hosts.kill("n2"), 1, "n1")
     measure("lost host comes back: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
+    measure("host without power: shrinks", lambda: hosts.lose("n2"), 1, "n1")
+    hosts.plug_in("n2")
+    measure("host whose power is back: grows", lambda: cluster.start("n2"), 2, "n1", JOINING)
     cluster.measure_silence(f"link down for {SHORT_S:.0f} s: goes on", "n2", "n1")
     measure("link down for long: shrinks", lambda: hosts.unplug("n2"), 1, "n1")
     measure("link up again: grows", lambda: hosts.plug_in("n2"), 2, "n1", JOINING)

@@ -95,6 +95,9 @@ def test_late_data_of_one_rank_and_of_all():
         "rank 2 (host n0) waits 34% of the time for data, the others 1%, and everyone waits with that; look at the "
         "storage and the cores there"
     )
+    job = Job(2)
+    (line,) = job.windows(NUM_WINDOWS + 1, wait_share=[0.01, 0.8])
+    assert line.startswith("rank 1 (host n0) waits 80% of the time for data, the others 1%"), "and not: all ranks wait"
     job = Job(4)
     (line,) = job.windows(NUM_WINDOWS + 1, wait_share=0.4)
     assert line.startswith("all ranks wait for data, 40% of the time: ")

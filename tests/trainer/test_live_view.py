@@ -16,7 +16,10 @@ import torch.distributed as dist
 from tests.support.datasets import write_dataset
 from tests.support.signs import sign_of
 from trainer.config_file import build_config
+from trainer.job_health import JobHealth
+from trainer.live.figures import RankFigures
 from trainer.live.view import LIVE_FORMAT_VERSION, LiveView, LiveViewError, read_view
+from trainer.live.writer import NUM_LOOKS, WRITE_REMOTE_EVERY_S, LiveWriter, Run, Standing
 from trainer.side_channel import Failure, SideChannel
 
 # So that a finding takes a second instead of a quarter of a minute.
@@ -70,7 +73,6 @@ def train_with_a_slow_rank(ranks, store, config, slow):
     from trainer.job_health import job_health
     from trainer.live.findings import Judge
     from trainer.live.own_work import OwnWork
-    from trainer.live.writer import LiveWriter
 
     build, padded_to = entry.build_sharded_model, Batch.padded_to
 
@@ -129,12 +131,13 @@ def test_a_rank_whose_dense_layers_are_slow_is_named(run):
 
 
 def test_a_rank_with_too_many_lookups_is_named_with_its_tables(run):
-    printed, _ = run("nothing", 700, ranks_of_m=[1])
-    (line,) = {line.partition(" (")[2] for line in printed.splitlines() if "for its lookups" in line} & {
-        line.partition(" (")[2] for line in printed.splitlines() if line.startswith("rank 1 (")
-    }
-    assert "; most bytes are read from t_m (9" in line or "; most bytes are read from t_m (100%" in line
-    assert line.endswith("; `papilio calibrate` and plan anew, or give sharding.constraints")
+    printed, view = run("nothing", 700, ranks_of_m=[1])
+    told = [line for line in printed.splitlines() if "everyone waits" in line and " lookups (" in line]
+    assert told
+    for line in told:
+        assert line.startswith(f"rank 1 (host {view.ranks[1].host}) takes ")
+        assert "; most bytes are read from t_m (100%); " in line
+        assert line.endswith("; `papilio calibrate` and plan anew, or give sharding.constraints")
 
 
 def test_a_rank_whose_data_comes_late_is_named(run):
@@ -156,8 +159,6 @@ def test_the_view_says_where_the_run_stands(run, data):
 
 def write_last_view(folder, channel, error=None, **settings):
     """What rank 0 of three leaves: rank 1 has given a sign, rank 2 has not."""
-    from trainer.job_health import JobHealth
-    from trainer.live.writer import Run, Standing
 
     class Watched:
         def show(self, *_):
@@ -202,6 +203,26 @@ def test_a_failed_run_says_who_failed_first(tmp_path: Path, channel: SideChannel
     )
 
 
+def test_speeds_are_those_of_the_latest_steps_also_while_the_job_validates(tmp_path, channel):
+    step = 0
+
+    def standing():
+        return Standing(step, 1_000, 64 * step, 0.02 * step, 1, 1, 0.0, math.nan, None, None)
+
+    def sign():
+        return sign_of(0, step, figures=RankFigures(0.02 * step, 0.002 * step))
+
+    writer = LiveWriter(Run("small", str(tmp_path), 1, standing), channel, sign)
+    assert writer.look().step_ms is None
+    step = 100
+    writer.look()
+    step = 200
+    for _ in range(3 * NUM_LOOKS):
+        view = writer.look()
+    assert (view.step_ms, view.samples_per_s, view.remaining_s) == pytest.approx((20.0, 3_200.0, 16.0))
+    assert view.ranks[0].wait_share == pytest.approx(0.1)
+
+
 def test_a_view_that_should_have_been_written_anew_is_stale() -> None:
     standing = {
         "name": "s",
@@ -219,8 +240,6 @@ def test_a_view_that_should_have_been_written_anew_is_stale() -> None:
 
 
 def test_a_remote_folder_is_written_seldom(channel: SideChannel) -> None:
-    from trainer.live.writer import WRITE_REMOTE_EVERY_S, LiveWriter, Run
-
     assert LiveWriter(Run("r", "s3://b/run", 2, None), channel, None).interval_s == WRITE_REMOTE_EVERY_S
 
 

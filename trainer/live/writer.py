@@ -114,6 +114,8 @@ class LiveWriter:
         if state == "running" and len(signs) == self._run.world_size:
             for line in self._judge.look(_states(signs), now_s):
                 logger.warning("%s", line)
+        if self._looks and self._looks[-1][0].step == standing.step:
+            self._looks.pop()  # speeds are those of the latest steps, also while the job validates
         self._looks.append((standing, signs))
         self._view = self._make_view(standing, signs, now_s, state, error)
         return self._view

@@ -331,7 +331,7 @@ def study(
     """
     asked = hosts.request_host(
         host,
-        nproc=max(map(int, ranks)) if ranks else None,
+        nproc=hosts.largest("--ranks", ranks),
         cpu=cpu,
         gpu=gpu,
         memory_mb=memory_mb,

@@ -24,8 +24,11 @@ def addresses_of(host: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address leads nowhere but to the host that uses it."""
-    return ipaddress.ip_address(address).is_loopback
+    """Whether an address leads nowhere but to the host that uses it; a text that is no address does not."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def own_address_towards(host: str, port: int) -> str | None:

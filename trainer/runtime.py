@@ -28,7 +28,8 @@ TOP_PAD_BYTES = 64 << 20
 def configure_runtime() -> None:
     """Configure logging, arithmetic and memory of this process; call once, before anything large is allocated."""
     # Warnings of libraries stay; their notices at start-up, which repeat on every rank, do not.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # By force, for fbgemm_gpu has set up its own format when it was imported.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)

@@ -6,6 +6,7 @@ for other machines than its plan is made for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def request_host(
 def one_process(cpu: int, memory_mb: int) -> HostRequest:
     """Return what a job of one process asks for, which uses no GPU."""
     return HostRequest(1, cpu, 0, memory_mb, None)
+
+
+def largest(flag: str, counts: Sequence[str] | None) -> int | None:
+    """Return the largest of numbers that TorchX gives as text; None without any.
+
+    Raises:
+        UsageError: one is no number.
+    """
+    return max((_number(flag, count) or 0 for count in counts), default=None) if counts else None
 
 
 def _number(flag: str, value: int | str | None) -> int | None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from launch.preflight.facts import Reached
 from launch.preflight.finding import MAX_NAMED, Evidence, Finding, named, or_all_well
-from launch.preflight.reach import TOO_LARGE, is_loopback
+from launch.preflight.reach import TOO_LARGE
+from trainer.addresses import is_loopback
 
 NEVER = (
     "papilio logs, or the scheduler's, show what happened on it; a host that is slow to start gets longer with --wait"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.preflight.wire import Line, SilenceError, listen, why_not
+from trainer.addresses import is_own_address
 
 NUM_CLOCK_QUESTIONS = 5
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -171,22 +172,6 @@ def open_meeting(
 def holds_meeting(place: Place) -> bool:
     """Whether this host is the first one."""
     return place.index == 0 if place.index is not None else is_own_address(place.head)
-
-
-def is_own_address(host: str) -> bool:
-    """Whether a name leads to this host: one can listen at its address only there."""
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
-            return True
-    return False
 
 
 def _receive_guests(

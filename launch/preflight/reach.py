@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from launch.preflight.facts import Card, Reached
 from launch.preflight.wire import Line, SilenceError, listen, plain_address, why_not
+from trainer.addresses import is_loopback
 
 # More than one packet of any network: where packets of full size are dropped, a connection opens and then stalls.
 PARCEL_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 4.0  # room for the second try of TCP, after 3 s
 ECHO_TIMEOUT_S = 5.0
 TOO_LARGE = "packets of full size may be dropped"
-LOOPBACKS = ("127.", "::1")
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>: address of an interface
 
 
@@ -90,11 +90,6 @@ def address_of_interface(name: str) -> str:
         except OSError:
             return ""
     return socket.inet_ntoa(answer[20:24])
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address leads nowhere but to the host that uses it."""
-    return address.startswith(LOOPBACKS)
 
 
 def _reach(index: int, card: Card) -> Reached:

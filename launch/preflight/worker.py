@@ -27,10 +27,11 @@ from launch.preflight.links import LinkJob, measure_links
 from launch.preflight.machine import memory_bytes, num_cores, shared_memory_bytes
 from launch.preflight.meeting import Meeting, MeetingError, Place, holds_meeting, open_meeting
 from launch.preflight.planning import plan_job
-from launch.preflight.reach import DataPort, gloo_address, interface_of, is_loopback, reach_all
+from launch.preflight.reach import DataPort, gloo_address, interface_of, reach_all
 from launch.preflight.report import format_report, report_as_json
 from launch.preflight.wire import free_port
 from launch.usage import UsageError
+from trainer.addresses import is_loopback
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.install import InstallError, check_install

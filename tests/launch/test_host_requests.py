@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from launch import components
-from launch.hosts.request import HostRequest, request_host
+from launch.hosts.request import HostRequest, largest, request_host
+from launch.usage import UsageError
 from sharding.hardware import HardwareError, load_hardware, profile_names
 from trainer.config_file import load_config
 
@@ -59,6 +60,13 @@ def test_without_a_profile_a_rank_gets_a_core_for_each_of_its_threads() -> None:
 def test_more_than_a_host_has_is_refused(asked: dict[str, int | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request_host("dgx_h100", **asked)
+
+
+def test_the_largest_of_numbers_given_as_text() -> None:
+    assert largest("--ranks", ["2", "10", "4"]) == 10
+    assert largest("--ranks", None) is None
+    with pytest.raises(UsageError, match="--ranks two: a whole number is needed"):
+        largest("--ranks", ["1", "two"])
 
 
 def test_an_unknown_profile_names_the_nearest() -> None:

@@ -20,13 +20,12 @@ def run_torchx(
     environment: Mapping[str, str] = os.environ,
     place: Callable[[list[str]], list[str]] = list,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `torchx` with the entry points that setup.cfg names; in an empty folder, if no other is given.
+    """Run `torchx` with the entry points that setup.cfg names, or none; in an empty folder, if no other is given.
 
     `place` makes of the command one that runs it elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if with_entry_points:
-            _write_entry_points(Path(folder, "site"))
+        _write_information(Path(folder, "site"), with_entry_points)
         own = {**environment, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(folder, "site"))])}
         command = [str(Path(sys.executable).with_name("torchx")), "--log_level", "ERROR", *words]
         return subprocess.run(
@@ -34,15 +33,20 @@ def run_torchx(
         )
 
 
-def _write_entry_points(site: Path) -> None:
-    setup = configparser.ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg", "utf-8")
+def _write_information(site: Path, with_entry_points: bool) -> None:
+    """Write what a package's installation leaves; being found first, it hides that of an installed Papilio."""
     information = site / "papilio-0.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: papilio\nVersion: 0\n")
+    if with_entry_points:
+        (information / "entry_points.txt").write_text(_entry_points())
+
+
+def _entry_points() -> str:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg", "utf-8")
     # In the order of setuptools, by name.
-    sections = [
+    return "\n".join(
         "\n".join([f"[{group}]", *sorted(entries.split("\n")[1:])])
         for group, entries in setup["options.entry_points"].items()
-    ]
-    (information / "entry_points.txt").write_text("\n".join(sections))
+    )

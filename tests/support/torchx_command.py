@@ -26,7 +26,7 @@ def run_torchx(
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_information(Path(folder, "site"), with_entry_points)
-        own = {**environment, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(folder, "site"))])}
+        own = {**environment, "PYTHONPATH": os.pathsep.join([str(Path(folder, "site")), str(REPOSITORY)])}
         command = [str(Path(sys.executable).with_name("torchx")), "--log_level", "ERROR", *words]
         return subprocess.run(
             place(command), capture_output=True, text=True, env=own, cwd=cwd or folder, timeout=120, check=False

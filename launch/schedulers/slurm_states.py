@@ -55,12 +55,18 @@ def describe_job(row: SlurmRow, record: JobRecord) -> DescribeAppResponse:
     return _response(record, state, _message(row, record), names)
 
 
+def _waiting(row: SlurmRow) -> str:
+    """Say why a job waits; Slurm says None before it has looked at it."""
+    if row.reason in ("None", ""):
+        return row.state
+    return f"{row.state}: {row.reason}" + (f", {REASONS[row.reason]}" if row.reason in REASONS else "")
+
+
 def _message(row: SlurmRow, record: JobRecord) -> str:
     ended = last_event(read_events(record.folder), "ended")
     if row.state == "PENDING":
         when = "" if row.start in ("N/A", "Unknown", "") else f", expected to start {row.start}"
-        meaning = f", {REASONS[row.reason]}" if row.reason in REASONS else ""
-        return f"{row.state}: {row.reason}{meaning}{when}"
+        return f"{_waiting(row)}{when}"
     if not row.has_ended or row.state == "COMPLETED":
         return row.state
     return row.state if ended is None else f"{row.state}, {meaning_of(ended.details[0])}"
@@ -126,7 +132,7 @@ def describe_components(app_id: str, rows: list[SlurmRow]) -> DescribeAppRespons
         )
         statuses.setdefault(role, specs.RoleStatus(role, [])).replicas.append(status)
     state = together([STATES.get(row.state, AppState.UNKNOWN) for row in rows])
-    message = rows[0].state if rows[0].state != "PENDING" else f"PENDING: {rows[0].reason}"
+    message = rows[0].state if rows[0].state != "PENDING" else _waiting(rows[0])
     return DescribeAppResponse(
         app_id=app_id, state=state, msg=message, roles=list(roles.values()), roles_statuses=list(statuses.values())
     )

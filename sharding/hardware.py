@@ -19,14 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FORMAT_VERSION = 1
 PROFILES = Path(__file__).with_name("profiles")
-# What a unit is in bytes, seconds, operations or items.
-UNITS = {
-    **{"B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40},
-    **{"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
-    **{"B/s": 1.0, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12},
-    **{"FLOP/s": 1.0, "GFLOP/s": 1e9, "TFLOP/s": 1e12},
-    **{"1": 1.0},
+# What a unit is in bytes, seconds, operations or items, by what it measures.
+UNITS_OF = {
+    "bytes": {"B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40},
+    "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
+    "bytes per second": {"B/s": 1.0, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12},
+    "operations per second": {"FLOP/s": 1.0, "GFLOP/s": 1e9, "TFLOP/s": 1e12},
+    "a number": {"1": 1.0},
 }
+UNITS = {name: factor for units in UNITS_OF.values() for name, factor in units.items()}
 
 
 class HardwareError(ValueError):
@@ -187,7 +188,7 @@ class _Section(BaseModel):
 class Figure(_Section):
     """A number with its unit, and where it comes from."""
 
-    value: float = Field(ge=0)
+    value: float = Field(ge=0, allow_inf_nan=False)
     unit: str
     source: str = Field(min_length=3)
     date: str = Field(pattern=r"^\d{4}(-\d{2}(-\d{2})?)?$", description="Of the source or the measurement.")
@@ -250,6 +251,11 @@ class Hardware(_Section):
         """GPUs of a host."""
         return self.ranks_per_host if self.device == "cuda" else 0
 
+    def capacities(self) -> dict[str, Figure]:
+        """Return the figures that are no rates, by name."""
+        figures = {name: getattr(self, name) for name in ("device_memory", "host_memory", "framework_memory")}
+        return figures | ({"host_cores": self.host_cores} if self.host_cores is not None else {})
+
     def device_memory_bytes(self, ranks_per_host: int) -> int:
         """Return the memory of one rank's device; ranks of a CPU host share the host's evenly."""
         capacity = self.device_memory.si
@@ -293,6 +299,10 @@ def load_hardware(name_or_path: str) -> Hardware:
         tree = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise HardwareError(f"hardware {path}: not a TOML file ({error})") from None
+    except RecursionError:
+        raise HardwareError(f"hardware {path}: not a hardware file (nested too deep)") from None
+    except OSError as error:
+        raise HardwareError(f"hardware {path}: cannot be read ({error.strerror})") from None
     version = tree.get("format_version")
     if version != FORMAT_VERSION:
         raise HardwareError(
@@ -309,19 +319,66 @@ def load_hardware(name_or_path: str) -> Hardware:
 
 
 def _check_figures(hardware: Hardware, path: Path) -> None:
+    """Check names, units and ranges of all figures.
+
+    Raises:
+        HardwareError: the first that is wrong, with what is allowed.
+    """
+    for name, figure in hardware.capacities().items():
+        _check_figure(f"hardware {path}: {name}", name, figure)
     for entry in hardware.rates:
+        where = f"hardware {path}: rates of {entry.ranks_per_host} ranks a host"
         missing = set(RATE_NAMES) - set(entry.figures)
         unknown = set(entry.figures) - set(RATE_NAMES) - set(OPTIONAL_RATE_NAMES)
         if missing or unknown:
-            wrong = [*(f"{name} is missing" for name in sorted(missing)), *(f"{name} is unknown" for name in unknown)]
-            raise HardwareError(f"hardware {path}: rates of {entry.ranks_per_host} ranks a host: {'; '.join(wrong)}")
-        for name in set(entry.achieved) - set(entry.figures):
+            wrong = [
+                *(f"{name} is missing" for name in sorted(missing)),
+                *(f"{name} is unknown" for name in sorted(unknown)),
+            ]
+            raise HardwareError(f"{where}: {'; '.join(wrong)}")
+        for name in sorted(set(entry.achieved) - set(entry.figures)):
             raise HardwareError(f"hardware {path}: achieved.{name} is a share of no figure")
-    figures = {"device_memory": hardware.device_memory, "host_memory": hardware.host_memory}
-    figures["framework_memory"] = hardware.framework_memory
-    figures |= {"host_cores": hardware.host_cores} if hardware.host_cores is not None else {}
-    for entry in hardware.rates:
-        figures |= entry.figures | {f"achieved.{name}": share for name, share in entry.achieved.items()}
-    for name, figure in figures.items():
-        if figure.unit not in UNITS:
-            raise HardwareError(f"hardware {path}: {name} has unit {figure.unit!r}; units: {', '.join(UNITS)}")
+        for name, figure in entry.figures.items():
+            _check_figure(f"{where}: {name}", name, figure)
+        for name, figure in entry.achieved.items():
+            _check_figure(f"{where}: achieved.{name}", f"achieved.{name}", figure)
+    counts = [entry.ranks_per_host for entry in hardware.rates]
+    for count in counts:
+        if counts.count(count) > 1:
+            raise HardwareError(f"hardware {path}: rates of {count} ranks a host are given twice; keep one of them")
+
+
+def _check_figure(where: str, name: str, figure: Figure) -> None:
+    kind = _kind_of(name)
+    units = UNITS_OF[kind]
+    if figure.unit not in units:
+        raise HardwareError(f"{where} has unit {figure.unit!r}; it is {kind}: {', '.join(units)}")
+    low, high = _bounds_of(name)
+    if not low <= figure.si <= high or (low == 0 and figure.si == 0 and _must_be_positive(name)):
+        least = "more than 0" if _must_be_positive(name) and low == 0 else f"at least {low:g}"
+        most = f" and at most {high:g}" if high != math.inf else ""
+        raise HardwareError(f"{where} is {figure.value:g} {figure.unit if figure.unit != '1' else ''}".rstrip() + (
+            f"; it must be {least}{most}"
+        ))
+
+
+def _kind_of(name: str) -> str:
+    """Return what a figure measures: a key of UNITS_OF."""
+    if name.startswith("achieved.") or name in ("overlap", "host_cores"):
+        return "a number"
+    endings = {"_memory": "bytes", "_bytes_per_s": "bytes per second", "_flops_per_s": "operations per second"}
+    return next((kind for ending, kind in endings.items() if name.endswith(ending)), "seconds")
+
+
+def _bounds_of(name: str) -> tuple[float, float]:
+    if name.startswith("achieved.") or name == "overlap":
+        return 0.0, 1.0
+    return (1.0, math.inf) if name == "host_cores" else (0.0, math.inf)
+
+
+def _must_be_positive(name: str) -> bool:
+    """Whether 0 is no value: it would be a division by zero, or a machine without memory."""
+    if name.startswith("achieved.") or name in ("device_memory", "host_memory"):
+        return True
+    # Without UVM there is no rate at which the host's memory is read; optional rates fall back where they are 0.
+    return name.endswith("_per_s") and name in RATE_NAMES and name != "host_memory_bytes_per_s"

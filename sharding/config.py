@@ -23,7 +23,7 @@ class TableConstraint(_Section):
     """What must hold for some tables. Of two constraints that match a table, the later one's fields win."""
 
     tables: tuple[str, ...] = Field(
-        min_length=1, description="Table names (t_<feature>) or patterns of them with * and ?."
+        min_length=1, description="Table names (t_<feature>) or patterns of them with *, ? and [ab]."
     )
     types: tuple[ShardingTypeName, ...] | None = Field(None, min_length=1, description="Sharding types to choose from.")
     kernels: tuple[KernelName, ...] | None = Field(None, min_length=1, description="Compute kernels to choose from.")

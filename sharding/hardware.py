@@ -357,9 +357,10 @@ def _check_figure(where: str, name: str, figure: Figure) -> None:
     if not low <= figure.si <= high or (low == 0 and figure.si == 0 and _must_be_positive(name)):
         least = "more than 0" if _must_be_positive(name) and low == 0 else f"at least {low:g}"
         most = f" and at most {high:g}" if high != math.inf else ""
-        raise HardwareError(f"{where} is {figure.value:g} {figure.unit if figure.unit != '1' else ''}".rstrip() + (
-            f"; it must be {least}{most}"
-        ))
+        raise HardwareError(
+            f"{where} is {figure.value:g} {figure.unit if figure.unit != '1' else ''}".rstrip()
+            + (f"; it must be {least}{most}")
+        )
 
 
 def _kind_of(name: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import torch
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -18,6 +15,7 @@ from torchrec.distributed.types import (
 
 from sharding.plan_file import PlanFile, PlannedTable
 from sharding.planning.errors import PlanError
+from sharding.planning.geometry import check_geometry
 from sharding.planning.job import Cluster, Job
 
 
@@ -32,7 +30,7 @@ def to_sharding_plan(plan: PlanFile, device: torch.device) -> ShardingPlan:
 
 
 def check_plan(plan: PlanFile, job: Job, cluster: Cluster, source: str) -> None:
-    """Check that a plan is one for this job on these ranks, and that it places every weight just once.
+    """Check that a plan is one for this job on these ranks, and that training would follow it to the letter.
 
     Raises:
         PlanError: naming the table or the rank, and the mend.
@@ -40,18 +38,18 @@ def check_plan(plan: PlanFile, job: Job, cluster: Cluster, source: str) -> None:
     _check_machine(plan, cluster, source)
     _check_tables(plan, job, source)
     for table in plan.tables:
-        wrong = [rank for rank in table.ranks if rank >= cluster.group_size]
-        if wrong:
-            raise PlanError(
-                f"{source} places table {table.name} on rank {wrong[0]}, but tables are spread over ranks 0 to "
-                f"{cluster.group_size - 1}"
-            )
         if table.sharding_type == "data_parallel" and cluster.num_groups > 1:
             raise PlanError(
                 f"{source}: table {table.name} is data_parallel, but sharding.replicas has groups, which average only "
                 "sharded tables; make the plan again with `papilio plan`"
             )
-        _check_cover(table, source)
+        check_geometry(
+            table,
+            group_size=cluster.group_size,
+            ranks_per_host=cluster.group_ranks_per_node,
+            device=cluster.hardware.device,
+            source=source,
+        )
 
 
 def _check_machine(plan: PlanFile, cluster: Cluster, source: str) -> None:
@@ -95,46 +93,6 @@ def _check_tables(plan: PlanFile, job: Job, source: str) -> None:
                     f"{source} is of another model: table {name} has {key} {getattr(planned[name], key)} there and "
                     f"{getattr(table, key)} here; make the plan again with `papilio plan`"
                 )
-
-
-def _check_cover(table: PlannedTable, source: str) -> None:
-    if table.sharding_type == "data_parallel":
-        if table.shards:
-            raise PlanError(f"{source}: table {table.name} is data_parallel and has shards; make the plan again")
-        return
-    if tuple(shard.rank for shard in table.shards) != table.ranks:
-        raise PlanError(f"{source}: the ranks of table {table.name} are not those of its shards; make the plan again")
-    covered = torch.zeros(1, dtype=torch.int64)
-    corners = []
-    for shard in table.shards:
-        is_inside = (
-            shard.row + shard.num_rows <= table.num_embeddings
-            and shard.column + shard.num_columns <= table.embedding_dim
-        )
-        if not is_inside:
-            raise PlanError(f"{source}: a shard of table {table.name} reaches beyond the table; make the plan again")
-        covered += shard.num_rows * shard.num_columns
-        corners.append((shard.row, shard.column, shard.num_rows, shard.num_columns))
-    if int(covered) != table.num_embeddings * table.embedding_dim or _overlap(corners):
-        raise PlanError(
-            f"{source}: the shards of table {table.name} cover {int(covered)} of its "
-            f"{table.num_embeddings * table.embedding_dim} weights, not all of them just once; make the plan again"
-        )
-
-
-def _overlap(rectangles: Sequence[tuple[int, int, int, int]]) -> bool:
-    """Whether two rectangles (row, column, rows, columns) share a weight."""
-    by_column: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for row, column, num_rows, num_columns in rectangles:
-        by_column.setdefault((column, num_columns), []).append((row, num_rows))
-    columns = sorted(by_column)
-    if any(first[0] + first[1] > second[0] for first, second in itertools.pairwise(columns)):
-        return True
-    for rows in by_column.values():
-        rows.sort()
-        if any(first[0] + first[1] > second[0] for first, second in itertools.pairwise(rows)):
-            return True
-    return False
 
 
 def _parameter_sharding(table: PlannedTable, device_type: str, local_size: int) -> ParameterSharding:

@@ -6,15 +6,17 @@ No torch is imported here; sharding/plan_conversion.py makes TorchRec's Sharding
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.config import KernelName, ShardingTypeName
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class PlanFileError(ValueError):
@@ -22,7 +24,7 @@ class PlanFileError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Phases(_Section):
@@ -179,42 +181,66 @@ class PlanFile(_Section):
 
     def to_json(self) -> str:
         """Return the file's text; a plan's text is the same whenever the plan is."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        tree = self.model_dump(mode="json")
+        return json.dumps({**tree, "checksum": checksum_of(tree)}, indent=1) + "\n"
+
+
+def checksum_of(tree: Mapping[str, Any]) -> str:
+    """Return the checksum that belongs to a plan's parsed text: SHA-256 of all but the checksum, 16 hex digits."""
+    content = {key: value for key, value in tree.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_plan_file(path: str) -> PlanFile:
     """Read a plan file.
 
     Raises:
-        PlanFileError: there is none, it is damaged, or another version wrote it.
+        PlanFileError: there is none, it is damaged or edited, or another version wrote it.
     """
-    if not Path(path).is_file():
-        raise PlanFileError(f"plan file {path} does not exist; `papilio plan --recipe R --output {path}` makes one")
     try:
-        return plan_from_json(Path(path).read_text("utf-8"), path)
+        text = Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise PlanFileError(
+            f"plan file {path} does not exist; `papilio plan --recipe R --output {path}` makes one"
+        ) from None
     except UnicodeDecodeError as error:
         raise PlanFileError(f"plan file {path} is damaged ({error}); make it again with `papilio plan`") from None
+    except (OSError, ValueError) as error:  # a folder, no permission, a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PlanFileError(f"plan file {path} cannot be read ({reason}); name a file of `papilio plan`") from None
+    return plan_from_json(text, path)
 
 
 def plan_from_json(text: str, source: str) -> PlanFile:
     """Read a plan from the text of a file; `source` names it in errors.
 
     Raises:
-        PlanFileError: it is damaged, or another version wrote it.
+        PlanFileError: it is damaged or edited, or another version wrote it.
     """
     try:
         tree = json.loads(text)
-        version = tree.get("format_version") if isinstance(tree, dict) else None
-        if version != FORMAT_VERSION:
-            written_by = tree.get("papilio_version", "unknown") if isinstance(tree, dict) else "unknown"
-            raise PlanFileError(
-                f"plan file {source} has format version {version} (written by Papilio {written_by}); this Papilio "
-                f"reads {FORMAT_VERSION}: make the plan again with `papilio plan`"
-            )
-        return PlanFile.model_validate(tree)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of 5,000 digits, nested too deep
+        raise PlanFileError(f"plan file {source} is damaged ({error}); make it again with `papilio plan`") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        written_by = tree.get("papilio_version", "unknown") if isinstance(tree, dict) else "unknown"
+        raise PlanFileError(
+            f"plan file {source} has format version {str(version)[:20]} (written by Papilio {str(written_by)[:20]}); "
+            f"this Papilio reads {FORMAT_VERSION}: make the plan again with `papilio plan`"
+        )
+    _check_checksum(tree, source)
+    try:
+        return PlanFile.model_validate({key: value for key, value in tree.items() if key != "checksum"})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise PlanFileError(f"plan file {source} is damaged ({key}: {first['msg']}); make it again") from None
-    except json.JSONDecodeError as error:
-        raise PlanFileError(f"plan file {source} is damaged ({error}); make it again with `papilio plan`") from None
+
+
+def _check_checksum(tree: Mapping[str, Any], source: str) -> None:
+    found, right = tree.get("checksum"), checksum_of(tree)
+    if found != right:
+        raise PlanFileError(
+            f"plan file {source} is not as it was written: its checksum is {str(found)[:20]}, its content has {right}; "
+            "make it again with `papilio plan`, or, if you edited it on purpose, set its checksum to that"
+        )

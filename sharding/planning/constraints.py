@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from sharding.config import ShardingConfig, TableConstraint
+from sharding.patterns import matches
 from sharding.planning.errors import PlanError
-from sharding.planning.job import Cluster, Job, Table
+from sharding.planning.geometry import COLUMN_MULTIPLE, COLUMN_TYPES
+from sharding.planning.job import SPARSE_STATE_BYTES, Cluster, Job, Table
 from sharding.planning.options import UVM_KERNELS, Option, Span, enumerate_options
 
 # A table's fields that a constraint may set, with the key of the global setting they replace.
@@ -43,7 +44,8 @@ class _Rules:
     ranks: tuple[int, ...] | None
     min_partition: int
     cache_load_factor: float
-    column_multiple: int = 4
+    column_multiple: int = COLUMN_MULTIPLE
+    asks_for_columns: bool = False  # a constraint names a type that cuts columns
     constraint: int | None = None  # the last one that matched
     group: int | None = None  # the constraint that keeps it together with others
 
@@ -88,7 +90,7 @@ def _check_constraints(constraints: Sequence[TableConstraint], tables: Sequence[
     names = [table.name for table in tables]
     for number, constraint in enumerate(constraints):
         for pattern in constraint.tables:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in names):
                 nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
                 shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
                 mend = f"the nearest is {nearest[0]}" if nearest else f"tables: {shown}"
@@ -104,9 +106,11 @@ def _check_constraints(constraints: Sequence[TableConstraint], tables: Sequence[
 def _rules_of(table: Table, config: ShardingConfig) -> _Rules:
     rules = _Rules(config.types, config.kernels, None, config.min_partition, config.cache_load_factor)
     for number, constraint in enumerate(config.constraints):
-        if any(fnmatchcase(table.name, pattern) for pattern in constraint.tables):
+        if any(matches(table.name, pattern) for pattern in constraint.tables):
             said = {name: getattr(constraint, name) for name in _FIELDS if getattr(constraint, name) is not None}
             rules = replace(rules, constraint=number, **said)
+            if constraint.types is not None:
+                rules = replace(rules, asks_for_columns=not set(COLUMN_TYPES).isdisjoint(constraint.types))
             if constraint.keep_together:
                 if rules.group is not None:
                     raise PlanError(
@@ -161,6 +165,9 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
                 "use the kernels fused or fused_uvm"
             )
     left = tuple(name for name in rules.types if name not in why)
+    if SPARSE_STATE_BYTES[job.sparse_optimizer][1] and not rules.asks_for_columns:
+        # The optimizer's number of a row would be one for each block of columns: another update rule.
+        left = tuple(name for name in left if name not in COLUMN_TYPES) or left
     if not left:
         where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
         raise PlanError(
@@ -176,7 +183,26 @@ def _single_item(table: Table, rules: _Rules, cluster: Cluster) -> Item:
         options = [option for option in options if _may_be_on(option, rules.ranks, cluster)]
     if not options:
         raise PlanError(_why_none(table, rules, cluster))
+    if set(rules.types) <= set(COLUMN_TYPES):
+        _check_min_partition(table, rules, cluster)
     return Item((table,), tuple((option,) for option in options), rules.ranks)
+
+
+def _check_min_partition(table: Table, rules: _Rules, cluster: Cluster) -> None:
+    """Refuse a table that may only be cut by columns and that `min_partition` keeps in one piece.
+
+    Raises:
+        PlanError: with the largest value that cuts it.
+    """
+    narrow = replace(rules, min_partition=1)
+    cuts = [o.shard_columns for o in _options_of(table, narrow, cluster) if o.num_column_shards > 1]
+    if cuts and max(cuts) < rules.min_partition:
+        where = "sharding" if rules.constraint is None else f"sharding.constraints[{rules.constraint}]"
+        raise PlanError(
+            f"{where}: table {table.name} may only be {', '.join(rules.types)}, but min_partition = "
+            f"{rules.min_partition} leaves its {table.embedding_dim} columns in one piece; set min_partition to "
+            f"{max(cuts)} or less, or allow table_wise"
+        )
 
 
 def _group_item(members: list[Table], rules: dict[str, _Rules], group: int, cluster: Cluster) -> Item:

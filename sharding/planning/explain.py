@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from sharding.config import KernelName, ShardingConfig, TableConstraint
+from sharding.patterns import matches
 from sharding.plan_file import StepPrediction
 from sharding.planning.errors import PlanError
 from sharding.planning.options import Option
@@ -83,7 +83,7 @@ def _allow_all(planning: Planning, table: str) -> ShardingConfig:
     own = TableConstraint(tables=(table,), types=types, kernels=kernels)
     rest = [
         constraint.model_copy(update={"keep_together": False})
-        if any(fnmatchcase(table, pattern) for pattern in constraint.tables)
+        if any(matches(table, pattern) for pattern in constraint.tables)
         else constraint
         for constraint in planning.config.constraints
     ]

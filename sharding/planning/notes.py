@@ -26,8 +26,8 @@ def make_notes(job: Job, cluster: Cluster, options: Iterable[Option]) -> tuple[s
     in_pieces = [option for option in options if option.num_column_shards > 1]
     if in_pieces and SPARSE_STATE_BYTES[job.sparse_optimizer][1]:
         notes.append(
-            f"{_names(in_pieces)}: cut by columns, and {job.sparse_optimizer} keeps a number for each row of each "
-            "column block, so training differs slightly from that of whole tables"
+            f"{_names(in_pieces)}: cut by columns as the recipe asks, and {job.sparse_optimizer} keeps its number of a "
+            "row for each column block apart, so training is not that of whole tables: the weights move away from it"
         )
     replicas = [option for option in options if option.sharding_type == "data_parallel"]
     if replicas:

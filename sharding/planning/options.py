@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from sharding.planning.geometry import COLUMN_TYPES, count_row_shards
 from sharding.planning.job import BYTES_PER_VALUE, SPARSE_STATE_BYTES, Cluster, Table
 
 UVM_KERNELS = ("fused_uvm", "fused_uvm_caching")
@@ -29,7 +30,6 @@ SPANS = {
     "table_column_wise": Span.RANKS_OF_HOST,
     "grid_shard": Span.HOST,
 }
-COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def enumerate_options(
     for sharding_type in types:
         if _is_redundant(sharding_type, types, num_hosts, num_ranks):
             continue
-        row_shards = {"row_wise": num_ranks, "table_row_wise": per_host, "grid_shard": per_host}.get(sharding_type, 1)
+        row_shards = count_row_shards(sharding_type, num_ranks, per_host)
         most_blocks = {"column_wise": num_ranks, "table_column_wise": per_host, "grid_shard": num_hosts}
         for num_blocks in _block_counts(table, min_partition, column_multiple, most_blocks.get(sharding_type, 1)):
             for kernel, factor in _kernels(sharding_type, kernels, cluster.hardware.device, cache_load_factor):

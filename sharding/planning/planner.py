@@ -12,6 +12,7 @@ from sharding.config import ShardingConfig
 from sharding.plan_file import Phases, PlanFile, PlannedOn, PlannedRank, PlannedTable, ShardPlace, StepPrediction
 from sharding.planning.constraints import Item, settle
 from sharding.planning.cost import PHASES, option_seconds, predict_step, shard_seconds
+from sharding.planning.geometry import cut_table
 from sharding.planning.job import Cluster, Job
 from sharding.planning.memory import HOST, KINDS, device_bytes, memory_use, rank_bytes, shard_bytes
 from sharding.planning.notes import make_notes
@@ -181,21 +182,9 @@ def places_of(option: Option, ranks: Sequence[int]) -> tuple[ShardPlace, ...]:
     """Return the rectangle of each shard, column block by column block, as TorchRec orders them."""
     if option.sharding_type == "data_parallel":
         return ()
-    rows, columns = option.shard_rows, option.shard_columns
-    places = []
-    for index, rank in enumerate(ranks):
-        block, row_shard = divmod(index, option.num_row_shards)
-        row = min(row_shard * rows, option.table.num_embeddings)
-        places.append(
-            ShardPlace(
-                row=row,
-                column=block * columns,
-                num_rows=min(rows, option.table.num_embeddings - row),
-                num_columns=columns,
-                rank=int(rank),
-            )
-        )
-    return tuple(places)
+    return cut_table(
+        option.table.num_embeddings, option.table.embedding_dim, option.num_row_shards, option.num_column_shards, ranks
+    )
 
 
 def _choice_of(

@@ -81,12 +81,24 @@ def test_a_wrong_name_is_told_the_nearest() -> None:
     ("old", "new", "message"),
     [
         ("format_version = 1", "format_version = 9", "has format version 9; this Papilio reads 1"),
-        ('unit = "TFLOP/s"', 'unit = "HP"', "matmul_fp32_flops_per_s has unit 'HP'; units: B, KiB"),
+        ('unit = "TFLOP/s"', 'unit = "HP"', "matmul_fp32_flops_per_s has unit 'HP'; it is operations per second: "
+         "FLOP/s, GFLOP/s, TFLOP/s"),
         ("\nlayer_s", "\nlayers_s", "rates of 8 ranks a host: layer_s is missing; layers_s is unknown"),
         ('device = "cuda"', 'device = "tpu"', "device: Input should be 'cpu' or 'cuda'"),
         ("ranks_per_host = 8", "ranks_per_host =", "not a TOML file"),
         ("[rates.achieved]", "[rates.achieved]\nspeed = { value = 1, unit = '1', source = 'none', date = '2026' }",
          "achieved.speed is a share of no figure"),
+        # A bandwidth in seconds, a rate of nothing, of everything, a share above all, a machine without memory.
+        ('memory_bytes_per_s = { value = 2039.0, unit = "GB/s"', 'memory_bytes_per_s = { value = 2039.0, unit = "s"',
+         "rates of 8 ranks a host: memory_bytes_per_s has unit 's'; it is bytes per second: B/s, MB/s, GB/s, TB/s"),
+        ("memory_bytes_per_s = { value = 2039.0,", "memory_bytes_per_s = { value = 0,",
+         "memory_bytes_per_s is 0 GB/s; it must be more than 0"),
+        ("memory_bytes_per_s = { value = 2039.0,", "memory_bytes_per_s = { value = inf,",
+         "memory_bytes_per_s.value: Input should be a finite number"),
+        ("memory_bytes_per_s = { value = 2039.0,", "memory_bytes_per_s = { value = nan,",
+         "memory_bytes_per_s.value: Input should be"),
+        ("overlap = { value = 0.5", "overlap = { value = 7", "overlap is 7; it must be at least 0 and at most 1"),
+        ("device_memory = { value = 80", "device_memory = { value = 0", "device_memory is 0 GiB; it must be more than 0"),
     ],
 )  # fmt: skip
 def test_a_damaged_profile_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -106,3 +118,25 @@ def test_cpu_ranks_share_the_hosts_memory() -> None:
     hardware = load_hardware("dgx_a100")
     assert hardware.device_memory_bytes(4) == 80 * 2**30
     assert hardware.model_copy(update={"device": "cpu"}).device_memory_bytes(4) == 20 * 2**30
+
+
+def test_rates_of_every_number_of_ranks_are_checked(tmp_path: Path) -> None:
+    hardware = load_hardware("dgx_a100")
+    wrong = hardware.rates[0].model_dump()
+    wrong["figures"]["overlap"]["value"] = 3.0
+    both = Hardware.model_validate(
+        {**hardware.model_dump(), "rates": [{**wrong, "ranks_per_host": 2}, hardware.rates[0]]}
+    )
+    path = tmp_path / "both.toml"
+    path.write_text(to_toml(both))
+    with pytest.raises(
+        HardwareError, match="rates of 2 ranks a host: overlap is 3; it must be at least 0 and at most 1"
+    ):
+        load_hardware(str(path))
+
+
+def test_a_file_that_cannot_be_parsed_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000)
+    with pytest.raises(HardwareError, match=r"deep.toml: not a"):
+        load_hardware(str(path))

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
 from sharding.plan_conversion import check_plan, to_sharding_plan
-from sharding.plan_file import PlanFileError, plan_from_json, read_plan_file
+from sharding.plan_file import PlanFileError, checksum_of, plan_from_json, read_plan_file
 from sharding.planning.errors import PlanError
 from sharding.planning.make import make_plan
 from tests.support.jobs import config_of, make_cluster, make_job
@@ -28,9 +29,13 @@ def plan_of(job=None, cluster=None, **settings):
     return make_plan(job, cluster, config_of(**settings), recipe="r", papilio_version="0.1")
 
 
+def read(tree):
+    """The plan in a tree that was edited on purpose: with the checksum that belongs to it."""
+    return plan_from_json(json.dumps(tree | {"checksum": checksum_of(tree)}), "plan.json")
+
+
 def changed(plan, **values):
-    tree = json.loads(plan.to_json()) | values
-    return plan_from_json(json.dumps(tree), "plan.json")
+    return read(json.loads(plan.to_json()) | values)
 
 
 def refusal(plan, job=None, cluster=None):
@@ -83,7 +88,7 @@ def test_another_version_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ("[]", "has format version None"), ('{"format_version": 3}', "is damaged .papilio_version")],
+    [("{", "is damaged"), ("[]", "has format version None"), ('{"format_version": 3}', "has format version 3")],
 )
 def test_a_damaged_file_is_refused(text, message):
     with pytest.raises(PlanFileError, match=message):
@@ -122,21 +127,107 @@ def test_another_model_is_refused_by_its_tables():
     assert "has embedding_dim 16 there and 32 here" in refusal(plan_of(), job=make_job(dim=32))
 
 
-def with_shard(plan, **values):
-    tree = json.loads(plan.to_json())
-    tree["tables"][1]["shards"][0] |= values
-    return plan_from_json(json.dumps(tree), "plan.json")
-
-
-def test_shards_that_leave_weights_out_or_overlap_are_refused():
-    plan = plan_of(types=["row_wise"])
-    assert "the shards of table t_1 cover 31984 of its 32000 weights" in refusal(with_shard(plan, num_rows=499))
-    assert "cover 32000 of its 32000 weights, not all of them just once" in refusal(with_shard(plan, row=500))
-    assert "a shard of table t_1 reaches beyond the table" in refusal(with_shard(plan, row=1_900))
-
-
-def test_ranks_that_do_not_match_the_shards_are_refused():
-    message = refusal(
-        with_shard(plan_of(types=["table_wise"]), rank=3 - plan_of(types=["table_wise"]).tables[1].ranks[0])
+@pytest.mark.parametrize("sharding_type", [name for name in TYPES if name != "data_parallel"])
+@pytest.mark.parametrize("rows", [10, 3, 1])
+def test_tables_are_cut_as_torchrec_cuts_them(sharding_type, rows):
+    cluster = make_cluster(num_nodes=2, ranks_per_node=2)
+    plan = plan_of(make_job((rows,), dim=64, optimizer="sgd"), cluster, types=[sharding_type], min_partition=32)
+    (table,) = plan.tables
+    sizes, offsets = calculate_shard_sizes_and_offsets(
+        torch.empty(rows, 64, device="meta"), 4, 2, sharding_type, col_wise_shard_dim=table.shards[0].num_columns
     )
-    assert "the ranks of table t_1 are not those of its shards" in message
+    assert [[s.row, s.column] for s in table.shards] == [list(offset) for offset in offsets]
+    assert [[s.num_rows, s.num_columns] for s in table.shards] == [list(size) for size in sizes]
+
+
+def edited(plan, shards=None, **values):
+    """The plan with a table of other values; `shards`: (row, column, rows, columns, rank) of each."""
+    tree = json.loads(plan.to_json())
+    if shards is not None:
+        keys = ("row", "column", "num_rows", "num_columns", "rank")
+        values |= {"shards": [dict(zip(keys, s, strict=True)) for s in shards], "ranks": [s[4] for s in shards]}
+    tree["tables"][0] |= values
+    return read(tree)
+
+
+EDITS = [
+    # A full cover of 50 rows, but TorchRec sends ids 10 to 24 to rank 0.
+    ("row_wise", [(0, 0, 10, 16, 0), (10, 0, 40, 16, 1)], {},
+     "is row_wise: shard 0 holds rows 0 to 9, columns 0 to 15 on rank 0, but training gives rank 0 rows 0 to 24"),
+    ("row_wise", [(0, 0, 25, 16, 0), (24, 0, 25, 16, 1)], {}, "shard 1 holds rows 24 to 48"),
+    ("row_wise", [(0, 0, 25, 16, 1), (25, 0, 25, 16, 0)], {}, "its shards lie on ranks 0 to 1 in order"),
+    ("row_wise", [(0, 0, 50, 16, 0)], {}, "is row_wise in 1 shard(s), but needs 2"),
+    ("table_wise", [(0, 0, 50, 16, 2)], {}, "is table_wise on rank 2, but tables are spread over ranks 0 to 1"),
+    ("table_wise", [(0, 0, 50, 8, 0)], {}, "shard 0 holds rows 0 to 49, columns 0 to 7 on rank 0, but training gives"),
+    ("table_wise", [(0, 0, 25, 16, 0), (25, 0, 25, 16, 1)], {}, "is table_wise in 2 shard(s), but needs 1"),
+    ("table_wise", [], {}, "is table_wise in 0 shard(s), but needs 1"),
+    ("column_wise", [(0, 0, 50, 4, 0), (0, 4, 50, 12, 1)], {}, "shard 0 holds rows 0 to 49, columns 0 to 3"),
+    ("column_wise", [(0, 8, 50, 8, 0), (0, 0, 50, 8, 1)], {}, "shard 0 holds rows 0 to 49, columns 8 to 15"),
+    ("column_wise", [(0, 0, 50, 8, 0), (0, 8, 50, 8, 0)], {}, "gives rank 0 more than one shard"),
+    ("table_wise", None, {"compute_kernel": "dense"}, "with the kernel dense; on cpu it takes fused"),
+    ("table_wise", None, {"compute_kernel": "fused_uvm"}, "with the kernel fused_uvm; on cpu it takes fused"),
+    ("table_wise", None, {"cache_load_factor": 0.5}, "kernel fused and cache_load_factor 0.5; it needs none"),
+    ("table_wise", None, {"ranks": [1, 0]}, "the ranks of table t_0 are not those of its shards"),
+    ("table_wise", [], {"sharding_type": "data_parallel", "compute_kernel": "fused"}, "on cpu it takes dense"),
+    ("table_wise", [(0, 0, 50, 16, 0)], {"sharding_type": "data_parallel", "compute_kernel": "dense"},
+     "every rank holds the whole table"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sharding_type", "shards", "values", "message"), EDITS)
+def test_a_plan_that_training_would_not_follow_is_refused(sharding_type, shards, values, message):
+    job = make_job((50,), optimizer="sgd")
+    cluster = make_cluster(ranks_per_node=2, hardware="cpu_host")
+    plan = plan_of(job, cluster, types=[sharding_type], min_partition=8)
+    check_plan(plan, job, cluster, "plan.json")
+    assert message in refusal(edited(plan, shards, **values), job, cluster)
+
+
+HOST_EDITS = [
+    ("table_row_wise", [(0, 0, 25, 64, 1), (25, 0, 25, 64, 2)],
+     "the rows of a column block lie on all ranks of one host in order, not on 1, 2"),
+    ("table_column_wise", [(0, 0, 50, 32, 1), (0, 32, 50, 32, 2)], "its shards lie on one host, not on several"),
+    ("grid_shard", [(0, 0, 25, 32, 0), (25, 0, 25, 32, 2), (0, 32, 25, 32, 1), (25, 32, 25, 32, 3)],
+     "the rows of a column block lie on all ranks of one host in order, not on 0, 2"),
+    ("grid_shard", [(0, 0, 25, 64, 0)], "in 1 shard(s), but needs a multiple of 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sharding_type", "shards", "message"), HOST_EDITS)
+def test_a_plan_that_takes_other_hosts_than_training_is_refused(sharding_type, shards, message):
+    job, cluster = make_job((50,), dim=64, optimizer="sgd"), make_cluster(num_nodes=2, ranks_per_node=2)
+    plan = plan_of(job, cluster, types=[sharding_type], min_partition=32)
+    check_plan(plan, job, cluster, "plan.json")
+    assert message in refusal(edited(plan, shards), job, cluster)
+
+
+def test_an_edited_or_damaged_plan_is_refused_by_its_checksum():
+    text = plan_of().to_json()
+    assert plan_from_json(text.replace("\n", "\n\n"), "plan.json") == plan_of(), "white space is no content"
+    for old, new in (('"num_embeddings": 1000', '"num_embeddings": 1001'), ('"recipe": "r"', '"recipe": "s"')):
+        assert old in text
+        with pytest.raises(
+            PlanFileError, match=r"plan.json is not as it was written: its checksum is [0-9a-f]{16}, its"
+        ):
+            plan_from_json(text.replace(old, new, 1), "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is damaged"),
+        (b'{"a":' * 100_000, "is damaged"),
+        (b'{"format_version": ' + b"1" * 5_000 + b"}", "is damaged"),
+        (b'{"format_version": 4}', "its checksum is None"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanFileError, match=message):
+        read_plan_file(str(path))
+
+
+def test_a_folder_is_no_plan_file(tmp_path):
+    with pytest.raises(PlanFileError, match=r"cannot be read \(Is a directory\); name a file of `papilio plan`"):
+        read_plan_file(str(tmp_path))

@@ -7,7 +7,6 @@ the tensors one after the other: it is written here in order, so that a table ma
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import json
 import secrets
 import zlib
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from data_pipeline.paths import join, replace
 from data_pipeline.version import papilio_version
+from sharding.patterns import matching
 from trainer.checkpoint.contents import Contents, NamedTensor
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import ITEM_BYTES, CheckpointError, Marker, copy_folder
@@ -205,13 +205,13 @@ def _choose(contents: Contents, patterns: Sequence[str], *, with_optimizer: bool
 
 def _matching(tables: Sequence[str], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
-        if not fnmatch.filter(tables, pattern):
+        if not matching(tables, [pattern]):
             nearest = difflib.get_close_matches(pattern, tables, _MAX_NAMED, cutoff=0.5) or tables[:_MAX_NAMED]
             more = ", ..." if len(tables) > len(nearest) else ""
             raise CheckpointError(f"--tables {pattern}: no table has such a name; there are {', '.join(nearest)}{more}")
     if not patterns:
         return list(tables)
-    return [table for table in tables if any(fnmatch.fnmatchcase(table, pattern) for pattern in patterns)]
+    return matching(tables, patterns)
 
 
 def _require_empty(output: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sharding.patterns import matches
 from trainer.inference.package import PRECISIONS, PackageError, Precision, QuantizerName
 
 AUTO = "auto"
@@ -182,7 +182,7 @@ def tables_by_pattern(choices: Sequence[tuple[str, Precision]], tables: Sequence
     """
     found: dict[str, Precision] = {}
     for pattern, precision in choices:
-        fitting = [table for table in tables if fnmatch.fnmatchcase(table, pattern)]
+        fitting = [table for table in tables if matches(table, pattern)]
         if not fitting:
             nearest = difflib.get_close_matches(pattern, tables, 5, cutoff=0.5) or tables[:5]
             more = ", ..." if len(tables) > len(nearest) else ""

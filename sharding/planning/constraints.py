@@ -146,6 +146,9 @@ def _without_what_cannot_be(rules: _Rules, table: Table, job: Job, cluster: Clus
         why |= dict.fromkeys(ROW_TYPES, "sharding.communication is int8, which partial sums cannot travel in")
     if cluster.num_groups > 1:
         why["data_parallel"] = "sharding.replicas has groups, which average only sharded tables"
+    if table.num_embeddings == 1:
+        # TorchRec takes the one rank's shard for a whole column block and fails on the optimizer's state.
+        why["grid_shard"] = "it has a single row"
     if job.sparse_weight_decay:
         why["data_parallel"] = "optimizer.sparse.weight_decay would reach rows of a replica that were not looked up"
     if table.precision == "fp16":

@@ -9,6 +9,7 @@ from sharding.config import KernelName, ShardingConfig, TableConstraint
 from sharding.patterns import matches
 from sharding.plan_file import StepPrediction
 from sharding.planning.errors import PlanError
+from sharding.planning.job import SPARSE_STATE_BYTES
 from sharding.planning.options import Option
 from sharding.planning.planner import GIB, INDISTINGUISHABLE, Planning, chosen_options, predict, prepare
 from sharding.planning.search import Solution, replace_one
@@ -70,7 +71,7 @@ def explain_table(
                 shard_bytes=choice.device_bytes,
                 shard_ms=choice.seconds * 1e3,
                 step_ms=None if step is None else step.total_s * 1e3,
-                reason=_reason(option == chosen, is_allowed, step, best, choice.device_bytes, planning),
+                reason=_reason(option, option == chosen, is_allowed, step, best, choice.device_bytes, planning),
             )
         )
     return sorted(reports, key=lambda report: (not report.is_chosen, report.step_ms is None, report.step_ms or 0.0))
@@ -102,6 +103,7 @@ def _same_solution(planning: Planning, wide: Planning, solution: Solution) -> So
 
 
 def _reason(
+    option: Option,
     is_chosen: bool,
     is_allowed: bool,
     step: StepPrediction | None,
@@ -111,7 +113,7 @@ def _reason(
 ) -> str:
     if is_chosen:
         return "chosen"
-    prefix = "" if is_allowed else "not allowed by the recipe; "
+    prefix = "" if is_allowed else f"{_why_not_allowed(option, planning)}; "
     if step is None:
         free = planning.budget.for_tables / GIB
         return f"{prefix}does not fit: {shard_bytes / GIB:,.2f} GiB on a rank, {free:,.2f} GiB free for all tables"
@@ -126,6 +128,13 @@ def _reason(
     part, seconds = _largest_increase(step, best)
     slower = f"{change:.1%} slower" if change < 1 else f"{1 + change:.1f} times the step"
     return f"{prefix}{slower}, most of it {part} (+{seconds * 1e3:,.2f} ms)"
+
+
+def _why_not_allowed(option: Option, planning: Planning) -> str:
+    optimizer = planning.job.sparse_optimizer
+    if option.num_column_shards > 1 and SPARSE_STATE_BYTES[optimizer][1]:
+        return f"only where a constraint of the table names it, since {optimizer} has one number a row"
+    return "not allowed by the recipe"
 
 
 def _largest_increase(step: StepPrediction, best: StepPrediction) -> tuple[str, float]:

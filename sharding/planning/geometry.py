@@ -72,6 +72,8 @@ def check_geometry(table: PlannedTable, *, group_size: int, ranks_per_host: int,
         return
     if tuple(shard.rank for shard in table.shards) != table.ranks:
         raise PlanError(f"{source}: the ranks of table {table.name} are not those of its shards; make the plan again")
+    if table.sharding_type == "grid_shard" and table.num_embeddings == 1:
+        raise PlanError(f"{what}, but has a single row; make the plan again with `papilio plan`")
     num_row_shards = count_row_shards(table.sharding_type, group_size, ranks_per_host)
     num_blocks = _count_blocks(table, num_row_shards, what)
     _check_ranks(table, num_row_shards, num_blocks, group_size, ranks_per_host, what)

@@ -23,12 +23,8 @@ def make_notes(job: Job, cluster: Cluster, options: Iterable[Option]) -> tuple[s
             f"{_names(skewed)}: cut by rows, and the most frequent ids lie in the first rows, so the first shard of "
             f"{worst.table.name} gets {worst.hottest_share:.0%} of its ids; hashing the ids would spread them"
         )
-    in_pieces = [option for option in options if option.num_column_shards > 1]
-    if in_pieces and SPARSE_STATE_BYTES[job.sparse_optimizer][1]:
-        notes.append(
-            f"{_names(in_pieces)}: cut by columns as the recipe asks, and {job.sparse_optimizer} keeps its number of a "
-            "row for each column block apart, so training is not that of whole tables: the weights move away from it"
-        )
+    names = [option.table.name for option in options if option.num_column_shards > 1]
+    notes += row_state_note(names, job.sparse_optimizer)
     replicas = [option for option in options if option.sharding_type == "data_parallel"]
     if replicas:
         notes.append(
@@ -43,7 +39,20 @@ def make_notes(job: Job, cluster: Cluster, options: Iterable[Option]) -> tuple[s
     return tuple(notes)
 
 
+def row_state_note(cut_tables: Sequence[str], sparse_optimizer: str) -> tuple[str, ...]:
+    """Say what it means that tables with a number of state a row are cut by columns; nothing where there are none."""
+    if not cut_tables or not SPARSE_STATE_BYTES[sparse_optimizer][1]:
+        return ()
+    return (
+        f"{_first(cut_tables)}: cut by columns, as the recipe or plan asks, and {sparse_optimizer} keeps its number "
+        "of a row for each column block apart, so they are not trained as whole tables are: their weights move away",
+    )
+
+
 def _names(options: Sequence[Option]) -> str:
-    names = [option.table.name for option in options]
+    return _first([option.table.name for option in options])
+
+
+def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sharding.plan_file import PlanFile
+from sharding.planning.notes import row_state_note
 
 MIB = 1 << 20
 # Ranks listed one by one; of more, the extremes are told.
@@ -10,6 +11,13 @@ MAX_LISTED = 8
 
 
 def describe_placement(plan: PlanFile) -> str:
+    """Say what the ranks hold, and which tables are not trained as whole tables would be."""
+    cut = [table.name for table in plan.tables if len({shard.column for shard in table.shards}) > 1]
+    warnings = [f"warning: {note}" for note in row_state_note(cut, plan.sparse_optimizer)]
+    return "\n".join([_describe_ranks(plan), *warnings])
+
+
+def _describe_ranks(plan: PlanFile) -> str:
     """Say how many shards and MiB of tables the ranks hold, a line each, or the extremes of many."""
     held = [(rank.memory.weights_bytes + rank.memory.cache_bytes + rank.memory.host_bytes) / MIB for rank in plan.ranks]
     groups = f", in each of {plan.machine.num_groups} groups" if plan.machine.num_groups > 1 else ""

@@ -8,6 +8,7 @@ from sharding.config import CommunicationConfig
 from sharding.planning.constraints import settle
 from sharding.planning.errors import PlanError
 from sharding.planning.make import make_plan
+from sharding.reports.placement import describe_placement
 from tests.support.jobs import config_of, make_cluster, make_job
 
 
@@ -167,3 +168,65 @@ def test_data_parallel_is_refused_where_it_would_train_otherwise():
 def test_a_cache_is_refused_in_groups():
     message = refusal(make_job(), make_cluster(num_groups=2), kernels=["fused_uvm_caching"])
     assert message.startswith("table t_0: sharding.replicas has groups, which do not average tables behind a cache")
+
+
+COLUMN_TYPES = {"column_wise", "table_column_wise", "grid_shard"}
+
+
+def choices_of(optimizer, **settings):
+    job, cluster = make_job(dim=64, optimizer=optimizer), make_cluster(num_nodes=2, ranks_per_node=2)
+    items = settle(config_of(**settings), job, cluster)
+    return [{option.sharding_type for (option,) in item.choices} for item in items]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "partial_rowwise_adam"])
+def test_columns_of_tables_with_state_a_row_are_cut_only_where_a_constraint_says_so(optimizer):
+    types = ["table_wise", "row_wise", *COLUMN_TYPES]
+    assert all(found == {"table_wise", "row_wise"} for found in choices_of(optimizer, types=types))
+    assert all(found > COLUMN_TYPES for found in choices_of("adagrad", types=types))
+    first, *others = choices_of(optimizer, constraints=[{"tables": ["t_0"], "types": ["table_wise", "column_wise"]}])
+    assert first == {"table_wise", "column_wise"}
+    assert all(found.isdisjoint(COLUMN_TYPES) for found in others)
+    assert choices_of(optimizer, types=["column_wise"]) == [{"column_wise"}] * 3, (
+        "all types cut columns: it is asked for"
+    )
+
+
+def test_a_job_that_cuts_columns_of_tables_with_state_a_row_says_so():
+    settings = {"types": ["column_wise"], "constraints": [{"tables": ["t_0"], "types": ["table_wise"]}]}
+
+    def opening(optimizer):
+        job, config = make_job(dim=64, optimizer=optimizer), config_of(**settings)
+        return describe_placement(make_plan(job, make_cluster(), config, recipe="r", papilio_version="0"))
+
+    assert "warning: t_1, t_2: cut by columns, as the recipe or plan asks, and rowwise_adagrad keeps" in opening(
+        "rowwise_adagrad"
+    )
+    assert "warning" not in opening("adagrad")
+
+
+def test_a_min_partition_that_cuts_nothing_is_refused():
+    job = make_job(dim=32, optimizer="sgd")
+    message = refusal(job, make_cluster(), types=["column_wise"], min_partition=33)
+    assert message == (
+        "sharding: table t_0 may only be column_wise, but min_partition = 33 leaves its 32 columns in one piece; set "
+        "min_partition to 16 or less, or allow table_wise"
+    )
+    constraint = {"tables": ["t_1"], "types": ["column_wise"], "min_partition": 17}
+    assert refusal(job, make_cluster(), constraints=[constraint]).startswith("sharding.constraints[0]: table t_1 may")
+    settle(config_of(types=["column_wise"], min_partition=33), job, make_cluster(ranks_per_node=1))
+
+
+def test_a_single_row_is_not_cut_into_a_grid():
+    job, cluster = make_job((1, 2), dim=64, optimizer="sgd"), make_cluster(num_nodes=2)
+    message = refusal(job, cluster, types=["grid_shard"])
+    assert message == "sharding: table t_0 may only be grid_shard, but it has a single row; allow table_wise"
+
+
+@pytest.mark.parametrize("name", ["t_a[0]", "t_a*", "t_?"])
+def test_a_table_is_found_by_its_name_whatever_brackets_it_has(name):
+    job = make_job()
+    tables = (dataclasses.replace(job.tables[0], name=name), *job.tables[1:])
+    constraint = {"tables": [name], "types": ["row_wise"]}
+    items = settle(config_of(constraints=[constraint]), dataclasses.replace(job, tables=tables), make_cluster())
+    assert {option.sharding_type for (option,) in items[0].choices} == {"row_wise"}

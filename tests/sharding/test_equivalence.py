@@ -48,8 +48,8 @@ class Case:
 
 
 def one_type(sharding_type, optimizer, pooling):
-    """Four tables; of the last, cut by rows over four ranks, one rank gets nothing."""
-    rows_by_name = {"a": 50, "b": 23, "c": 11, "d": 5}
+    """Tables of which some, cut by rows over four ranks, leave ranks without any; a single row is no grid."""
+    rows_by_name = {"a": 50, "b": 23, "c": 11, "d": 5, **({"e": 1} if sharding_type != "grid_shard" else {})}
     tables = {name: Table(rows, sharding_type, pooling) for name, rows in rows_by_name.items()}
     return Case(tables, optimizer)
 

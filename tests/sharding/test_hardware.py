@@ -98,7 +98,8 @@ def test_a_wrong_name_is_told_the_nearest() -> None:
         ("memory_bytes_per_s = { value = 2039.0,", "memory_bytes_per_s = { value = nan,",
          "memory_bytes_per_s.value: Input should be"),
         ("overlap = { value = 0.5", "overlap = { value = 7", "overlap is 7; it must be at least 0 and at most 1"),
-        ("device_memory = { value = 80", "device_memory = { value = 0", "device_memory is 0 GiB; it must be more than 0"),
+        ("device_memory = { value = 80", "device_memory = { value = 0",
+         "device_memory is 0 GiB; it must be more than 0"),
     ],
 )  # fmt: skip
 def test_a_damaged_profile_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -6,7 +6,7 @@ drawTables();
 drawCharts();
 if (plan.notes.length) {
   byId("notes").hidden = false;
-  byId("note-list").append(...plan.notes.map((note) => make("li", {text: note})));
+  byId("note-list").append(...plan.notes.map((note) => make("li", {}, ...withCode(note))));
 }
 byId("footer").textContent = `Written by Papilio ${plan.version}. Times are predicted, not measured.`;
 addEventListener("beforeprint", () => { listing.wasAll = listing.all; listing.all = true; drawTables(); });

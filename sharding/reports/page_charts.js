@@ -93,8 +93,15 @@ class RankChart {
       });
       pieces.push(`<rect class="hit" data-index="${index}" x="${x}" y="${TOP - 4}" width="${slot}" height="${HEIGHT - TOP + 4}"/>`);
     });
-    pieces.push(this.labels(slot), ...limits.map((limit) => `<line class="limit${limit.soft ? " soft" : ""}" x1="${LEFT}" x2="${width}" y1="${y(limit.value)}" y2="${y(limit.value)}"/><text class="limit-name" x="${Math.min(width, this.drawnWidth) - 6}" y="${y(limit.value) + (limit.soft ? 13 : -4)}" text-anchor="end">${limit.name} ${this.format(limit.value)}</text>`));
+    pieces.push(this.labels(slot), ...limits.map((limit) => this.limitLine(limit, width, y)));
     return `<svg width="${width}" height="${HEIGHT}" viewBox="0 0 ${width} ${HEIGHT}" aria-hidden="true">${pieces.join("")}</svg>`;
+  }
+
+  // A limit's line and name; the name stands on a plate, so that neither grid nor bars nor the other limit run through it.
+  limitLine(limit, width, y) {
+    const text = `${limit.name} ${this.format(limit.value)}`, right = Math.min(width, this.drawnWidth) - 6;
+    const baseline = y(limit.value) + (limit.soft ? 14 : -5), plate = text.length * 6.4 + 4;
+    return `<line class="limit${limit.soft ? " soft" : ""}" x1="${LEFT}" x2="${width}" y1="${y(limit.value)}" y2="${y(limit.value)}"/><rect class="limit-back" x="${right - plate + 2}" y="${baseline - 10}" width="${plate}" height="13" rx="2"/><text class="limit-name" x="${right}" y="${baseline}" text-anchor="end">${text}</text>`;
   }
 
   labels(slot) {
@@ -180,5 +187,5 @@ function drawCharts() {
   const machine = plan.machine;
   const limits = machine.device_memory_bytes ? [{value: machine.device_memory_bytes, name: "capacity", soft: false}, {value: machine.usable_memory_bytes, name: "usable", soft: true}] : [];
   new RankChart({id: "memory", label: "Memory of each rank", keys: MEMORY_KEYS, names: plan.memory_names, measure: (rank) => rank.memory, format: size, axis: size, limits, sized: true, hint: "On the device, at the peak of a step."});
-  new RankChart({id: "time", label: "Embedding time of each rank", keys: PHASE_KEYS, names: plan.phase_names, measure: (rank) => rank.phases, format: (value) => `${ms(value)} ms`, axis: (value) => `${digits(value * 1e3)} ms`, limits: [], sized: false, hint: "What each rank's shards cost it in a step."});
+  new RankChart({id: "time", label: "Embedding time of each rank", keys: PHASE_KEYS, names: plan.phase_names, measure: (rank) => rank.phases, format: (value) => `${ms(value)} ms`, axis: (value) => `${Number((value * 1e3).toPrecision(3))} ms`, limits: [], sized: false, hint: "What each rank's shards cost it in a step."});
 }

@@ -3,7 +3,7 @@ const plan = JSON.parse(document.getElementById("plan").textContent);
 const MEMORY_KEYS = plan.memory_names;
 const PHASE_KEYS = ["input_dist_s", "lookup_s", "output_dist_s", "gradient_dist_s", "update_s"];
 const byId = (id) => document.getElementById(id);
-const color = (key) => `var(--c-${key})`;
+const color = (key) => `var(--c-${key.replaceAll(" ", "-")})`;
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 function make(tag, properties = {}, ...children) {
@@ -18,6 +18,9 @@ function make(tag, properties = {}, ...children) {
   element.append(...children.filter((child) => child !== null));
   return element;
 }
+
+// Text with commands between backticks, as parts in which these are code.
+const withCode = (text) => text.split("`").map((part, index) => (index % 2 ? make("code", {text: part}) : part));
 
 const digits = (value) => (value >= 100 ? Math.round(value).toLocaleString("en") : value >= 10 ? value.toFixed(1) : value.toFixed(2));
 
@@ -68,14 +71,14 @@ function tile(label, value, unit, detail, share = null) {
 
 function drawHead() {
   const machine = plan.machine;
-  byId("subtitle").textContent = [
+  byId("subtitle").append(...withCode([
     machine.description,
     (plan.num_ranks === 1 ? "1 rank" : `${machine.num_nodes} × ${machine.ranks_per_node} ranks`) +
       (machine.num_groups > 1 ? ` in ${machine.num_groups} groups` : ""),
     `global batch ${plan.batch_size.toLocaleString("en")}`,
     plan.optimizer,
     plan.precision,
-  ].join(" · ");
+  ].join(" · ")));
   const fullest = largest(plan.ranks, deviceBytes), slowest = largest(plan.ranks, rankSeconds);
   const share = machine.usable_memory_bytes ? deviceBytes(fullest) / machine.usable_memory_bytes : 0;
   const weights = sum(plan.tables.map((table) => table.weights));

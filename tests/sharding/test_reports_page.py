@@ -4,10 +4,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 from setuptools.config.setupcfg import read_configuration
 
 import sharding.reports.page
+from sharding.config import ShardingTypeName
+from sharding.reports.figures import MEMORY_NAMES, PHASE_NAMES
 from sharding.reports.page import SCRIPTS, STYLE, TEMPLATE, plan_page
 from sharding.reports.page_frame import FRAME
 from tests.support.plan_files import hand_made, real_plan, table
@@ -103,3 +106,10 @@ def test_the_files_of_the_page_are_packaged():
     for name in (TEMPLATE, STYLE, *SCRIPTS, *FRAME.values()):
         assert (folder / name).is_file()
         assert any(Path(name).match(pattern) for pattern in patterns)
+
+
+def test_every_part_of_memory_and_step_has_a_colour():
+    names = {*MEMORY_NAMES.values(), *PHASE_NAMES, *get_args(ShardingTypeName)}
+    style = Path(sharding.reports.page.__file__).with_name(STYLE).read_text("utf-8")
+    colours = set(re.findall(r"--c-([\w-]+):", style))
+    assert {name.replace(" ", "-") for name in names} <= colours

@@ -16,11 +16,19 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from data_pipeline.local_path import PathError, check_local_path
 from launch.usage import UsageError
 from launch.verbs import VERBS, Verb
 
 # An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
 OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
+# How help calls an argument that is a path; and those of them that may also be a URI: folders of checkpoints.
+PATH_METAVARS = ("DIR", "FILE", "RUN", "RUN_DIR", "NAME|FILE", "diff OLD NEW")
+URI_ARGUMENTS = {
+    *((f"checkpoint {action}", "run") for action in ("list", "show", "verify", "prune", "export-dense")),
+    ("checkpoint export-dense", "output"),
+    ("export", "run"),
+}
 OVERRIDE = re.compile(r"--[A-Za-z]\w*(\.\w+)*=.*", re.DOTALL)
 
 
@@ -41,14 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse what follows the verb; wrong arguments end the process with status 2 and one line on stderr."""
-    parser = _Parser(
-        prog=f"papilio {verb.name}",
-        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
-        epilog=_epilog(verb),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verb.add_arguments(parser)
+    parser = _parser_of(verb)
     # argparse would take a setting with a space in it for a positional argument.
     settings = [word for word in arguments if verb.takes_overrides and _is_setting(word)]
     namespace, rest = parser.parse_known_args([word for word in arguments if word not in settings])
@@ -61,7 +62,40 @@ def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
         hint = f"did you mean {nearest}?" if nearest else hint
         parser.error(f"unknown argument {unknown[0]}" + (f"; {hint}" if hint else ""))
     namespace.overrides = overrides
+    try:
+        _check_paths(parser, namespace, verb.name)
+    except PathError as error:
+        parser.error(str(error))
     return namespace
+
+
+def _parser_of(verb: Verb) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"papilio {verb.name}",
+        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        epilog=_epilog(verb),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    return parser
+
+
+def _check_paths(parser: argparse.ArgumentParser, namespace: argparse.Namespace, words: str) -> None:
+    """Check the arguments that are paths, of a verb or of the action below it.
+
+    Raises:
+        PathError: one is a URI where only a disk will do.
+    """
+    for action in parser._actions:
+        value = getattr(namespace, action.dest, None)
+        if isinstance(action, argparse._SubParsersAction):
+            _check_paths(action.choices[str(value)], namespace, f"{words} {value}")
+        elif action.metavar in PATH_METAVARS and (words, action.dest) not in URI_ARGUMENTS:
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            for path in value if isinstance(value, list) else [value]:
+                if path is not None:
+                    check_local_path(path, name)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -50,7 +50,10 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
+        "--recipe",
+        required=True,
+        metavar="NAME|FILE",
+        help="path of a recipe .toml, or the bare name of one that comes with Papilio",
     )
     _add_nproc(parser)
     parser.add_argument(
@@ -92,7 +95,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="diff OLD NEW", help="compare two plan files instead of planning")
-    parser.add_argument("--recipe", help="path of a recipe .toml, or the bare name of one that comes with Papilio")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="path of a recipe .toml, or the bare name of one that comes with Papilio"
+    )
     parser.add_argument(
         "--hardware", metavar="NAME|FILE", help="profile of the hosts, or a file of `papilio calibrate`"
     )
@@ -119,7 +124,12 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def study_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio")
+    add(
+        "--recipe",
+        required=True,
+        metavar="NAME|FILE",
+        help="path of a recipe .toml, or the bare name of one that comes with Papilio",
+    )
     add("--output", required=True, metavar="DIR", help="folder of the measured runs and of study.json; goes on there")
     add("--ranks", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of ranks to measure (default: 1 2)")
     add("--steps", type=int, default=200, metavar="N", help="steps of each measured run (default: 200)")
@@ -272,7 +282,10 @@ def list_arguments(parser: argparse.ArgumentParser) -> None:
 
 def preflight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--recipe", required=True, help="path of a recipe .toml, or the bare name of one that comes with Papilio"
+        "--recipe",
+        required=True,
+        metavar="NAME|FILE",
+        help="path of a recipe .toml, or the bare name of one that comes with Papilio",
     )
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts of the job (default: 1)")
     parser.add_argument(

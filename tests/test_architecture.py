@@ -34,6 +34,7 @@ KNOW_IOPATH = {"data_pipeline.paths", "trainer.s3_storage", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
 JOBS_OF_LAUNCH = {
     "data_pipeline.generate",
+    "data_pipeline.local_path",
     "data_pipeline.paths",
     "data_pipeline.preprocess",
     "data_pipeline.progress",

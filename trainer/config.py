@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
+from data_pipeline.local_path import check_local_path
 from sharding.config import ShardingConfig
 from trainer.checkpoint.config import CheckpointConfig
 
@@ -130,4 +131,18 @@ class Config(_Section):
         layers = [*self.model.dense_arch_layer_sizes, *self.model.over_arch_layer_sizes]
         if any(size < 1 for size in layers):
             raise ValueError("model: layer sizes must be positive")
+        return self
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Config:
+        for key, path in (
+            ("data.path", self.data.path),
+            ("data.shape", self.data.shape),
+            ("output.runs_dir", self.output.runs_dir),
+            ("output.run_dir", self.output.run_dir),
+            ("sharding.plan", self.sharding.plan),
+            ("sharding.hardware", self.sharding.hardware),
+        ):
+            if path is not None:
+                check_local_path(path, key)
         return self

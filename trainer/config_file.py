@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -12,9 +13,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from data_pipeline.local_path import PathError, check_local_path
 from trainer.config import Config
 
 RECIPE_SUFFIX = ".toml"
+_MAX_SHOWN = 100  # characters of a wrong value in a message
 
 
 class ConfigError(ValueError):
@@ -48,6 +51,8 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
     """
     try:
         return Config.model_validate(tree)
+    except RecursionError:
+        raise ConfigError(f"{source}: a value is nested too deep") from None
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
@@ -62,13 +67,21 @@ def shipped_recipes() -> list[str]:
 def _read_toml(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     try:
-        if path.is_file():
+        check_local_path(recipe, "recipe")
+        if os.path.isfile(recipe):  # unlike Path's, it takes a name with a NUL for none
             return tomllib.loads(path.read_text("utf-8"))
         if recipe in shipped_recipes():
             return tomllib.loads((resources.files("launch") / "recipes" / (recipe + RECIPE_SUFFIX)).read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except PathError as error:
+        raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError(f"recipe {recipe} is not TOML: nested too deep") from None
+    except ValueError as error:  # not TOML, not UTF-8, an integer of 5,000 digits
         raise ConfigError(f"recipe {recipe} is not TOML: {error}") from None
-    raise ConfigError(f"recipe {recipe} does not exist; give a file's path or one of: {', '.join(shipped_recipes())}")
+    except OSError as error:
+        raise ConfigError(f"recipe {recipe} cannot be read: {error.strerror}") from None
+    what = "is a folder" if os.path.isdir(recipe) else "does not exist"
+    raise ConfigError(f"recipe {recipe} {what}; give a file's path or one of: {', '.join(shipped_recipes())}")
 
 
 def _apply_override(tree: dict[str, Any], word: str) -> None:
@@ -87,7 +100,7 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML: plain text
         return None if text in {"none", "None", "null"} else text
 
 
@@ -101,7 +114,11 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"there is no key {key}; {mend}"
     if problem["type"] == "missing":
         return f"{key} is missing; set it in the recipe or with --{key}=..."
-    return f"{key} = {json.dumps(problem['input'], default=str)}: {problem['msg']}"
+    if problem["type"] == "value_error":  # of our own checks, which name the key themselves
+        return str(problem["ctx"]["error"])
+    value = json.dumps(problem["input"], default=str)
+    shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
+    return f"{key} = {shown}: {problem['msg']}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

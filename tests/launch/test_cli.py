@@ -1,4 +1,6 @@
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +144,62 @@ def test_a_foreign_package_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert str(tmp_path / "sharding") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def path_arguments() -> list[tuple[list[str], str, list[argparse.Action]]]:
+    """The words that reach a verb (or the action below it), each of its arguments that is a path, and all of them."""
+    found = []
+    for verb in VERBS:
+        parsers = [([verb.name], cli._parser_of(verb))]
+        while parsers:
+            words, parser = parsers.pop()
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += [([*words, name], child) for name, child in action.choices.items()]
+                elif any(word in ("DIR", "FILE", "RUN", "RUN_DIR") for word in re.split(r"\W", str(action.metavar))):
+                    found.append(
+                        (words, action.option_strings[-1] if action.option_strings else action.dest, parser._actions)
+                    )
+    return found
+
+
+TAKE_URIS = {
+    *(f"checkpoint {action} run" for action in ("list", "show", "verify", "prune", "export-dense")),
+    "checkpoint export-dense --output",
+    "export --run",
+}
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/x", "S3://bucket/x", "gs://bucket/x", "s3:/x", "file:///x", "hdfs:/x"])
+def test_a_path_in_object_storage_is_refused_where_it_would_be_a_folder_of_that_name(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = [(words, *rest) for words, *rest in path_arguments() if " ".join([*words, rest[0]]) not in TAKE_URIS]
+    assert len(asked) > 20
+    for words, name, actions in asked:
+        rest = {"checkpoint": ["r"], "package": ["p"]}.get(words[0], [])
+        required = [
+            action
+            for action in actions
+            if action.required and action.option_strings and name not in action.option_strings
+        ]
+        given = [w for a in required for w in (a.option_strings[-1], sorted(a.choices)[0] if a.choices else "1")]
+        last = [name, uri] if name.startswith("--") else [uri]
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([*words, *rest * name.startswith("--"), *given, *last])
+        assert exit_info.value.code == 2
+        assert f" = {uri}: object storage is not supported here; give a path on a local or shared disk" in (
+            capsys.readouterr().err
+        ), [*words, name]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["data.path", "data.shape", "output.run_dir", "output.runs_dir", "sharding.plan", "sharding.hardware"]
+)
+def test_a_setting_in_object_storage_is_refused(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--recipe", "quickstart", f"--{key}=s3://bucket/x"]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"papilio train: error: quickstart: {key} = s3://bucket/x: object storage is not supported here; give a path"
+    )

@@ -89,7 +89,8 @@ def _stats(
         crc32 = save_vocabulary(vocabulary.keys_by_rank, task.output, file)
     num_empty = _num_empty_bags(task) if column.multi_hot else runs.num_missing
     return CategoricalStats(
-        num_embeddings=vocabulary.num_embeddings if vocabulary else column.num_buckets or 0,
+        # A vocabulary without ids has length 0, which is falsy.
+        num_embeddings=column.num_buckets or 0 if vocabulary is None else vocabulary.num_embeddings,
         cardinality=skew.num_distinct,
         missing_rate=num_empty / num_rows,
         unknown_rate=num_unknown / max(runs.num_values, 1),

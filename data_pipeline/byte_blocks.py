@@ -25,7 +25,10 @@ _COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of one input file. Plain local text is read by the worker itself (`data` is None), else handed over."""
+    """Some rows of one input file. Plain local text is read by the worker itself (`data` is None), else handed over.
+
+    `crc32` is of the input that the rows come from, None where the worker reads it.
+    """
 
     index: int
     file_index: int
@@ -33,6 +36,7 @@ class Block:
     num_bytes: int
     data: bytes | None = None
     header: tuple[str, ...] | None = None
+    crc32: int | None = None
 
 
 def strip_compression(path: str) -> str:
@@ -53,6 +57,15 @@ def input_num_bytes(path: str) -> int:
     if num_bytes == 0:
         raise PreprocessError(f"input {path} is empty (0 bytes); fetch it again, or leave it out")
     return num_bytes
+
+
+def input_crc32(path: str) -> int:
+    """CRC-32 of a whole input as stored."""
+    crc32 = 0
+    with path_manager.open(path, "rb") as file:
+        for chunk in _chunks(file):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
 
 
 def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, bytes | None]]:
@@ -76,15 +89,21 @@ def load_block(block: Block, path: str) -> NDArray[np.uint8]:
     """Return a block's bytes after PADDING_BYTES of padding, ended by a newline even where the file is not."""
     buffer = np.zeros(PADDING_BYTES + block.num_bytes + 1, np.uint8)
     body = buffer[PADDING_BYTES:-1]
-    if block.data is not None:
-        body[:] = np.frombuffer(block.data, np.uint8)
-    else:
-        with open(path, "rb") as file:
-            file.seek(block.offset)
-            if file.readinto(body.data) != block.num_bytes:
-                raise PreprocessError("the file became shorter while it was read; start again with a whole file")
+    body[:] = np.frombuffer(read_block(block, path), np.uint8)
     buffer[-1] = ord("\n")
     return buffer[:-1] if body[-1] == ord("\n") else buffer
+
+
+def read_block(block: Block, path: str) -> bytes:
+    """Return a block's bytes as they stand in the input."""
+    if block.data is not None:
+        return block.data
+    with open(path, "rb") as file:
+        file.seek(block.offset)
+        data = file.read(block.num_bytes)
+    if len(data) != block.num_bytes:
+        raise PreprocessError("the file became shorter while it was read; start again with a whole file")
+    return data
 
 
 def _cut_local(path: str, block_bytes: int) -> Iterator[tuple[int, int, None]]:

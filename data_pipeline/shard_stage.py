@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.array_file import ArrayFile
+from data_pipeline.array_file import ArrayFile, write_arrays
+from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.manifest import SPLITS, ShardInfo
 from data_pipeline.schema import Schema
-from data_pipeline.shards import Bags, Columns, write_shard
+from data_pipeline.shards import Bags, Columns, file_crc32, write_shard
 from data_pipeline.splits import NUM_SPLITS, SplitRule
-from data_pipeline.stage import Stage, read_json, write_json
+from data_pipeline.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class ShardJob:
     rule: SplitRule
     stage: Stage
     output: str
+    input_crc32: int
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,28 @@ def _rows_per_split(rule: SplitRule, first_row: int, num_rows: int) -> list[int]
 def write_split_shard(task: ShardTask) -> WrittenShard:
     """Write one shard, unless it is there."""
     done_path = task.job.stage.shard_path(task.split, task.number)
-    if os.path.exists(done_path):
-        entry = read_json(done_path)
-        return WrittenShard(task.split, ShardInfo.model_validate(entry["info"]), entry["num_positives"])
+    if (done := _done(task, done_path)) is not None:
+        return done
     columns = _gather(task)
     file = f"{SPLITS[task.split]}/{task.number:05d}.arrow"
     info = write_shard(columns, task.job.schema, task.job.output, file)
     num_positives = int(columns.labels.sum(dtype=np.int64))
-    write_json(done_path, {"info": info.model_dump(), "num_positives": num_positives})
+    meta = {"input_crc32": task.job.input_crc32, "info": info.model_dump(), "num_positives": num_positives}
+    write_arrays(done_path, {}, meta)
     return WrittenShard(task.split, info, num_positives)
+
+
+def _done(task: ShardTask, path: str) -> WrittenShard | None:
+    """Return a finished shard of the same input, if its file is still whole."""
+    if not os.path.exists(path):
+        return None
+    with ArrayFile(path) as file:
+        info = ShardInfo.model_validate(file.meta["info"])
+        is_same = file.meta["input_crc32"] == task.job.input_crc32
+        written = WrittenShard(task.split, info, file.meta["num_positives"])
+    shard = os.path.join(task.job.output, info.file)
+    is_same = is_same and os.path.isfile(shard) and file_crc32(shard) == info.crc32
+    return written if is_same else None
 
 
 def _gather(task: ShardTask) -> Columns:
@@ -136,8 +152,10 @@ class _ColumnGatherer:
     def __init__(self, task: ShardTask, number: int, num_rows: int) -> None:
         self._number = number
         self._ids_path = task.job.stage.ids_path(number)
-        with ArrayFile(task.job.stage.column_path(number)) as file:
+        self._column_path = task.job.stage.column_path(number)
+        with ArrayFile(self._column_path) as file:
             self._offsets: NDArray[np.int64] = file.read("offsets")
+            self._checksums: NDArray[np.uint32] = file.read("checksums")
         self._is_multi_hot = task.job.schema.categorical[number].multi_hot
         self._ids = np.empty(0 if self._is_multi_hot else num_rows, np.int32)
         self._parts: list[NDArray[np.int32]] = []
@@ -146,6 +164,11 @@ class _ColumnGatherer:
     def add(self, file: ArrayFile, chunk: int, rows: slice | NDArray[np.int64], start: int, stop: int) -> None:
         begin, end = int(self._offsets[chunk]), int(self._offsets[chunk + 1])
         table = np.fromfile(self._ids_path, np.int32, end - begin, offset=begin * 4)
+        if zlib.crc32(table.data.cast("B")) != self._checksums[chunk]:
+            raise PreprocessError(
+                f"work in progress is damaged: {self._ids_path} is not as it was written (its checksum differs); "
+                f"delete {self._column_path} and give the same command again, which makes both anew"
+            )
         codes = file.read(f"codes_{self._number}")
         if not self._is_multi_hot:
             # The codes are below the table's length by construction; clip only spares the check.

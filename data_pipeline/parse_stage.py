@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.array_file import ArrayFile, write_arrays
 from data_pipeline.bad_rows import BadRow, BadRows, PreprocessError
 from data_pipeline.byte_blocks import Block, input_crc32, load_block, read_block, read_blocks
+from data_pipeline.column_signs import ColumnSigns, signs_of
 from data_pipeline.criteo import parse_criteo
 from data_pipeline.manifest import DenseStats
 from data_pipeline.paths import path_manager
@@ -49,6 +50,7 @@ class Parsed:
 
     num_dense: int
     num_files: int
+    signs: ColumnSigns
     chunk_rows: list[int] = field(default_factory=list)
     input_crc32: int = 0
     rows_per_file: list[int] = field(init=False)
@@ -67,6 +69,7 @@ class Parsed:
         self.chunk_rows.append(meta["num_rows"])
         self.input_crc32 = joined_crc32(self.input_crc32, meta["input_crc32"])
         self.rows_per_file[file_index] += meta["num_rows"]
+        self.signs.add(meta["signs"])
         self.num_missing += np.array(meta["num_missing"], np.int64)
         if meta["num_rows"]:
             self.sums += np.array(meta["sums"])
@@ -242,6 +245,7 @@ def _meta_of(chunk: RawChunk) -> dict[str, Any]:
     return {
         "num_rows": len(chunk.labels),
         "num_lines": chunk.num_lines,
+        "signs": signs_of(chunk),
         "num_missing": chunk.num_missing.tolist(),
         "sums": [dense.sum(axis=0).tolist(), np.square(dense).sum(axis=0).tolist()],
         "extremes": [dense.min(axis=0).tolist(), dense.max(axis=0).tolist()] if len(dense) else [],

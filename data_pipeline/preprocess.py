@@ -19,6 +19,8 @@ from typing import Any
 
 from data_pipeline.bad_rows import BadRows, PreprocessError
 from data_pipeline.byte_blocks import input_num_bytes
+from data_pipeline.column_signs import ColumnSigns
+from data_pipeline.data_warnings import Found, find_warnings
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -73,15 +75,17 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         stats = _build_columns(job, parsed, rule)
         splits = _write_shards(job, parsed, rule)
     bad_rows.write(options.output)
+    dense_stats = parsed.dense_stats(schema)
     manifest = Manifest(
         papilio_version=papilio_version(),
         data_schema=schema,
         split_rule=rule.words,
         splits=splits,
-        dense_stats=parsed.dense_stats(schema),
+        dense_stats=dense_stats,
         categorical_stats=stats,
         source=_source(request) | {"input_crc32": parsed.input_crc32},
         num_bad_rows=len(bad_rows),
+        warnings=find_warnings(Found(schema, rule.words, splits, dense_stats, stats, parsed.signs)),
     )
     write_manifest(manifest, options.output)
     stage.remove()
@@ -164,7 +168,8 @@ def _parse(job: _Job, bad_rows: BadRows, input_sizes: list[int]) -> Parsed:
     inputs = job.options.inputs
     is_size_known = min(input_sizes) > 0 and not any(path.endswith((".gz", ".zst", ".parquet")) for path in inputs)
     total = sum(input_sizes) if is_size_known else None
-    parsed = Parsed(len(job.schema.dense), len(inputs))
+    signs = ColumnSigns(len(job.schema.dense), len(job.schema.categorical))
+    parsed = Parsed(len(job.schema.dense), len(inputs), signs)
     before = [_state_of(path) for path in inputs]
     with Progress("reading", total, "B", is_shown=job.options.show_progress) as progress:
         parse_inputs(

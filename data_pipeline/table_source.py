@@ -194,16 +194,16 @@ def _convert(rows: _Rows, schema: Schema) -> RawChunk:
     if schema.label in rows.arrays:  # rows to be scored need none
         labels = labels_of(rows.arrays[schema.label], schema.label, faults)
     dense = np.empty((len(labels), len(schema.dense)), np.float32)
-    num_missing = np.zeros(len(schema.dense), np.int64)
+    num_missing, num_clipped = np.zeros((2, len(schema.dense)), np.int64)
     for i, column in enumerate(schema.dense):
-        dense[:, i], num_missing[i] = dense_values(rows.arrays[column.name], column, faults)
+        dense[:, i], num_missing[i], num_clipped[i] = dense_values(rows.arrays[column.name], column, faults)
     columns = [
         categorical_codes(rows.arrays[c.name], _checked(c, rows.arrays[c.name]), faults) for c in schema.categorical
     ]
     if faults.first_of_row:
         return _convert(rows.without(faults), schema)
     bad_rows = tuple(sorted(rows.bad_rows, key=lambda row: row.line))
-    return RawChunk(rows.num_lines, labels, dense, num_missing, tuple(columns), bad_rows)
+    return RawChunk(rows.num_lines, labels, dense, num_missing, tuple(columns), bad_rows, num_clipped)
 
 
 def _checked(column: CategoricalColumn, array: pa.Array) -> CategoricalColumn:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from launch.given_options import build_options, given_options
 from launch.usage import UsageError, require_files
+
+SHOWN_COLUMNS = 80
+MAX_SHOWN_WARNINGS = 12
 
 
 def run_preprocess(namespace: argparse.Namespace) -> int:
@@ -45,4 +49,15 @@ def summarize(folder: str, manifest: Manifest) -> str:
         if split.best_auc is not None and split.best_logloss is not None:
             line += f"  best possible AUC {split.best_auc:.4f}, logloss {split.best_logloss:.4f}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warning_lines(folder, manifest.warnings)])
+
+
+def _warning_lines(folder: str, warnings: tuple[str, ...]) -> list[str]:
+    """As many as one reads, broken at SHOWN_COLUMNS; all are in the manifest."""
+    lines: list[str] = []
+    for warning in warnings[:MAX_SHOWN_WARNINGS]:
+        lines += textwrap.wrap(f"warning: {warning}", SHOWN_COLUMNS, subsequent_indent="  ")
+    if len(warnings) > MAX_SHOWN_WARNINGS:
+        rest = f"warning: and {len(warnings) - MAX_SHOWN_WARNINGS:,} more, in {folder}/{MANIFEST_NAME}"
+        lines += textwrap.wrap(rest, SHOWN_COLUMNS, subsequent_indent="  ")
+    return lines

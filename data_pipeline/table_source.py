@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.bad_rows import BadRow, PreprocessError
 from data_pipeline.byte_blocks import PADDING_BYTES, strip_compression
+from data_pipeline.parquet_batches import read_batches
 from data_pipeline.paths import path_manager
 from data_pipeline.raw_chunk import RawChunk
 from data_pipeline.schema import CategoricalColumn, Schema
 from data_pipeline.table_columns import Faults, categorical_codes, dense_values, labels_of
 
-PARQUET_BATCH_ROWS = 1 << 15
+_PARQUET_BUFFER_BYTES = 1 << 20
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 
 
@@ -80,11 +81,12 @@ def read_parquet_batches(path: str, schema: Schema, *, needs_label: bool = True)
     wanted = [schema.label, *schema.dense_names, *schema.categorical_names]
     try:
         with path_manager.open(path, "rb") as file:
-            parquet = pyarrow.parquet.ParquetFile(file)
+            # Buffered: else the whole of a row group's columns is read at once.
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES)
             _check_names(parquet.schema_arrow.names, path, schema, needs_label=needs_label)
             wanted = [name for name in wanted if name in parquet.schema_arrow.names]
             first_row = 0
-            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+            for batch in read_batches(parquet, wanted):
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, batch.schema) as writer:
                     writer.write_batch(batch)

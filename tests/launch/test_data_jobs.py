@@ -23,11 +23,12 @@ def test_preprocess_makes_a_data_set_and_says_what_it_holds(tmp_path: Path, caps
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.startswith(f"{output}: 20 rows; split: ")
     # Of each four rows in order two are clicks.
-    assert [line.split() for line in lines] == [
+    assert [line.split() for line in lines[:3]] == [
         ["train", "10", "rows", "label", "rate", "0.5000"],
         ["validation", "5", "rows", "label", "rate", "0.4000"],
         ["test", "5", "rows", "label", "rate", "0.6000"],
     ]
+    assert lines[3].startswith("warning: small splits, whose figures say little (train 10 rows, 5 of its rarer")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["data_schema"]["categorical"][0]["name"] == "color"
 

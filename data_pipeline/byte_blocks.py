@@ -68,17 +68,19 @@ def input_crc32(path: str) -> int:
     return crc32
 
 
-def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, bytes | None]]:
+def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, *, part: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
     """Yield (offset, length, bytes or None) of blocks of whole lines; the cuts depend on the text alone.
+
+    With `part`, blocks are that many times smaller but for a line that is longer.
 
     Raises:
         PreprocessError: the archive is truncated or damaged, there is no text in it, or a line is longer than a block.
     """
     if strip_compression(path) == path and os.path.isfile(path):
-        yield from _cut_local(path, block_bytes)
+        yield from _cut_local(path, block_bytes, block_bytes // part)
         return
     offset = 0
-    for data in _cut_stream(path, block_bytes):
+    for data in _cut_stream(path, block_bytes, block_bytes // part):
         yield offset, len(data), data
         offset += len(data)
     if offset == 0:
@@ -106,17 +108,20 @@ def read_block(block: Block, path: str) -> bytes:
     return data
 
 
-def _cut_local(path: str, block_bytes: int) -> Iterator[tuple[int, int, None]]:
+def _cut_local(path: str, block_bytes: int, wanted_bytes: int) -> Iterator[tuple[int, int, None]]:
     num_bytes = os.path.getsize(path)
     position = 0
     with open(path, "rb") as file:
-        while num_bytes - position > block_bytes:
-            length = _last_newline(file, position, block_bytes)
+        while num_bytes - position > wanted_bytes:
+            length = _last_newline(file, position, wanted_bytes) or _last_newline(file, position, block_bytes)
             if length == 0:
+                if num_bytes - position <= block_bytes:
+                    break
                 raise _long_line(path, block_bytes)
             yield position, length, None
             position += length
-    yield position, num_bytes - position, None
+        if position < num_bytes:
+            yield position, num_bytes - position, None
 
 
 def _last_newline(file: IO[bytes], position: int, block_bytes: int) -> int:
@@ -131,12 +136,15 @@ def _last_newline(file: IO[bytes], position: int, block_bytes: int) -> int:
         window <<= 3
 
 
-def _cut_stream(path: str, block_bytes: int) -> Iterator[bytes]:
+def _cut_stream(path: str, block_bytes: int, wanted_bytes: int) -> Iterator[bytes]:
     held = bytearray()
     for chunk in _decompressed(path):
         held += chunk
-        while len(held) > block_bytes:
-            length = held.rfind(b"\n", 0, block_bytes) + 1
+        while len(held) > wanted_bytes:
+            length = held.rfind(b"\n", 0, wanted_bytes) + 1
+            if length == 0 and len(held) <= block_bytes:
+                break
+            length = length or held.rfind(b"\n", 0, block_bytes) + 1
             if length == 0:
                 raise _long_line(path, block_bytes)
             yield bytes(memoryview(held)[:length])

@@ -41,7 +41,9 @@ def _decoded(parquet: pyarrow.parquet.ParquetFile, columns: list[str]) -> Iterat
 def rows_at_once(group: pyarrow.parquet.RowGroupMetaData) -> int:
     """How many rows of a row group are decoded at once, by its average number of values and of bytes in a row."""
     chunks = [group.column(i) for i in range(group.num_columns)]
-    num_bytes = sum(max(chunk.num_values * _BYTES_PER_VALUE, chunk.total_uncompressed_size) for chunk in chunks)
+    num_bytes = sum(
+        max(int(chunk.num_values) * _BYTES_PER_VALUE, int(chunk.total_uncompressed_size)) for chunk in chunks
+    )
     return max(1, min(_DECODED_ROWS, BATCH_BYTES * int(group.num_rows) // max(num_bytes, 1)))
 
 

@@ -32,6 +32,9 @@ from data_pipeline.table_source import (
 from data_pipeline.transforms import binary_buffers
 from data_pipeline.work_pool import WorkPool
 
+# A bag's ids may take two characters each: four times as many values in a block as a table of single ids has.
+_PARTS_WITH_BAGS = 4
+
 
 @dataclass(frozen=True)
 class ParseTask:
@@ -174,7 +177,8 @@ def blocks_of(
             yield first_row, len(batch), batch, None
         return
     header = None
-    for offset, num_bytes, data in read_blocks(path):
+    has_bags = any(column.multi_hot for column in schema.categorical)
+    for offset, num_bytes, data in read_blocks(path, part=_PARTS_WITH_BAGS if has_bags else 1):
         if source == "table" and offset == 0:
             header = parse_header(_first_line(path, data), path, schema, needs_label=needs_label)
         yield offset, num_bytes, data, header

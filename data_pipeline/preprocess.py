@@ -35,7 +35,7 @@ from data_pipeline.parse_stage import Parsed, content_crc32, list_tasks, parse_i
 from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.progress import Progress
 from data_pipeline.schema import CategoricalColumn, Schema, criteo_schema, load_schema
-from data_pipeline.shard_stage import ShardJob, list_shards, write_split_shard
+from data_pipeline.shard_stage import SHARD_BYTES, ShardJob, fixed_row_bytes, list_shards, write_split_shard
 from data_pipeline.splits import SplitRule, make_split_rule
 from data_pipeline.stage import STAGE_NAME, Stage, open_stage
 from data_pipeline.table_source import delimiter_of
@@ -211,7 +211,9 @@ def _build_columns(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, Cate
 
 
 def _write_shards(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, SplitInfo]:
-    shard_bytes = job.options.rows_per_shard * (1 + 4 * len(job.schema.dense) + 4 * len(job.schema.categorical))
+    shard_bytes = job.options.rows_per_shard * fixed_row_bytes(job.schema)
+    if shard_bytes > SHARD_BYTES or any(column.multi_hot for column in job.schema.categorical):
+        shard_bytes = SHARD_BYTES
     max_workers = max(1, _SHARED_BYTES // (2 * shard_bytes))
     shard_job = ShardJob(job.schema, rule, job.stage, job.options.output, parsed.input_crc32)
     tasks = list_shards(parsed.chunk_rows, job.options.rows_per_shard, shard_job)

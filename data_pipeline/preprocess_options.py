@@ -53,7 +53,11 @@ class PreprocessOptions(BaseModel):
         None, ge=1, description=f"Processes; by default one a core, at most {DEFAULT_MAX_WORKERS} to bound memory."
     )
     rows_per_shard: int = Field(
-        262_144, ge=ROWS_ALIGNMENT, multiple_of=ROWS_ALIGNMENT, description="Rows of each shard but a split's last."
+        262_144,
+        ge=ROWS_ALIGNMENT,
+        multiple_of=ROWS_ALIGNMENT,
+        description="Rows of each shard but a split's last; fewer where rows "
+        "are so long that a shard would pass 128 MiB.",
     )
     show_progress: bool = Field(True, description="Progress bar on a terminal, a line now and then in a log.")
 

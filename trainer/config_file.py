@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from data_pipeline.toml_model import TomlError, explain, parse_toml, read_toml
 from trainer.config import Config
 
 RECIPE_SUFFIX = ".toml"
@@ -49,8 +49,8 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+        how = "set it in the recipe or with --{key}=..."
+        raise ConfigError(f"{source}: {explain(error, Config, tree, how)}") from None
 
 
 def shipped_recipes() -> list[str]:
@@ -63,11 +63,11 @@ def _read_toml(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     try:
         if path.is_file():
-            return tomllib.loads(path.read_text("utf-8"))
+            return read_toml(path)
         if recipe in shipped_recipes():
-            return tomllib.loads((resources.files("launch") / "recipes" / (recipe + RECIPE_SUFFIX)).read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {recipe} is not TOML: {error}") from None
+            return parse_toml((resources.files("launch") / "recipes" / (recipe + RECIPE_SUFFIX)).read_bytes())
+    except TomlError as error:
+        raise ConfigError(f"recipe {recipe} {error}") from None
     raise ConfigError(f"recipe {recipe} does not exist; give a file's path or one of: {', '.join(shipped_recipes())}")
 
 
@@ -75,7 +75,7 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
     key, equals, text = word.removeprefix("--").partition("=")
     if not word.startswith("--") or not equals or not key:
         raise ConfigError(f"override {word!r} is not of the form --section.key=value")
-    *sections, last = key.split(".")
+    *sections, last = _parts_of(key)
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
@@ -84,35 +84,15 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
     node[last] = _parse_value(text)
 
 
+def _parts_of(key: str) -> list[str]:
+    """Split a key at its dots; a part with dots in it stands in double quotes, as in TOML."""
+    if '"' not in key:
+        return key.split(".")
+    return [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^."]+)', key)]
+
+
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return None if text in {"none", "None", "null"} else text
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        nearest = difflib.get_close_matches(path[-1], known, n=1)
-        mend = f"did you mean {'.'.join([*path[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}"
-        return f"there is no key {key}; {mend}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; set it in the recipe or with --{key}=..."
-    return f"{key} = {json.dumps(problem['input'], default=str)}: {problem['msg']}"
-
-
-def _known_keys(path: Sequence[str]) -> list[str]:
-    section: Any = Config
-    for part in path:
-        field = section.model_fields.get(part)
-        if field is None:
-            return []
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            section = next((a for a in get_args(section) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)

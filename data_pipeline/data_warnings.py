@@ -51,7 +51,10 @@ def find_warnings(found: Found) -> tuple[str, ...]:
         warnings += _of_dense(dense, found.dense_stats[dense.name], found.signs, i, num_rows)
     for i, column in enumerate(found.schema.categorical):
         stats = found.categorical_stats[column.name]
-        warnings += [*_of_categorical(column, stats, num_rows), *_of_ids(column, stats, found.signs, i, num_rows)]
+        # Without training rows every id is unknown: that is said of the split.
+        if found.splits["train"].num_rows:
+            warnings += _of_categorical(column, stats, num_rows)
+        warnings += _of_ids(column, stats, found.signs, i, num_rows)
     return tuple(warnings)
 
 
@@ -101,7 +104,8 @@ def _of_dense(column: DenseColumn, stats: DenseStats, signs: ColumnSigns, i: int
             'transform = "identity" for it in the schema'
         )
     elif count >= _NEAR_CONSTANT_SHARE * num_rows:
-        yield f"{name}: {value:g} (after {column.transform}) in {_percent(count / num_rows)} of the rows; leave it out"
+        fix = "leave it out" if len(signs.modes) > 1 else "correct it, unless it is there because one must be"
+        yield f"{name}: {value:g} (after {column.transform}) in {_percent(count / num_rows)} of the rows; {fix}"
     elif abs(stats.mean) + stats.standard_deviation >= _LARGE_INPUT:
         yield (
             f"{name}: values of {stats.minimum:g} to {stats.maximum:g} enter the model as they are, too large to learn "

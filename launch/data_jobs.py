@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from launch.given_options import build_options, given_options
@@ -27,7 +30,9 @@ def run_preprocess(namespace: argparse.Namespace) -> int:
     require_files("--schema", [given["schema_path"]] if "schema_path" in given else [])
     options = build_options(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(summarize(options.output, preprocess(options)))
+    with _naming_output(options.output):
+        manifest = preprocess(options)
+    print(summarize(options.output, manifest))
     return 0
 
 
@@ -35,8 +40,29 @@ def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
     options = build_options(GenerateOptions, given_options(namespace), {"num_rows": "--rows"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(summarize(options.output, generate(options)))
+    with _naming_output(options.output):
+        manifest = generate(options)
+    print(summarize(options.output, manifest))
     return 0
+
+
+@contextmanager
+def _naming_output(output: str) -> Iterator[None]:
+    """Say in one line what the system refused: most likely to write the output.
+
+    Raises:
+        DatasetError: in place of the system's error.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        path = error.filename or output
+        fix = "give another --output"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some and give the same command again, or another --output"
+        raise DatasetError(f"{path}: {error.strerror or error}; {fix}") from error
 
 
 def summarize(folder: str, manifest: Manifest) -> str:

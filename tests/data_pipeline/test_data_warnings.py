@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.data_warnings import shown
+from data_pipeline.dataset import open_dataset
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import DatasetError, read_manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from launch.data_jobs import summarize
@@ -64,7 +65,7 @@ def test_a_clean_table_and_generated_logs_give_no_warning(tmp_path: Path) -> Non
         ([-1.5] * 180 + [2] * 420, "identity", None),
         # Criteo's own counts: a tenth of -1.
         ([-1] * 60 + list(range(540)), "log1p", None),
-        ([0.5] * 600, "identity", r"0\.5 \(after identity\) in all of the rows; leave it out"),
+        ([0.5] * 600, "identity", r"0\.5 \(after identity\) in all of the rows; correct it, unless"),
         ([0] * 594 + list(range(1, 7)), "log1p", r"0 \(after log1p\) in 99% of the rows"),
         ([0] * 590 + list(range(1, 11)), "log1p", None),
         ([""] * 600, "log1p", "all of its values are missing; correct the table, or leave it out"),
@@ -153,6 +154,10 @@ def test_labels_and_splits(tmp_path: Path) -> None:
 def test_a_table_without_dense_columns(tmp_path: Path) -> None:
     (found,) = warnings_of(tmp_path, clean_columns(), 'categorical = [{name = "user"}]')
     assert found.startswith("no dense column: `papilio train` needs at least one; add [[dense]] with the name of")
+    with pytest.raises(
+        DatasetError, match=r"out has no dense column; .*: add \[\[dense\]\] with .* and preprocess again"
+    ):
+        open_dataset(f"{tmp_path}/out").require_dense_columns()
 
 
 def test_warnings_are_shown_in_eighty_columns(tmp_path: Path) -> None:

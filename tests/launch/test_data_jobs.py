@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,40 @@ def test_an_error_of_the_data_is_one_line_and_status_1(tmp_path: Path, capsys: p
 def test_a_wrong_shape_names_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--shape", "x", "--rows", "2000", "--output", f"{tmp_path}/out"]) == 2
     assert "--shape x: there is no shape 'x'; choose one of criteo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("/proc/nope/x", "/proc/nope: No such file or directory"),
+        ("{folder}/rows.csv", "rows.csv"),
+        ("{folder}/rows.csv/x", "rows.csv/x: Not a directory"),
+        ("/dev/full/x", "/dev/full/x: Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["preprocess", "generate"])
+def test_an_output_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, output: str, reason: str
+) -> None:
+    (tmp_path / "rows.csv").write_text("\n".join(ROWS) + "\n")
+    (tmp_path / "schema.toml").write_text(SCHEMA)
+    words = ["--source", "table", "--schema", f"{tmp_path}/schema.toml", "--input", f"{tmp_path}/rows.csv"]
+    words = [*words, "--num-workers", "1"] if verb == "preprocess" else ["--rows", "2000"]
+    assert cli.main([verb, *words, "--output", output.format(folder=tmp_path)]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(f"papilio {verb}: error: ")
+    assert reason in last
+    assert last.endswith("; give another --output")
+
+
+def test_a_full_disk_is_one_line_and_says_how_to_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("launch.data_jobs.generate", fill)
+    assert cli.main(["generate", "--rows", "2000", "--output", f"{tmp_path}/out"]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"{tmp_path}/out: No space left on device; free some and give the same command again, or another --output\n"
+    )

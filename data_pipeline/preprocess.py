@@ -25,6 +25,7 @@ from data_pipeline.manifest import (
     MANIFEST_NAME,
     SPLITS,
     CategoricalStats,
+    DatasetError,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -137,7 +138,10 @@ def _finished(options: PreprocessOptions, request: dict[str, Any], schema: Schem
     output = options.output
     if not os.path.exists(os.path.join(output, MANIFEST_NAME)):
         return None
-    manifest = read_manifest(output)
+    try:
+        manifest = read_manifest(output)
+    except DatasetError as error:
+        raise PreprocessError(f"{error} (first delete {output}, or choose another --output)") from None
     if manifest.source.get("request_crc32") != _source(request)["request_crc32"]:
         raise PreprocessError(
             f"{output} holds a data set made with other options or inputs; choose another --output, or delete it"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 _MAX_PROBLEMS = 5
 _MAX_VALUE_CHARACTERS = 80
@@ -64,15 +63,16 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Any, where_to_
     """
     # A list one of whose items is wrong is wrong, too, to pydantic: only the item is worth a line.
     found = error.errors()
-    problems = [p for p in found if not any(len(q["loc"]) > len(p["loc"]) and _begins(q, p) for q in found)]
+    places = [problem["loc"] for problem in found]
+    problems = [problem for problem in found if not any(_is_within(place, problem["loc"]) for place in places)]
     lines = [_explain(dict(problem), model, tree, where_to_set) for problem in problems[:_MAX_PROBLEMS]]
     if len(problems) > _MAX_PROBLEMS:
         lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
     return "; ".join(lines)
 
 
-def _begins(longer: ErrorDetails, shorter: ErrorDetails) -> bool:
-    return longer["loc"][: len(shorter["loc"])] == shorter["loc"] and len(shorter["loc"]) > 0
+def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return 0 < len(outer) < len(place) and place[: len(outer)] == outer
 
 
 def _explain(problem: dict[str, Any], model: type[BaseModel], tree: Any, where_to_set: str) -> str:

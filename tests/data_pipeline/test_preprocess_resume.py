@@ -136,9 +136,7 @@ def test_a_finished_data_set_is_returned_or_kept(tmp_path):
         preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=2))
     assert all_bytes(tmp_path / "out") == before
     flip(tmp_path / "out" / MANIFEST_NAME, 100)
-    with pytest.raises(
-        PreprocessError, match=r"is damaged .*; preprocess the data again \(first delete .*out, or"
-    ):
+    with pytest.raises(PreprocessError, match=r"is damaged .*; preprocess the data again \(first delete .*out, or"):
         preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))
 
 

@@ -25,7 +25,10 @@ _COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of one input file. Plain local text is read by the worker itself (`data` is None), else handed over."""
+    """Some rows of one input file. Plain local text is read by the worker itself (`data` is None), else handed over.
+
+    `crc32` is of the input that the rows come from, None where the worker reads it.
+    """
 
     index: int
     file_index: int
@@ -33,6 +36,7 @@ class Block:
     num_bytes: int
     data: bytes | None = None
     header: tuple[str, ...] | None = None
+    crc32: int | None = None
 
 
 def strip_compression(path: str) -> str:
@@ -55,17 +59,28 @@ def input_num_bytes(path: str) -> int:
     return num_bytes
 
 
-def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, bytes | None]]:
+def input_crc32(path: str) -> int:
+    """CRC-32 of a whole input as stored."""
+    crc32 = 0
+    with path_manager.open(path, "rb") as file:
+        for chunk in _chunks(file):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
+
+
+def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, *, part: int = 1) -> Iterator[tuple[int, int, bytes | None]]:
     """Yield (offset, length, bytes or None) of blocks of whole lines; the cuts depend on the text alone.
+
+    With `part`, blocks are that many times smaller but for a line that is longer.
 
     Raises:
         PreprocessError: the archive is truncated or damaged, there is no text in it, or a line is longer than a block.
     """
     if strip_compression(path) == path and os.path.isfile(path):
-        yield from _cut_local(path, block_bytes)
+        yield from _cut_local(path, block_bytes, block_bytes // part)
         return
     offset = 0
-    for data in _cut_stream(path, block_bytes):
+    for data in _cut_stream(path, block_bytes, block_bytes // part):
         yield offset, len(data), data
         offset += len(data)
     if offset == 0:
@@ -76,28 +91,37 @@ def load_block(block: Block, path: str) -> NDArray[np.uint8]:
     """Return a block's bytes after PADDING_BYTES of padding, ended by a newline even where the file is not."""
     buffer = np.zeros(PADDING_BYTES + block.num_bytes + 1, np.uint8)
     body = buffer[PADDING_BYTES:-1]
-    if block.data is not None:
-        body[:] = np.frombuffer(block.data, np.uint8)
-    else:
-        with open(path, "rb") as file:
-            file.seek(block.offset)
-            if file.readinto(body.data) != block.num_bytes:
-                raise PreprocessError("the file became shorter while it was read; start again with a whole file")
+    body[:] = np.frombuffer(read_block(block, path), np.uint8)
     buffer[-1] = ord("\n")
     return buffer[:-1] if body[-1] == ord("\n") else buffer
 
 
-def _cut_local(path: str, block_bytes: int) -> Iterator[tuple[int, int, None]]:
+def read_block(block: Block, path: str) -> bytes:
+    """Return a block's bytes as they stand in the input."""
+    if block.data is not None:
+        return block.data
+    with open(path, "rb") as file:
+        file.seek(block.offset)
+        data = file.read(block.num_bytes)
+    if len(data) != block.num_bytes:
+        raise PreprocessError("the file became shorter while it was read; start again with a whole file")
+    return data
+
+
+def _cut_local(path: str, block_bytes: int, wanted_bytes: int) -> Iterator[tuple[int, int, None]]:
     num_bytes = os.path.getsize(path)
     position = 0
     with open(path, "rb") as file:
-        while num_bytes - position > block_bytes:
-            length = _last_newline(file, position, block_bytes)
+        while num_bytes - position > wanted_bytes:
+            length = _last_newline(file, position, wanted_bytes) or _last_newline(file, position, block_bytes)
             if length == 0:
+                if num_bytes - position <= block_bytes:
+                    break
                 raise _long_line(path, block_bytes)
             yield position, length, None
             position += length
-    yield position, num_bytes - position, None
+        if position < num_bytes:
+            yield position, num_bytes - position, None
 
 
 def _last_newline(file: IO[bytes], position: int, block_bytes: int) -> int:
@@ -112,12 +136,15 @@ def _last_newline(file: IO[bytes], position: int, block_bytes: int) -> int:
         window <<= 3
 
 
-def _cut_stream(path: str, block_bytes: int) -> Iterator[bytes]:
+def _cut_stream(path: str, block_bytes: int, wanted_bytes: int) -> Iterator[bytes]:
     held = bytearray()
     for chunk in _decompressed(path):
         held += chunk
-        while len(held) > block_bytes:
-            length = held.rfind(b"\n", 0, block_bytes) + 1
+        while len(held) > wanted_bytes:
+            length = held.rfind(b"\n", 0, wanted_bytes) + 1
+            if length == 0 and len(held) <= block_bytes:
+                break
+            length = length or held.rfind(b"\n", 0, block_bytes) + 1
             if length == 0:
                 raise _long_line(path, block_bytes)
             yield bytes(memoryview(held)[:length])

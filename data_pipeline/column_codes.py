@@ -20,13 +20,14 @@ class ColumnCodes:
 
     `keys` [U] are sorted: uint32 or int64, or Arrow binary for strings. `codes` [V] point into them; U is the code of a
     missing value. `counts` [U + 1] says how often each code occurs. `lengths` [N] are the bags' sizes, None when
-    one-hot.
+    one-hot. `texts` are the same values with the strings themselves as keys, where the keys are hashes of these.
     """
 
     keys: NDArray[Any] | pa.Array
     counts: NDArray[np.uint32]
     codes: NDArray[Any]
     lengths: NDArray[np.int32] | None = None
+    texts: ColumnCodes | None = None
 
 
 def encode_uint32(values: NDArray[np.uint64], missing: NDArray[np.bool_] | None) -> ColumnCodes:

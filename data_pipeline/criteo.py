@@ -17,7 +17,7 @@ from data_pipeline.bad_rows import BadRow
 from data_pipeline.byte_blocks import PADDING_BYTES
 from data_pipeline.raw_chunk import RawChunk, encode_numbers
 from data_pipeline.schema import Schema
-from data_pipeline.transforms import transform_dense
+from data_pipeline.transforms import count_clipped, transform_dense
 
 NUM_FIELDS = 40
 NUM_DENSE = 13
@@ -57,6 +57,7 @@ class _Rows:
     no_dense: NDArray[np.bool_]
     ids: NDArray[np.uint64]
     no_id: NDArray[np.bool_]
+    num_clipped: NDArray[np.int64]
 
 
 def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
@@ -82,6 +83,7 @@ def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
         num_missing,
         tuple(columns),
         tuple(bad_rows),
+        sum((part.num_clipped for part in parts), np.zeros(NUM_DENSE, np.int64)),
     )
 
 
@@ -171,7 +173,9 @@ def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, ND
     dense = transform_dense(numbers, no_dense, schema.dense[0])
     ids = decode_hex(words[ends[:, _FIRST_CATEGORICAL:] - _WORD_BYTES], hex_lengths)
     # Columns are gathered from here on: turned while they are in the cache.
-    return _Rows(labels, dense, no_dense, np.ascontiguousarray(ids.T), np.ascontiguousarray(no_id.T)), is_bad
+    num_clipped = count_clipped(numbers, schema.dense[0].transform)
+    ids, no_id = np.ascontiguousarray(ids.T), np.ascontiguousarray(no_id.T)
+    return _Rows(labels, dense, no_dense, ids, no_id, num_clipped), is_bad
 
 
 def _scan(buffer: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -76,6 +76,19 @@ class Dataset:
         stats = self.manifest.categorical_stats
         return {name: stats[name].num_embeddings for name in self.schema.categorical_names}
 
+    def require_dense_columns(self) -> None:
+        """Check that there is something for the bottom MLP of all models.
+
+        Raises:
+            DatasetError: there is no dense column.
+        """
+        if not self.schema.dense:
+            raise DatasetError(
+                f"data set {self.folder} has no dense column; the bottom MLP needs at least one: add [[dense]] with "
+                "the name of a numeric column to the schema (where the table has none, add one to it, such as 0 in "
+                "every row) and preprocess again"
+            )
+
     def open_split(self, name: str) -> Split:
         """Return a split for reading.
 

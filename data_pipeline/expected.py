@@ -13,7 +13,6 @@ From a shape that `papilio generate` knows, or from a TOML file:
 from __future__ import annotations
 
 import difflib
-import tomllib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +21,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import CategoricalStats, DatasetError, Manifest
 from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shapes import SHAPES
+from data_pipeline.toml_model import TomlError, explain, read_toml
 from data_pipeline.version import papilio_version
 
 
@@ -68,12 +68,13 @@ def _expected_of(shape: str) -> _Expected:
             "columns (data_pipeline/expected.py shows one)"
         )
     try:
-        return _Expected.model_validate(tomllib.loads(Path(shape).read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"shape {shape} is not TOML: {error}") from None
+        tree = read_toml(shape)
+    except TomlError as error:
+        raise DatasetError(f"shape {shape} {error}") from None
+    try:
+        return _Expected.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DatasetError(f"shape {shape}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise DatasetError(f"shape {shape}: {explain(error, _Expected, tree)}") from None
 
 
 def _without_rows(source: str, expected: _Expected) -> Dataset:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.schema import TRANSFORM_VERSION, Schema
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum and no warnings, and is still read
+_READ_VERSIONS = (1, FORMAT_VERSION)
+_CHECKSUM = "crc32"
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
@@ -74,7 +78,10 @@ class CategoricalStats(_Section):
 
 
 class Manifest(_Section):
-    """Contents of `manifest.json`. `source` says, in words and figures, where the rows came from."""
+    """Contents of `manifest.json`. `source` says, in words and figures, where the rows came from.
+
+    `warnings` are whole sentences: what in this data set most likely keeps a model from learning.
+    """
 
     format_version: int = FORMAT_VERSION
     transform_version: int = TRANSFORM_VERSION
@@ -86,6 +93,7 @@ class Manifest(_Section):
     categorical_stats: dict[str, CategoricalStats]
     source: dict[str, str | int | float]
     num_bad_rows: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -96,9 +104,15 @@ class Manifest(_Section):
 def write_manifest(manifest: Manifest, folder: str) -> None:
     """Write the manifest as the last file of a data set: through a temporary name, so that it is never half there."""
     path = join(folder, MANIFEST_NAME)
+    content = manifest.model_dump(mode="json") | {"format_version": FORMAT_VERSION}
     with path_manager.open(path + ".tmp", "w") as file:
-        file.write(manifest.model_dump_json(indent=1) + "\n")
+        file.write(json.dumps({_CHECKSUM: _checksum(content), **content}, indent=1) + "\n")
     replace(path + ".tmp", path)
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of the values, not of the text: a manifest may be reformatted, but not changed."""
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -108,26 +122,55 @@ def read_manifest(folder: str) -> Manifest:
         DatasetError: there is none, it is damaged, or it was written by another format or transform version.
     """
     path = join(folder, MANIFEST_NAME)
-    if not path_manager.exists(path):
-        raise DatasetError(
-            f"{folder} is not a complete data set: it has no {MANIFEST_NAME}. Make one with `papilio preprocess` or "
-            "`papilio generate`; a run that was cut off continues when given the same command again"
-        )
-    with path_manager.open(path, "r") as file:
-        text = file.read()
     try:
-        found = json.loads(text)
-        versions = (found.get("format_version"), found.get("transform_version"))
-        if versions != (FORMAT_VERSION, TRANSFORM_VERSION):
+        if not path_manager.exists(path):
             raise DatasetError(
-                f"{path} has format version {versions[0]} and transform version {versions[1]}; this Papilio reads "
-                f"{FORMAT_VERSION} and {TRANSFORM_VERSION}: preprocess the data again, or use the Papilio that wrote "
-                f"it ({found.get('papilio_version', 'unknown version')})"
+                f"{folder} is not a complete data set: it has no {MANIFEST_NAME}. Make one with `papilio preprocess` "
+                "or `papilio generate`; a run that was cut off continues when given the same command again"
             )
-        return Manifest.model_validate(found)
+        with path_manager.open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror or error}); give the right to read it") from None
+    try:
+        content = json.loads(data.decode("utf-8"))
+        _check_versions(content, path)
+        _check_checksum(content, path)
+        return Manifest.model_validate(content)
+    except DatasetError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DatasetError(f"{path} is damaged ({key}: {first['msg']}); preprocess the data again") from None
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise DatasetError(f"{path} is damaged ({error}); preprocess the data again") from None
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except RecursionError:
+        raise _damaged(path, "lists or objects nested far too deep") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise _damaged(path, str(error)) from None
+
+
+def _check_versions(content: Any, path: str) -> None:
+    if not isinstance(content, dict):
+        raise _damaged(path, f"it holds a JSON {type(content).__name__}, must be an object")
+    versions = (content.get("format_version"), content.get("transform_version"))
+    if versions[0] not in _READ_VERSIONS or versions[1] != TRANSFORM_VERSION:
+        raise DatasetError(
+            f"{path} has format version {versions[0]!r:.40} and transform version {versions[1]!r:.40}; this Papilio "
+            f"reads {' or '.join(map(str, _READ_VERSIONS))} and {TRANSFORM_VERSION}: preprocess the data again, or use "
+            f"the Papilio that wrote it ({content.get('papilio_version', 'unknown version')!s:.40})"
+        )
+
+
+def _check_checksum(content: dict[str, Any], path: str) -> None:
+    """Take the checksum out of `content` and compare it."""
+    written = content.pop(_CHECKSUM, None)
+    if content["format_version"] == 1 and written is None:
+        return
+    if written != _checksum(content):
+        raise _damaged(
+            path,
+            "its checksum differs: a value was changed after it was written; restore it from a copy if there is one",
+        )
+
+
+def _damaged(path: str, what: str) -> DatasetError:
+    return DatasetError(f"{path} is damaged ({what}); preprocess the data again")

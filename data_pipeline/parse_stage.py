@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.array_file import ArrayFile, write_arrays
 from data_pipeline.bad_rows import BadRow, BadRows, PreprocessError
-from data_pipeline.byte_blocks import Block, load_block, read_blocks
+from data_pipeline.byte_blocks import Block, input_crc32, load_block, read_block, read_blocks
+from data_pipeline.column_signs import ColumnSigns, signs_of
 from data_pipeline.criteo import parse_criteo
 from data_pipeline.manifest import DenseStats
 from data_pipeline.paths import path_manager
@@ -29,6 +31,9 @@ from data_pipeline.table_source import (
 )
 from data_pipeline.transforms import binary_buffers
 from data_pipeline.work_pool import WorkPool
+
+# A bag's ids may take two characters each: four times as many values in a block as a table of single ids has.
+_PARTS_WITH_BAGS = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Parsed:
 
     num_dense: int
     num_files: int
+    signs: ColumnSigns
     chunk_rows: list[int] = field(default_factory=list)
+    input_crc32: int = 0
     rows_per_file: list[int] = field(init=False)
     num_missing: NDArray[np.int64] = field(init=False)
     sums: NDArray[np.float64] = field(init=False)
@@ -63,7 +70,9 @@ class Parsed:
     def add(self, file_index: int, meta: dict[str, Any]) -> None:
         """Count a chunk in, in input order (the sums are of floats)."""
         self.chunk_rows.append(meta["num_rows"])
+        self.input_crc32 = joined_crc32(self.input_crc32, meta["input_crc32"])
         self.rows_per_file[file_index] += meta["num_rows"]
+        self.signs.add(meta["signs"])
         self.num_missing += np.array(meta["num_missing"], np.int64)
         if meta["num_rows"]:
             self.sums += np.array(meta["sums"])
@@ -117,11 +126,42 @@ def list_tasks(inputs: tuple[str, ...], source: str, schema: Schema, stage: Stag
     """Yield the blocks of all inputs in order, without the bytes of those already staged."""
     chunk = 0
     for file_index, path in enumerate(inputs):
-        for offset, num_bytes, data, header in blocks_of(path, source, schema):
+        for offset, num_bytes, data, header, crc32 in checksummed_blocks(path, source, schema):
             held = None if os.path.exists(stage.chunk_path(chunk)) else data
-            block = Block(chunk, file_index, offset, num_bytes, held, header)
+            block = Block(chunk, file_index, offset, num_bytes, held, header, crc32)
             yield ParseTask(block, path, source, schema, stage)
             chunk += 1
+
+
+def checksummed_blocks(
+    path: str, source: str, schema: Schema
+) -> Iterator[tuple[int, int, bytes | None, tuple[str, ...] | None, int | None]]:
+    """Yield `blocks_of` an input with a checksum of what they come from: its text, or the whole of a Parquet file.
+
+    (A batch decoded from Parquet need not have the same bytes twice: those under nulls are left as they come.)
+    Raises as `blocks_of`.
+    """
+    is_parquet = source == "table" and delimiter_of(path) is None
+    whole = input_crc32(path) if is_parquet else None
+    for offset, num_bytes, data, header in blocks_of(path, source, schema):
+        crc32 = whole if is_parquet or data is None else zlib.crc32(data)
+        yield offset, num_bytes, data, header, crc32
+
+
+def content_crc32(inputs: tuple[str, ...], source: str, schema: Schema, progress: Progress) -> int:
+    """Return what `Parsed.input_crc32` would be, without parsing. Raises as `blocks_of`."""
+    joined = 0
+    for file_index, path in enumerate(inputs):
+        for offset, num_bytes, _, _, crc32 in checksummed_blocks(path, source, schema):
+            block = Block(0, file_index, offset, num_bytes, crc32=crc32)
+            joined = joined_crc32(joined, _crc32_of(block, path))
+            progress.advance(num_bytes)
+    return joined
+
+
+def joined_crc32(joined: int, crc32: int) -> int:
+    """Add one block's checksum to that of all blocks before it."""
+    return zlib.crc32(crc32.to_bytes(4, "little"), joined)
 
 
 def blocks_of(
@@ -137,7 +177,8 @@ def blocks_of(
             yield first_row, len(batch), batch, None
         return
     header = None
-    for offset, num_bytes, data in read_blocks(path):
+    has_bags = any(column.multi_hot for column in schema.categorical)
+    for offset, num_bytes, data in read_blocks(path, part=_PARTS_WITH_BAGS if has_bags else 1):
         if source == "table" and offset == 0:
             header = parse_header(_first_line(path, data), path, schema, needs_label=needs_label)
         yield offset, num_bytes, data, header
@@ -151,18 +192,39 @@ def _first_line(path: str, data: bytes | None) -> bytes:
 
 
 def parse_block(task: ParseTask) -> dict[str, Any]:
-    """Parse and stage one block, unless it is staged; return its counts."""
+    """Parse and stage one block, unless it is staged; return its counts.
+
+    Raises:
+        PreprocessError: it cannot be parsed, or is staged but the input is another one by now.
+    """
     path = task.stage.chunk_path(task.block.index)
     if os.path.exists(path):
-        with ArrayFile(path) as file:
-            return dict(file.meta)
+        return _staged(task, path)
     try:
-        chunk = parse_rows(task.block, task.path, task.source, task.schema)
+        data = read_block(task.block, task.path)
+        block = replace(task.block, data=data)
+        chunk = parse_rows(block, task.path, task.source, task.schema)
     except PreprocessError as error:
         raise PreprocessError(f"{task.path}, near byte {task.block.offset}: {error}") from None
-    meta = _meta_of(chunk)
+    meta = _meta_of(chunk) | {"input_crc32": _crc32_of(block, task.path)}
     write_arrays(path, _arrays_of(chunk), meta)
     return meta
+
+
+def _staged(task: ParseTask, path: str) -> dict[str, Any]:
+    with ArrayFile(path) as file:
+        meta = dict(file.meta)
+    if meta["input_crc32"] != _crc32_of(task.block, task.path):
+        raise PreprocessError(
+            f"input {task.path} is not the one that this work was begun with: its content differs near byte "
+            f"{task.block.offset:,}. Put the first one back to continue, or delete {task.stage.folder} to start afresh "
+            "with this one"
+        )
+    return meta
+
+
+def _crc32_of(block: Block, path: str) -> int:
+    return zlib.crc32(read_block(block, path)) if block.crc32 is None else block.crc32
 
 
 def parse_rows(block: Block, path: str, source: str, schema: Schema) -> RawChunk:
@@ -187,6 +249,7 @@ def _meta_of(chunk: RawChunk) -> dict[str, Any]:
     return {
         "num_rows": len(chunk.labels),
         "num_lines": chunk.num_lines,
+        "signs": signs_of(chunk),
         "num_missing": chunk.num_missing.tolist(),
         "sums": [dense.sum(axis=0).tolist(), np.square(dense).sum(axis=0).tolist()],
         "extremes": [dense.min(axis=0).tolist(), dense.max(axis=0).tolist()] if len(dense) else [],

@@ -19,21 +19,24 @@ from typing import Any
 
 from data_pipeline.bad_rows import BadRows, PreprocessError
 from data_pipeline.byte_blocks import input_num_bytes
+from data_pipeline.column_signs import ColumnSigns
+from data_pipeline.data_warnings import Found, find_warnings
 from data_pipeline.manifest import (
     MANIFEST_NAME,
     SPLITS,
     CategoricalStats,
+    DatasetError,
     Manifest,
     ShardInfo,
     SplitInfo,
     read_manifest,
     write_manifest,
 )
-from data_pipeline.parse_stage import Parsed, list_tasks, parse_inputs
+from data_pipeline.parse_stage import Parsed, content_crc32, list_tasks, parse_inputs
 from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.progress import Progress
 from data_pipeline.schema import CategoricalColumn, Schema, criteo_schema, load_schema
-from data_pipeline.shard_stage import ShardJob, list_shards, write_split_shard
+from data_pipeline.shard_stage import SHARD_BYTES, ShardJob, fixed_row_bytes, list_shards, write_split_shard
 from data_pipeline.splits import SplitRule, make_split_rule
 from data_pipeline.stage import STAGE_NAME, Stage, open_stage
 from data_pipeline.table_source import delimiter_of
@@ -61,7 +64,7 @@ def preprocess(options: PreprocessOptions) -> Manifest:
     """
     schema = resolve_schema(options)
     request = _describe_request(options, schema)
-    if (finished := _finished(options.output, request)) is not None:
+    if (finished := _finished(options, request, schema)) is not None:
         return finished
     os.makedirs(options.output, exist_ok=True)
     stage = open_stage(options.output, request)
@@ -73,15 +76,17 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         stats = _build_columns(job, parsed, rule)
         splits = _write_shards(job, parsed, rule)
     bad_rows.write(options.output)
+    dense_stats = parsed.dense_stats(schema)
     manifest = Manifest(
         papilio_version=papilio_version(),
         data_schema=schema,
         split_rule=rule.words,
         splits=splits,
-        dense_stats=parsed.dense_stats(schema),
+        dense_stats=dense_stats,
         categorical_stats=stats,
-        source=_source(request),
+        source=_source(request) | {"input_crc32": parsed.input_crc32},
         num_bad_rows=len(bad_rows),
+        warnings=find_warnings(Found(schema, rule.words, splits, dense_stats, stats, parsed.signs)),
     )
     write_manifest(manifest, options.output)
     stage.remove()
@@ -128,15 +133,27 @@ def _describe_request(options: PreprocessOptions, schema: Schema) -> dict[str, A
     return request
 
 
-def _finished(output: str, request: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a data set that this very request made; refuse any other."""
+def _finished(options: PreprocessOptions, request: dict[str, Any], schema: Schema) -> Manifest | None:
+    """Return the manifest of a data set that this very request made of the same inputs; refuse any other."""
+    output = options.output
     if not os.path.exists(os.path.join(output, MANIFEST_NAME)):
         return None
-    manifest = read_manifest(output)
+    try:
+        manifest = read_manifest(output)
+    except DatasetError as error:
+        raise PreprocessError(f"{error} (first delete {output}, or choose another --output)") from None
     if manifest.source.get("request_crc32") != _source(request)["request_crc32"]:
         raise PreprocessError(
             f"{output} holds a data set made with other options or inputs; choose another --output, or delete it"
         )
+    if "input_crc32" in manifest.source:
+        with Progress("comparing inputs", None, "B", is_shown=options.show_progress, is_kept=False) as progress:
+            found = content_crc32(options.inputs, options.source, schema, progress)
+        if found != manifest.source["input_crc32"]:
+            raise PreprocessError(
+                f"{output} holds a data set made of other content of the same inputs; choose another --output, or "
+                "delete it"
+            )
     Stage(os.path.join(output, STAGE_NAME)).remove()
     _logger.info("%s is complete already", output)
     return manifest
@@ -155,20 +172,35 @@ def _parse(job: _Job, bad_rows: BadRows, input_sizes: list[int]) -> Parsed:
     inputs = job.options.inputs
     is_size_known = min(input_sizes) > 0 and not any(path.endswith((".gz", ".zst", ".parquet")) for path in inputs)
     total = sum(input_sizes) if is_size_known else None
-    parsed = Parsed(len(job.schema.dense), len(inputs))
+    signs = ColumnSigns(len(job.schema.dense), len(job.schema.categorical))
+    parsed = Parsed(len(job.schema.dense), len(inputs), signs)
+    before = [_state_of(path) for path in inputs]
     with Progress("reading", total, "B", is_shown=job.options.show_progress) as progress:
         parse_inputs(
             list_tasks(inputs, job.options.source, job.schema, job.stage), parsed, bad_rows, job.pool, progress
         )
-    for path, num_rows in zip(inputs, parsed.rows_per_file, strict=True):
+    for path, num_rows, state in zip(inputs, parsed.rows_per_file, before, strict=True):
+        if _state_of(path) != state:
+            raise PreprocessError(
+                f"input {path} was changed while it was read; delete {job.stage.folder} and give the same command "
+                "again when it is whole"
+            )
         if num_rows == 0:
             raise PreprocessError(f"input {path} holds no usable row; correct it, or leave it out")
     return parsed
 
 
+def _state_of(path: str) -> tuple[int, ...]:
+    """What changes when a local file is written or replaced."""
+    if not os.path.isfile(path):
+        return ()
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _build_columns(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, CategoricalStats]:
     tasks = [
-        ColumnTask(number, column, job.stage, job.options.output, parsed.chunk_rows, rule)
+        ColumnTask(number, column, job.stage, job.options.output, parsed.chunk_rows, rule, parsed.input_crc32)
         for number, column in enumerate(job.schema.categorical)
     ]
     most_keys = max(min(column.max_ids, sum(parsed.chunk_rows)) for column in job.schema.categorical)
@@ -183,11 +215,12 @@ def _build_columns(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, Cate
 
 
 def _write_shards(job: _Job, parsed: Parsed, rule: SplitRule) -> dict[str, SplitInfo]:
-    shard_bytes = job.options.rows_per_shard * (1 + 4 * len(job.schema.dense) + 4 * len(job.schema.categorical))
+    shard_bytes = job.options.rows_per_shard * fixed_row_bytes(job.schema)
+    if shard_bytes > SHARD_BYTES or any(column.multi_hot for column in job.schema.categorical):
+        shard_bytes = SHARD_BYTES
     max_workers = max(1, _SHARED_BYTES // (2 * shard_bytes))
-    tasks = list_shards(
-        parsed.chunk_rows, job.options.rows_per_shard, ShardJob(job.schema, rule, job.stage, job.options.output)
-    )
+    shard_job = ShardJob(job.schema, rule, job.stage, job.options.output, parsed.input_crc32)
+    tasks = list_shards(parsed.chunk_rows, job.options.rows_per_shard, shard_job)
     shards: dict[str, list[ShardInfo]] = {name: [] for name in SPLITS}
     positives = dict.fromkeys(SPLITS, 0)
     with Progress("writing", sum(parsed.chunk_rows), "rows", is_shown=job.options.show_progress) as progress:

@@ -37,6 +37,7 @@ class PreprocessOptions(BaseModel):
     max_ids: int | None = Field(
         None,
         ge=1,
+        le=2**31 - 1 - NUM_RESERVED_IDS,
         description="Ids kept in a vocabulary at most, the most frequent; replaces the schema's (40 million).",
     )
     split: Literal["days", "fraction", "random"] = Field(
@@ -53,7 +54,11 @@ class PreprocessOptions(BaseModel):
         None, ge=1, description=f"Processes; by default one a core, at most {DEFAULT_MAX_WORKERS} to bound memory."
     )
     rows_per_shard: int = Field(
-        262_144, ge=ROWS_ALIGNMENT, multiple_of=ROWS_ALIGNMENT, description="Rows of each shard but a split's last."
+        262_144,
+        ge=ROWS_ALIGNMENT,
+        multiple_of=ROWS_ALIGNMENT,
+        description="Rows of each shard but a split's last; fewer where rows "
+        "are so long that a shard would pass 128 MiB.",
     )
     show_progress: bool = Field(True, description="Progress bar on a terminal, a line now and then in a log.")
 
@@ -63,7 +68,7 @@ class PreprocessOptions(BaseModel):
             raise ValueError("a table needs schema_path, the TOML file that names its columns")
         if self.source == "criteo" and self.schema_path is not None:
             raise ValueError("a Criteo file has a fixed schema; leave schema_path out, or use source = 'table'")
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-9:
+        if not (min(self.fractions) >= 0 and abs(sum(self.fractions) - 1) <= 1e-9):  # also false of NaN
             raise ValueError(f"fractions must be three shares that add up to 1, not {self.fractions}")
         return self
 

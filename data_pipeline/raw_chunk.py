@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from data_pipeline.transforms import hash_binary, hash_integers
 class RawChunk:
     """Rows in input order: `labels` [N] uint8, `dense` [N, I] float32 transformed, a `ColumnCodes` a feature.
 
+    `num_clipped` [I] counts dense values below what the transform tells apart.
     `num_missing` [I] counts empty dense fields; `bad_rows` have lines numbered from 1 within the block, whose lines
     (malformed ones included) are `num_lines`.
     """
@@ -29,6 +30,7 @@ class RawChunk:
     num_missing: NDArray[np.int64]
     columns: tuple[ColumnCodes, ...]
     bad_rows: tuple[BadRow, ...]
+    num_clipped: NDArray[np.int64]
 
 
 def encode_numbers(values: NDArray[Any], missing: NDArray[np.bool_] | None, column: CategoricalColumn) -> ColumnCodes:
@@ -53,4 +55,4 @@ def encode_strings(values: pa.Array, column: CategoricalColumn) -> ColumnCodes:
         return encoded
     num_keys = len(encoded.keys)
     rows = np.append(hash_binary(encoded.keys, column.num_buckets or 0), np.uint64(0))
-    return encode_uint32(rows[encoded.codes], encoded.codes == num_keys)
+    return replace(encode_uint32(rows[encoded.codes], encoded.codes == num_keys), texts=encoded)

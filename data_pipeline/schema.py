@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.toml_model import TomlError, explain, read_toml
 
 # Bumped when any transform or id rule below changes its result; a package or a data set says which one it holds.
 TRANSFORM_VERSION = 1
@@ -19,6 +22,8 @@ NUM_RESERVED_IDS = 2
 DenseTransform = Literal["log1p", "identity"]
 Encoding = Literal["vocabulary", "hash", "identity"]
 ValueKind = Literal["hex", "string", "integer"]
+# A file's name has 255 bytes at most, of which a suffix takes some.
+_MAX_NAME_BYTES = 220
 
 
 class SchemaError(ValueError):
@@ -94,15 +99,35 @@ def load_schema(path: str | Path) -> Schema:
         SchemaError: the file is missing, is not TOML, or has a wrong key or value (the message names it).
     """
     try:
-        with open(path, "rb") as file:
-            return Schema.model_validate(tomllib.load(file))
-    except FileNotFoundError:
-        raise SchemaError(f"schema file {path} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SchemaError(f"schema file {path} is not TOML: {error}") from None
+        tree = read_toml(path)
+    except TomlError as error:
+        raise SchemaError(f"schema file {path} {error}") from None
+    try:
+        schema = Schema.model_validate(tree)
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc'])) or 'schema'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
-        raise SchemaError(f"schema file {path}: " + "; ".join(lines)) from None
+        raise SchemaError(f"schema file {path}: {explain(error, Schema, tree)}") from None
+    for key, names in (
+        ("label", [schema.label]),
+        ("dense", schema.dense_names),
+        ("categorical", schema.categorical_names),
+    ):
+        for name in names:
+            if fault := _name_fault(name):
+                raise SchemaError(
+                    f"schema file {path}: {key} column {name[:40]!r}: {fault}; rename it in the table, too"
+                )
+    return schema
+
+
+def _name_fault(name: str) -> str | None:
+    """What keeps a name from being part of the names of tables and files; dots, slashes and blanks do not."""
+    if not name:
+        return "the name is empty"
+    if any(unicodedata.category(character) in {"Cc", "Cs"} for character in name):
+        return "the name holds a control character"
+    if len(quote(name)) > _MAX_NAME_BYTES:
+        return f"the name is too long: {len(quote(name))} bytes when quoted for a file, at most {_MAX_NAME_BYTES}"
+    return None
 
 
 def criteo_schema(*, frequency_threshold: int = 1, num_buckets: int | None = None) -> Schema:

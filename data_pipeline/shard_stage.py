@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.array_file import ArrayFile
+from data_pipeline.array_file import ArrayFile, write_arrays
+from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.manifest import SPLITS, ShardInfo
 from data_pipeline.schema import Schema
-from data_pipeline.shards import Bags, Columns, write_shard
+from data_pipeline.shards import Bags, Columns, file_crc32, write_shard
 from data_pipeline.splits import NUM_SPLITS, SplitRule
-from data_pipeline.stage import Stage, read_json, write_json
+from data_pipeline.stage import Stage
+
+# About: a shard is put together in memory, twice over for bags.
+SHARD_BYTES = 128 << 20
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class ShardJob:
     rule: SplitRule
     stage: Stage
     output: str
+    input_crc32: int
 
 
 @dataclass(frozen=True)
@@ -59,49 +66,117 @@ class WrittenShard:
 
 
 def list_shards(chunk_rows: list[int], rows_per_shard: int, job: ShardJob) -> Iterator[ShardTask]:
-    """Yield all shards; where they are cut depends on the rows alone, not on the chunks."""
-    pieces: list[list[Piece]] = [[] for _ in range(NUM_SPLITS)]
-    room = [rows_per_shard] * NUM_SPLITS
-    numbers = [0] * NUM_SPLITS
+    """Yield all shards, of at most `rows_per_shard` rows and SHARD_BYTES bytes, or of one row.
+
+    Where they are cut depends on the rows alone, not on the chunks.
+    """
+    begun = [_BegunShard(split, rows_per_shard, job) for split in range(NUM_SPLITS)]
     first_row = 0
     for chunk, num_rows in enumerate(chunk_rows):
-        for split, available in enumerate(_rows_per_split(job.rule, first_row, num_rows)):
+        row_bytes = _row_bytes(chunk, num_rows, job)
+        for shard, row_ends in zip(begun, _row_ends_per_split(job.rule, first_row, row_bytes), strict=True):
             start = 0
-            while start < available:
-                stop = min(available, start + room[split])
-                pieces[split].append(Piece(chunk, first_row, num_rows, start, stop))
-                room[split] -= stop - start
+            while start < len(row_ends) - 1:
+                stop = start + shard.num_rows_that_fit(row_ends[start:])
+                if stop > start:
+                    num_bytes = int(row_ends[stop] - row_ends[start])
+                    shard.add(Piece(chunk, first_row, num_rows, start, stop), num_bytes)
+                if stop < len(row_ends) - 1 or shard.is_full:
+                    yield shard.finish()
                 start = stop
-                if room[split] == 0:
-                    yield ShardTask(split, numbers[split], tuple(pieces[split]), job)
-                    pieces[split], room[split] = [], rows_per_shard
-                    numbers[split] += 1
         first_row += num_rows
+    for shard in begun:
+        if shard.num_rows:
+            yield shard.finish()
+
+
+class _BegunShard:
+    """The next shard of a split while its rows are found."""
+
+    def __init__(self, split: int, rows_per_shard: int, job: ShardJob) -> None:
+        self._split, self._rows_per_shard, self._job = split, rows_per_shard, job
+        self._number = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.num_rows, self._num_bytes = 0, 0
+        self._pieces: list[Piece] = []
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_rows == self._rows_per_shard
+
+    def num_rows_that_fit(self, row_ends: NDArray[np.int64]) -> int:
+        """How many of the rows that begin and end at these bytes; at least one if there is none yet."""
+        most = min(len(row_ends) - 1, self._rows_per_shard - self.num_rows)
+        room = row_ends[0] + max(SHARD_BYTES - self._num_bytes, 0)
+        return max(min(most, int(np.searchsorted(row_ends, room, side="right")) - 1), int(self.num_rows == 0))
+
+    def add(self, piece: Piece, num_bytes: int) -> None:
+        self._pieces.append(piece)
+        self.num_rows += piece.stop - piece.start
+        self._num_bytes += num_bytes
+
+    def finish(self) -> ShardTask:
+        task = ShardTask(self._split, self._number, tuple(self._pieces), self._job)
+        self._number += 1
+        self._begin()
+        return task
+
+
+def _row_bytes(chunk: int, num_rows: int, job: ShardJob) -> NDArray[np.int64]:
+    """Bytes of each row of a chunk in a shard."""
+    row_bytes = np.full(num_rows, fixed_row_bytes(job.schema), np.int64)
+    numbers = [number for number, column in enumerate(job.schema.categorical) if column.multi_hot]
+    if numbers:
+        with ArrayFile(job.stage.chunk_path(chunk)) as file:
+            for number in numbers:
+                row_bytes += _ID_BYTES * file.read(f"lengths_{number}").astype(np.int64)
+    return row_bytes
+
+
+def fixed_row_bytes(schema: Schema) -> int:
+    """Bytes of a row without the ids of its bags: label, dense values, an id or an offset a feature."""
+    return 1 + _ID_BYTES * (len(schema.dense) + len(schema.categorical))
+
+
+def _row_ends_per_split(rule: SplitRule, first_row: int, row_bytes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Of each split's rows in a chunk, one after the other: where each begins in bytes, and the end of the last."""
+    only = rule.contiguous_split(first_row, len(row_bytes))
+    splits = None if only is not None else rule.split_of(first_row, len(row_bytes))
     for split in range(NUM_SPLITS):
-        if pieces[split]:
-            yield ShardTask(split, numbers[split], tuple(pieces[split]), job)
-
-
-def _rows_per_split(rule: SplitRule, first_row: int, num_rows: int) -> list[int]:
-    only = rule.contiguous_split(first_row, num_rows)
-    if only is not None:
-        return [num_rows if split == only else 0 for split in range(NUM_SPLITS)]
-    counts: list[int] = np.bincount(rule.split_of(first_row, num_rows), minlength=NUM_SPLITS).tolist()
-    return counts
+        if splits is None:
+            chosen = row_bytes if split == only else row_bytes[:0]
+        else:
+            chosen = row_bytes[splits == split]
+        yield np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])
 
 
 def write_split_shard(task: ShardTask) -> WrittenShard:
     """Write one shard, unless it is there."""
     done_path = task.job.stage.shard_path(task.split, task.number)
-    if os.path.exists(done_path):
-        entry = read_json(done_path)
-        return WrittenShard(task.split, ShardInfo.model_validate(entry["info"]), entry["num_positives"])
+    if (done := _done(task, done_path)) is not None:
+        return done
     columns = _gather(task)
     file = f"{SPLITS[task.split]}/{task.number:05d}.arrow"
     info = write_shard(columns, task.job.schema, task.job.output, file)
     num_positives = int(columns.labels.sum(dtype=np.int64))
-    write_json(done_path, {"info": info.model_dump(), "num_positives": num_positives})
+    meta = {"input_crc32": task.job.input_crc32, "info": info.model_dump(), "num_positives": num_positives}
+    write_arrays(done_path, {}, meta)
     return WrittenShard(task.split, info, num_positives)
+
+
+def _done(task: ShardTask, path: str) -> WrittenShard | None:
+    """Return a finished shard of the same input, if its file is still whole."""
+    if not os.path.exists(path):
+        return None
+    with ArrayFile(path) as file:
+        info = ShardInfo.model_validate(file.meta["info"])
+        is_same = file.meta["input_crc32"] == task.job.input_crc32
+        written = WrittenShard(task.split, info, file.meta["num_positives"])
+    shard = os.path.join(task.job.output, info.file)
+    is_same = is_same and os.path.isfile(shard) and file_crc32(shard) == info.crc32
+    return written if is_same else None
 
 
 def _gather(task: ShardTask) -> Columns:
@@ -136,8 +211,10 @@ class _ColumnGatherer:
     def __init__(self, task: ShardTask, number: int, num_rows: int) -> None:
         self._number = number
         self._ids_path = task.job.stage.ids_path(number)
-        with ArrayFile(task.job.stage.column_path(number)) as file:
+        self._column_path = task.job.stage.column_path(number)
+        with ArrayFile(self._column_path) as file:
             self._offsets: NDArray[np.int64] = file.read("offsets")
+            self._checksums: NDArray[np.uint32] = file.read("checksums")
         self._is_multi_hot = task.job.schema.categorical[number].multi_hot
         self._ids = np.empty(0 if self._is_multi_hot else num_rows, np.int32)
         self._parts: list[NDArray[np.int32]] = []
@@ -146,6 +223,11 @@ class _ColumnGatherer:
     def add(self, file: ArrayFile, chunk: int, rows: slice | NDArray[np.int64], start: int, stop: int) -> None:
         begin, end = int(self._offsets[chunk]), int(self._offsets[chunk + 1])
         table = np.fromfile(self._ids_path, np.int32, end - begin, offset=begin * 4)
+        if zlib.crc32(table.data.cast("B")) != self._checksums[chunk]:
+            raise PreprocessError(
+                f"work in progress is damaged: {self._ids_path} is not as it was written (its checksum differs); "
+                f"delete {self._column_path} and give the same command again, which makes both anew"
+            )
         codes = file.read(f"codes_{self._number}")
         if not self._is_multi_hot:
             # The codes are below the table's length by construction; clip only spares the check.

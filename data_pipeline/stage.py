@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from data_pipeline.array_file import ArrayFile
 from data_pipeline.bad_rows import PreprocessError
+from data_pipeline.schema import TRANSFORM_VERSION
 from data_pipeline.transforms import binary_array
 from data_pipeline.vocabulary import VOCABULARY_FOLDER
 
+# Bumped when a staged file changes its form: work begun by another Papilio is refused.
+STAGE_VERSION = 2
 STAGE_NAME = ".preprocess_in_progress"
 _REQUEST_NAME = "request.json"
 
@@ -41,7 +44,7 @@ class Stage:
 
     def shard_path(self, split: int, number: int) -> str:
         """The manifest's entry of a finished shard."""
-        return os.path.join(self.folder, f"shard_{split}_{number:07d}.json")
+        return os.path.join(self.folder, f"shard_{split}_{number:07d}")
 
     def scratch_path(self, column: int) -> str:
         """Space for a column in work."""
@@ -61,9 +64,9 @@ def open_stage(output: str, request: dict[str, Any]) -> Stage:
     stage = Stage(os.path.join(output, STAGE_NAME))
     os.makedirs(stage.folder, exist_ok=True)
     path = os.path.join(stage.folder, _REQUEST_NAME)
+    request = request | {"stage_version": STAGE_VERSION, "transform_version": TRANSFORM_VERSION}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            _check_same(json.load(file), json.loads(json.dumps(request)), output, stage.folder)
+        _check_same(_read_request(path, stage.folder), json.loads(json.dumps(request)), output, stage.folder)
     else:
         write_json(path, request)
     for folder in (stage.folder, os.path.join(output, VOCABULARY_FOLDER)):
@@ -71,6 +74,19 @@ def open_stage(output: str, request: dict[str, Any]) -> Stage:
             if name.endswith(".tmp"):
                 os.remove(os.path.join(folder, name))
     return stage
+
+
+def _read_request(path: str, folder: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            started = json.load(file)
+        if not isinstance(started, dict):
+            raise ValueError(f"it holds a JSON {type(started).__name__}")
+        return started
+    except (OSError, ValueError, RecursionError) as error:
+        raise PreprocessError(
+            f"work in progress is damaged: {path} ({error}); delete {folder} to start afresh"
+        ) from None
 
 
 def _check_same(started: dict[str, Any], wanted: dict[str, Any], output: str, folder: str) -> None:
@@ -89,12 +105,6 @@ def write_json(path: str, value: Any) -> None:
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file)
     os.replace(temporary, path)
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def read_keys(file: ArrayFile, column: int) -> NDArray[Any] | pa.Array:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.column_codes import ColumnCodes
 from data_pipeline.raw_chunk import encode_numbers, encode_strings
 from data_pipeline.schema import CategoricalColumn, DenseColumn
-from data_pipeline.transforms import transform_dense
+from data_pipeline.transforms import count_clipped, transform_dense
 
 _MAX_HEX_DIGITS = 8
 _HEX_PATTERN = "^[0-9a-fA-F]{1,8}$"
@@ -51,14 +51,15 @@ def labels_of(array: pa.Array, name: str, faults: Faults) -> NDArray[np.uint8]:
     return labels
 
 
-def dense_values(array: pa.Array, column: DenseColumn, faults: Faults) -> tuple[NDArray[np.float32], int]:
-    """Read and transform numbers; empty, null and NaN are missing. Returns them and how many are missing."""
+def dense_values(array: pa.Array, column: DenseColumn, faults: Faults) -> tuple[NDArray[np.float32], int, int]:
+    """Read and transform numbers; empty, null and NaN are missing. Returns them, how many are missing, clipped."""
     place = _Place(faults, column.name, np.arange(len(array)))
     values, missing = _numbers(array, pa.float64(), "a number", place)
     missing |= np.isnan(values)
     infinite = np.flatnonzero(np.isinf(values))
     place.refuse(infinite, ["infinite, must be a finite number"] * len(infinite))
-    return transform_dense(values, missing, column), int(np.count_nonzero(missing))
+    num_clipped = int(count_clipped(values, column.transform))
+    return transform_dense(values, missing, column), int(np.count_nonzero(missing)), num_clipped
 
 
 def categorical_codes(array: pa.Array, column: CategoricalColumn, faults: Faults) -> ColumnCodes:

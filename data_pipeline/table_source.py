@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.bad_rows import BadRow, PreprocessError
 from data_pipeline.byte_blocks import PADDING_BYTES, strip_compression
+from data_pipeline.parquet_batches import read_batches
 from data_pipeline.paths import path_manager
 from data_pipeline.raw_chunk import RawChunk
 from data_pipeline.schema import CategoricalColumn, Schema
 from data_pipeline.table_columns import Faults, categorical_codes, dense_values, labels_of
 
-PARQUET_BATCH_ROWS = 1 << 15
+_PARQUET_BUFFER_BYTES = 1 << 20
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 
 
@@ -80,11 +81,12 @@ def read_parquet_batches(path: str, schema: Schema, *, needs_label: bool = True)
     wanted = [schema.label, *schema.dense_names, *schema.categorical_names]
     try:
         with path_manager.open(path, "rb") as file:
-            parquet = pyarrow.parquet.ParquetFile(file)
+            # Buffered: else the whole of a row group's columns is read at once.
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES)
             _check_names(parquet.schema_arrow.names, path, schema, needs_label=needs_label)
             wanted = [name for name in wanted if name in parquet.schema_arrow.names]
             first_row = 0
-            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+            for batch in read_batches(parquet, wanted):
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, batch.schema) as writer:
                     writer.write_batch(batch)
@@ -194,16 +196,16 @@ def _convert(rows: _Rows, schema: Schema) -> RawChunk:
     if schema.label in rows.arrays:  # rows to be scored need none
         labels = labels_of(rows.arrays[schema.label], schema.label, faults)
     dense = np.empty((len(labels), len(schema.dense)), np.float32)
-    num_missing = np.zeros(len(schema.dense), np.int64)
+    num_missing, num_clipped = np.zeros((2, len(schema.dense)), np.int64)
     for i, column in enumerate(schema.dense):
-        dense[:, i], num_missing[i] = dense_values(rows.arrays[column.name], column, faults)
+        dense[:, i], num_missing[i], num_clipped[i] = dense_values(rows.arrays[column.name], column, faults)
     columns = [
         categorical_codes(rows.arrays[c.name], _checked(c, rows.arrays[c.name]), faults) for c in schema.categorical
     ]
     if faults.first_of_row:
         return _convert(rows.without(faults), schema)
     bad_rows = tuple(sorted(rows.bad_rows, key=lambda row: row.line))
-    return RawChunk(rows.num_lines, labels, dense, num_missing, tuple(columns), bad_rows)
+    return RawChunk(rows.num_lines, labels, dense, num_missing, tuple(columns), bad_rows, num_clipped)
 
 
 def _checked(column: CategoricalColumn, array: pa.Array) -> CategoricalColumn:

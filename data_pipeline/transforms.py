@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.mixing import mix64
-from data_pipeline.schema import NUM_RESERVED_IDS, DenseColumn
+from data_pipeline.schema import NUM_RESERVED_IDS, DenseColumn, DenseTransform
 
 # FNV-1a, 64 bits (Fowler, Noll, Vo).
 _FNV_OFFSET = 0xCBF29CE484222325
@@ -29,6 +29,12 @@ def transform_dense(
         result = values.astype(np.float32)
     result[missing] = np.float32(column.missing_value)
     return result
+
+
+def count_clipped(values: NDArray[np.float64], transform: DenseTransform) -> Any:
+    """Count the values [N] or [N, I] that `transform_dense` makes one and the same: those below 0, with log1p."""
+    is_clipped = values < 0 if transform == "log1p" else np.zeros(values.shape, np.bool_)
+    return is_clipped.sum(axis=0, dtype=np.int64)
 
 
 def hash_integers(keys: NDArray[Any], num_buckets: int) -> NDArray[np.uint64]:

@@ -82,7 +82,7 @@ def _probes(keys: pa.Array) -> NDArray[np.uint64]:
 
 def vocabulary_file(feature: str, kind: ValueKind) -> str:
     """File of a feature's vocabulary, relative to the data set's folder."""
-    safe_name = feature.replace("/", "%2F")
+    safe_name = feature.replace("%", "%25").replace("/", "%2F")
     return f"{VOCABULARY_FOLDER}/{safe_name}.{'arrow' if kind == 'string' else 'npy'}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_pipeline.id_mapper import IdMapper
 from data_pipeline.key_runs import KeyRuns
 from data_pipeline.manifest import CategoricalStats
 from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn
+from data_pipeline.shards import file_crc32
 from data_pipeline.splits import SplitRule
 from data_pipeline.stage import Stage
 from data_pipeline.vocabulary import Vocabulary, save_vocabulary, vocabulary_file
@@ -37,22 +39,36 @@ class ColumnTask:
     output: str
     chunk_rows: list[int]
     rule: SplitRule
+    input_crc32: int
 
 
 def build_column(task: ColumnTask) -> CategoricalStats:
     """Count, rank and map the ids of a column: writes its vocabulary, each chunk's key-to-id table, its statistics."""
     done_path = task.stage.column_path(task.number)
-    if os.path.exists(done_path):
-        with ArrayFile(done_path) as file:
-            return CategoricalStats.model_validate(file.meta)
+    if (done := _done(task, done_path)) is not None:
+        return done
     with KeyRuns(task.stage, task.number, task.chunk_rows, task.rule) as runs:
         skew = _SkewCounter()
         keys_by_rank = _count_and_rank(task.column, runs, skew)
         vocabulary = Vocabulary(keys_by_rank) if task.column.encoding == "vocabulary" else None
-        num_unknown = _write_ids(task, runs, IdMapper(task.column, vocabulary))
+        num_unknown, checksums = _write_ids(task, runs, IdMapper(task.column, vocabulary))
         stats = _stats(task, runs, vocabulary, skew, num_unknown)
-        write_arrays(done_path, {"offsets": runs.offsets}, stats.model_dump())
+        meta = {"input_crc32": task.input_crc32, "stats": stats.model_dump()}
+        write_arrays(done_path, {"offsets": runs.offsets, "checksums": checksums}, meta)
     return stats
+
+
+def _done(task: ColumnTask, path: str) -> CategoricalStats | None:
+    """Return what was found out of a finished column of the same input, if its vocabulary is still whole."""
+    if not os.path.exists(path):
+        return None
+    with ArrayFile(path) as file:
+        stats = CategoricalStats.model_validate(file.meta["stats"])
+        is_same = file.meta["input_crc32"] == task.input_crc32
+    if stats.vocabulary_file is not None:
+        vocabulary = os.path.join(task.output, stats.vocabulary_file)
+        is_same = is_same and os.path.isfile(vocabulary) and file_crc32(vocabulary) == stats.vocabulary_crc32
+    return stats if is_same else None
 
 
 def _count_and_rank(column: CategoricalColumn, runs: KeyRuns, skew: _SkewCounter) -> NDArray[Any] | pa.Array:
@@ -65,17 +81,19 @@ def _count_and_rank(column: CategoricalColumn, runs: KeyRuns, skew: _SkewCounter
     return ranking.keys_by_rank()
 
 
-def _write_ids(task: ColumnTask, runs: KeyRuns, mapper: IdMapper) -> int:
-    """Write the id of each code of each chunk; return how many values are unknown."""
+def _write_ids(task: ColumnTask, runs: KeyRuns, mapper: IdMapper) -> tuple[int, NDArray[np.uint32]]:
+    """Write the id of each code of each chunk; return how many values are unknown, and a checksum a chunk."""
     path = task.stage.ids_path(task.number)
-    num_unknown = 0
+    num_unknown, checksums = 0, []
     with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
         for keys, counts in runs.keys_of_chunks():
             ids = mapper.ids_of_keys(keys)
             num_unknown += int(counts[:-1][ids == UNKNOWN_ID].sum(dtype=np.int64))
-            file.write(ids.tobytes() + np.int32(MISSING_ID).tobytes())
+            data = ids.tobytes() + np.int32(MISSING_ID).tobytes()
+            checksums.append(zlib.crc32(data))
+            file.write(data)
     os.replace(f"{path}.{os.getpid()}.tmp", path)
-    return num_unknown
+    return num_unknown, np.array(checksums, np.uint32)
 
 
 def _stats(
@@ -89,7 +107,8 @@ def _stats(
         crc32 = save_vocabulary(vocabulary.keys_by_rank, task.output, file)
     num_empty = _num_empty_bags(task) if column.multi_hot else runs.num_missing
     return CategoricalStats(
-        num_embeddings=vocabulary.num_embeddings if vocabulary else column.num_buckets or 0,
+        # A vocabulary without ids has length 0, which is falsy.
+        num_embeddings=column.num_buckets or 0 if vocabulary is None else vocabulary.num_embeddings,
         cardinality=skew.num_distinct,
         missing_rate=num_empty / num_rows,
         unknown_rate=num_unknown / max(runs.num_values, 1),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
 from launch.given_options import build_options, given_options
 from launch.usage import UsageError, require_files
+
+SHOWN_COLUMNS = 80
+MAX_SHOWN_WARNINGS = 12
 
 
 def run_preprocess(namespace: argparse.Namespace) -> int:
@@ -23,7 +30,9 @@ def run_preprocess(namespace: argparse.Namespace) -> int:
     require_files("--schema", [given["schema_path"]] if "schema_path" in given else [])
     options = build_options(PreprocessOptions, given, {"inputs": "--input", "schema_path": "--schema"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(summarize(options.output, preprocess(options)))
+    with _naming_output(options.output):
+        manifest = preprocess(options)
+    print(summarize(options.output, manifest))
     return 0
 
 
@@ -31,8 +40,29 @@ def run_generate(namespace: argparse.Namespace) -> int:
     """Generate a data set."""
     options = build_options(GenerateOptions, given_options(namespace), {"num_rows": "--rows"})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(summarize(options.output, generate(options)))
+    with _naming_output(options.output):
+        manifest = generate(options)
+    print(summarize(options.output, manifest))
     return 0
+
+
+@contextmanager
+def _naming_output(output: str) -> Iterator[None]:
+    """Say in one line what the system refused: most likely to write the output.
+
+    Raises:
+        DatasetError: in place of the system's error.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        path = error.filename or output
+        fix = "give another --output"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some and give the same command again, or another --output"
+        raise DatasetError(f"{path}: {error.strerror or error}; {fix}") from error
 
 
 def summarize(folder: str, manifest: Manifest) -> str:
@@ -45,4 +75,15 @@ def summarize(folder: str, manifest: Manifest) -> str:
         if split.best_auc is not None and split.best_logloss is not None:
             line += f"  best possible AUC {split.best_auc:.4f}, logloss {split.best_logloss:.4f}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warning_lines(folder, manifest.warnings)])
+
+
+def _warning_lines(folder: str, warnings: tuple[str, ...]) -> list[str]:
+    """As many as one reads, broken at SHOWN_COLUMNS; all are in the manifest."""
+    lines: list[str] = []
+    for warning in warnings[:MAX_SHOWN_WARNINGS]:
+        lines += textwrap.wrap(f"warning: {warning}", SHOWN_COLUMNS, subsequent_indent="  ")
+    if len(warnings) > MAX_SHOWN_WARNINGS:
+        rest = f"warning: and {len(warnings) - MAX_SHOWN_WARNINGS:,} more, in {folder}/{MANIFEST_NAME}"
+        lines += textwrap.wrap(rest, SHOWN_COLUMNS, subsequent_indent="  ")
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,8 +18,12 @@ DenseOptimizerName = Literal["sgd", "adagrad", "adam", "adamw"]
 
 
 def table_name(feature: str) -> str:
-    """Name of the table that a feature looks up."""
-    return f"t_{feature}"
+    """Name of the table that a feature looks up.
+
+    A table is a module, whose name may hold no dot: user.id is looked up in t_user%2Eid. No two features share one.
+    """
+    escaped = re.sub("%(?=25|2E)", "%25", feature)
+    return f"t_{escaped.replace('.', '%2E')}"
 
 
 class _Section(BaseModel):

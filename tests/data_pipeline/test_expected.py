@@ -37,10 +37,10 @@ def test_an_unknown_shape_names_the_nearest():
     ("text", "message"),
     [
         ("num_dense = ", "is not TOML"),
-        ("num_dense = 1", "categorical: Field required"),
+        ("num_dense = 1", "columns.toml: categorical is missing; add it"),
         (
             'num_dense = 1\n[[categorical]]\nname = "a"\nnum_embeddings = 1',
-            "categorical.0.num_embeddings: Input should be",
+            r"columns.toml: categorical.0.num_embeddings \(of a\) = 1: Input should be greater than 2$",
         ),
     ],
 )

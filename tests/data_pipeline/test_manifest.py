@@ -63,13 +63,59 @@ def test_other_versions_are_refused_with_both_numbers(tmp_path: Path, key: str) 
     found[key] = 99
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(
-        DatasetError, match=r"version 99.*this Papilio reads 1 and 1.*the Papilio that wrote it \(1\.2\.3"
+        DatasetError, match=r"version 99.*this Papilio reads 1 or 2 and 1.*the Papilio that wrote it \(1\.2\.3"
     ):
         read_manifest(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1, "transform_version": 1, "splits": {}}'])
-def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"manifest\.json is damaged .*preprocess the data again"):
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[]", "it holds a JSON list, must be an object"),
+        (b'{"format_version": 1, "transform_version": 1, "splits": {}}', "papilio_version: Field required"),
+        (b"\xff\xfe{}", "can't decode byte 0xff"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested far too deep"),
+        (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested far too deep"),
+        (b'{"format_version": ' + b"9" * 5_000 + b"}", "Exceeds the limit"),
+    ],
+    ids=["open", "list", "empty", "bytes", "deep list", "deep object", "digits"],
+)
+def test_damaged_manifest_is_refused_in_one_line(tmp_path: Path, data: bytes, what: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(DatasetError, match=r"manifest\.json is damaged .*preprocess the data again") as caught:
+        read_manifest(str(tmp_path))
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_every_changed_bit_of_a_manifest_is_seen_or_changes_no_value(tmp_path: Path) -> None:
+    write_manifest(_manifest(), str(tmp_path))
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert read_manifest(str(tmp_path)) == _manifest(), f"bit {place % 8} of byte {place}"
+        except DatasetError:
+            continue
+    path.write_bytes(whole.replace(b'"num_positives": 2', b'"num_positives": 3'))
+    with pytest.raises(DatasetError, match=r"damaged \(its checksum differs: a value was changed"):
+        read_manifest(str(tmp_path))
+
+
+def test_a_manifest_of_version_1_is_read_and_one_reformatted_too(tmp_path: Path) -> None:
+    old = json.loads(_manifest().model_dump_json(exclude={"warnings"})) | {"format_version": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
+    assert read_manifest(str(tmp_path)).splits == _manifest().splits
+    write_manifest(_manifest(), str(tmp_path))
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(content, sort_keys=True))
+    assert read_manifest(str(tmp_path)) == _manifest()
+
+
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DatasetError, match=r"manifest\.json cannot be read \(Is a directory\)"):
         read_manifest(str(tmp_path))

@@ -109,6 +109,21 @@ def test_several_files_ranges_and_shards_equal_the_oracle(tmp_path, small_pieces
     assert manifest.split_rule.startswith("days: the last file (301 rows) halved in order")
 
 
+def test_columns_without_ids_have_a_table_of_the_two_reserved_rows(tmp_path, small_pieces):
+    """C3 is empty in all rows, C4 in those that train; of C5 every id is rare."""
+    rows = [line.split(b"\t") for line in criteo_lines(420)]
+    for number, row in enumerate(rows):
+        row[16], row[17], row[18] = b"", b"" if number < 360 else b"ab", b"%x" % number
+    lines = [b"\t".join(row) for row in rows]
+    (tmp_path / "train.txt").write_bytes(b"\n".join(lines) + b"\n")
+    manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out", frequency_threshold=2))
+    expected, vocabularies = oracle(lines, days_split([420]), threshold=2)
+    assert vocabularies[2:5] == [[], [], []]
+    assert_equal_to_oracle(tmp_path / "out", expected)
+    stats = [manifest.categorical_stats[f"C{c}"] for c in (3, 4, 5)]
+    assert [(column.num_embeddings, column.cardinality) for column in stats] == [(2, 0), (2, 1), (2, 420)]
+
+
 def test_hashed_ids_equal_splitmix64(tmp_path, small_pieces):
     lines = criteo_lines(300)
     (tmp_path / "train.txt").write_bytes(b"\n".join(lines))
@@ -178,7 +193,10 @@ def test_workers_and_compression_change_no_byte(tmp_path):
         outputs.append(all_bytes(tmp_path / f"out{number}"))
     assert outputs[0] == outputs[1]
     for output in outputs[2:]:
-        manifests = [json.loads(files.pop(MANIFEST_NAME)) | {"source": None} for files in (dict(outputs[0]), output)]
+        manifests = [
+            json.loads(files.pop(MANIFEST_NAME)) | {"source": None, "crc32": None}
+            for files in (dict(outputs[0]), output)
+        ]
         assert manifests[0] == manifests[1]
         assert output == {name: data for name, data in outputs[0].items() if name != MANIFEST_NAME}
 

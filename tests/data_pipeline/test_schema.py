@@ -46,15 +46,37 @@ def test_schema_file_gives_the_columns_in_order(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("label = [", "is not TOML"),
-        ('label = "y"', "categorical: Field required"),
-        ("categorical = []", "categorical: Tuple should have at least 1 item"),
-        ('categorical = [{name = "u", embedding = 3}]', r"categorical.0.embedding: Extra inputs .*got 3"),
+        ('label = "y"', "categorical is missing; add it"),
+        ("categorical = []", r"categorical = \[\]: Tuple should have at least 1 item"),
+        (
+            'categorical = [{name = "u"}, {name = "v", frequncy_threshold = 3}]',
+            r"no key categorical.1.frequncy_threshold \(of v\); did you mean categorical.1.frequency_",
+        ),
+        ('lable = "y"\ncategorical = [{name = "u"}]', "toml: there is no key lable; did you mean label\\?$"),
+        ('catgorical = [{name = "u"}]', "categorical is missing; add it; there is no key catgorical; did you mean cat"),
+        (
+            'dense = [{nam = "x"}]\ncategorical = [{name = "u"}]',
+            "dense.0.name is missing; .* did you mean dense.0",
+        ),
+        ('categorical = "user"', 'categorical = "user": Input should be a valid tuple'),
+        ('categorical = ["user"]', 'categorical.0 = "user": Input should be a valid dictionary'),
+        ("categorical = [{name = 3}]", "categorical.0.name = 3: Input should be a valid string"),
+        ("x = " + "[" * 100_000 + "]" * 100_000, "is not TOML: values nested far too deep"),
+        (".".join("a" * 3_000) + " = 1", "categorical is missing; add it; there is no key a; known: label, dense"),
+        ("x = " + "1" * 5_000, "is not TOML: Exceeds the limit"),
+        (
+            f'categorical = [{{name = "u", kind = "{"k" * 9_000}"}}]',
+            'categorical.0.kind .of u. = "k{78}…: Input should',
+        ),
+        ('categorical = [{name = ""}]', "column '': the name is empty; rename it"),
+        ('categorical = [{name = "a\\u0000"}]', r"column 'a\\x00': the name holds a control character; rename it"),
+        (f'dense = [{{name = "{"é" * 40}"}}]\ncategorical = [{{name = "u"}}]', "the name is too long: 240 bytes when"),
         ('categorical = [{name = "u", encoding = "hash"}]', "encoding = 'hash' needs num_buckets"),
-        ('categorical = [{name = "u", frequency_threshold = 0}]', r"frequency_threshold: .* greater than .*got 0"),
+        ('categorical = [{name = "u", frequency_threshold = 0}]', r"frequency_threshold \(of u\) = 0: .* greater than"),
         ('dense = [{name = "u"}]\ncategorical = [{name = "u"}]', "names must differ; repeated: u"),
         (
             'dense = [{name = "x", transform = "sqrt"}]\ncategorical = [{name = "u"}]',
-            "transform: .*'log1p' or 'identity'",
+            r"dense.0.transform \(of x\) = \"sqrt\": .*'log1p' or 'identity'",
         ),
     ],
 )
@@ -64,11 +86,21 @@ def test_wrong_schema_file_is_refused_by_key(tmp_path: Path, text: str, message:
     with pytest.raises(SchemaError, match=message) as caught:
         load_schema(path)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600 + len(str(path))
 
 
-def test_missing_schema_file_is_named(tmp_path: Path) -> None:
+def test_a_schema_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"none\.toml does not exist"):
         load_schema(tmp_path / "none.toml")
+    with pytest.raises(SchemaError, match="is a folder, not a file"):
+        load_schema(tmp_path)
+    (tmp_path / "latin.toml").write_bytes('label = "größe"'.encode("latin-1"))
+    with pytest.raises(SchemaError, match=r"latin\.toml is not UTF-8 text \(invalid start byte at byte 11\); save"):
+        load_schema(tmp_path / "latin.toml")
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    with pytest.raises(SchemaError, match=r"loop\.toml cannot be read \(Too many levels of symbolic links\)"):
+        load_schema(tmp_path / "loop.toml")
 
 
 def test_criteo_schema_has_the_columns_of_the_logs() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import byte_blocks, table_source
+from data_pipeline import byte_blocks, parquet_batches
 from data_pipeline.bad_rows import PreprocessError
 from data_pipeline.id_mapper import load_id_mappers
 from data_pipeline.manifest import read_manifest
@@ -148,7 +148,7 @@ def assert_equal_to_oracle(folder, rows: list[dict]) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(byte_blocks.read_blocks, "__defaults__", (1_500,))
-    monkeypatch.setattr(table_source, "PARQUET_BATCH_ROWS", 50)
+    monkeypatch.setattr(parquet_batches, "BATCH_ROWS", 50)
 
 
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "tsv", "tsv with CRLF", "parquet"])

@@ -54,3 +54,10 @@ def test_a_changed_or_missing_file_is_refused(tmp_path):
     (tmp_path / file).unlink()
     with pytest.raises(DatasetError, match="is missing; restore it"):
         load_vocabulary(str(tmp_path), file, crc32)
+
+
+def test_no_two_features_share_a_file_and_none_leaves_the_folder():
+    names = ["a/b", "a%2Fb", "a%252Fb", "..", "../x", "user.id", "größe ✓"]
+    files = [vocabulary_file(name, "string") for name in names]
+    assert len(set(files)) == len(names)
+    assert all(file.count("/") == 1 for file in files)

@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 
+from trainer.config import table_name
 from trainer.config_file import ConfigError, load_config, shipped_recipes
 
 MINIMAL = 'name = "small"\n[data]\npath = "somewhere"\n'
@@ -23,12 +26,17 @@ def test_overrides_win_over_the_recipe_and_the_last_one_over_all(recipe):
             "--model.over_arch_layer_sizes=[8, 4]",
             "--train.precision=bf16",
             "--model.table_rows.C1=77",
+            '--model.table_rows."user.id"=78',
             "--train.max_steps=none",
         ],
     )
     assert (config.train.epochs, config.optimizer.dense.learning_rate) == (3, 1e-3)
     assert (config.data.path, config.model.over_arch_layer_sizes) == ("/elsewhere", (8, 4))
-    assert (config.train.precision, config.model.table_rows, config.train.max_steps) == ("bf16", {"C1": 77}, None)
+    assert (config.train.precision, config.model.table_rows, config.train.max_steps) == (
+        "bf16",
+        {"C1": 77, "user.id": 78},
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,3 +83,36 @@ def test_a_recipe_that_is_not_toml_says_so(tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load(name):
     assert load_config(name).name.replace("_", "-") == name.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"x = " + b"[" * 100_000, "is not TOML: values nested far too deep"),
+        (b"x = " + b"1" * 5_000, "is not TOML: Exceeds the limit"),
+        (b'name = "\xff"', r"is not UTF-8 text \(invalid start byte at byte 8\)"),
+    ],
+    ids=["deep", "digits", "bytes"],
+)
+def test_text_that_is_no_recipe_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "recipe.toml").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"recipe\.toml {message}"):
+        load_config(str(tmp_path / "recipe.toml"))
+
+
+def test_a_value_nested_far_too_deep_is_shown_cut(recipe):
+    with pytest.raises(ConfigError, match=r"train\.epochs = \"\[{78}…: Input should be a valid integer"):
+        load_config(recipe, ["--train.epochs=" + "[" * 100_000])
+
+
+def test_tables_of_features_with_dots_are_modules_and_no_two_share_a_name():
+    assert [table_name(name) for name in ("user", "user.id", "a/b c", "50%")] == [
+        "t_user",
+        "t_user%2Eid",
+        "t_a/b c",
+        "t_50%",
+    ]
+    letters = ["", "%", "2", "5", "E", "."]
+    names = {"".join(parts) for parts in itertools.product(letters, repeat=5)}
+    assert len({table_name(name) for name in names}) == len(names)
+    assert not any("." in table_name(name) for name in names)

@@ -15,7 +15,7 @@ from data_pipeline.dataset import open_dataset
 from data_pipeline.manifest import DatasetError
 from sharding.initial_weights import initial_weights
 from tests.support.checkpoints import load_model, newest
-from tests.support.datasets import ROWS_PER_TABLE, write_dataset
+from tests.support.datasets import ROWS_PER_TABLE, edit_manifest, write_dataset
 from tests.support.reference import SparseReference, pool_bags
 from trainer.checkpoint.format import MARKER, CheckpointError
 from trainer.config_file import ConfigError, build_config
@@ -296,8 +296,7 @@ def test_evaluation_refuses_what_it_cannot_read(one_rank, tmp_path):
     data = write_dataset(tmp_path / "data")
     other = write_dataset(tmp_path / "other")
     one_rank.run(run_train, make_config(data, tmp_path / "run"))
-    manifest = Path(other) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"num_embeddings": 30', '"num_embeddings": 31'))
+    edit_manifest(other, '"num_embeddings": 30', '"num_embeddings": 31')
     assert "differs from the one" in one_rank.run(evaluate_or_fail, tmp_path / "run", other, "test")[0]
     assert "no rows in split 'tset'" in one_rank.run(evaluate_or_fail, tmp_path / "run", data, "tset")[0]
     assert "is not a run folder" in one_rank.run(load_error, tmp_path)[0]

@@ -59,7 +59,7 @@ def num_bytes(tensors: tuple[NamedTensor, ...]) -> int:
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
     """Return a sort key by which t_C2 comes before t_C10."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part)
 
 
 def _split_table_key(key: str, tensor: SavedTensor) -> tuple[str, str]:

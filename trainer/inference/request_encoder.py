@@ -122,7 +122,7 @@ class RequestEncoder:
             return self._transform(plain.T, faults)
         dense = np.empty((table.num_rows, len(arrays)), np.float32)
         for i, (array, column) in enumerate(zip(arrays, self.schema.dense, strict=True)):
-            dense[:, i], _ = dense_values(array, column, faults)
+            dense[:, i] = dense_values(array, column, faults)[0]
         return dense
 
     def _transform(self, numbers: NDArray[np.float64], faults: Faults) -> NDArray[np.float32]:

@@ -59,10 +59,10 @@ def build_model(config: ModelConfig, dataset: Dataset, dense_device: torch.devic
 
     Raises:
         ConfigError: the recipe does not fit the data set.
+        DatasetError: it has no dense column.
     """
     num_dense = len(dataset.schema.dense)
-    if num_dense == 0:
-        raise ConfigError(f"data set {dataset.folder} has no dense column; the bottom MLP needs at least one")
+    dataset.require_dense_columns()
     if config.dense_in_features not in {None, num_dense}:
         raise ConfigError(
             f"model.dense_in_features = {config.dense_in_features}, but data set {dataset.folder} has {num_dense} "

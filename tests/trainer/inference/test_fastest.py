@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.datasets import ROWS_PER_TABLE, write_dataset
+from tests.support.datasets import ROWS_PER_TABLE, edit_manifest, write_dataset
 from tests.support.trained_runs import write_run
 from trainer.build_format import describe_format
 from trainer.inference.export_options import ExportOptions
@@ -131,9 +131,7 @@ def test_without_held_out_data_only_exact_ways_are_built(package, few_ways, tmp_
 
 def test_other_data_is_refused(package, few_ways, tmp_path) -> None:
     other = write_dataset(tmp_path / "other")
-    manifest = Path(other, "manifest.json")
-    text = manifest.read_text().replace('"x0"', '"y0"')
-    manifest.write_text(text)
+    edit_manifest(other, '"x0"', '"y0"')
     with pytest.raises(PackageError, match=r"differs from that of .* in: columns; its ids would look up wrong rows"):
         build_format(package, "fastest", data=other)
 

@@ -178,7 +178,8 @@ def _write(what: str, export: _Export, choices: Mapping[str, TableChoice], folde
 def _add_reports(package: Package, result: GateResult) -> Package:
     write_json(package.path(REPORT), result.report)
     write_text(package.path(REPORT_PAGE), result.page)
-    certified = Package(package.folder, package.manifest.model_copy(update={"certified": result.summary}))
+    manifest = package.manifest.model_copy(update={"certified": result.summary})
+    certified = Package(package.folder, manifest, package.checked)
     return with_files(certified, [REPORT, REPORT_PAGE])
 
 

@@ -80,7 +80,7 @@ def write_model(
         versions=_versions(),
         files={TABLES: tables_file, **describe_files(folder, [DENSE, CONFIG])},
     )
-    return Package(folder, manifest)
+    return Package(folder, manifest, set(manifest.files))
 
 
 def add_encoding(package: Package, dataset: Dataset) -> Package:
@@ -100,7 +100,9 @@ def add_encoding(package: Package, dataset: Dataset) -> Package:
 def with_files(package: Package, names: list[str]) -> Package:
     """Return the package with these files, which lie in its folder, in its manifest."""
     files = {**package.manifest.files, **describe_files(package.folder, names)}
-    return Package(package.folder, package.manifest.model_copy(update={"files": files}))
+    manifest = package.manifest.model_copy(update={"files": files})
+    # Not read again: written a moment ago, by this process.
+    return Package(package.folder, manifest, set(files))
 
 
 def vocabulary_bytes(dataset: Dataset) -> int:

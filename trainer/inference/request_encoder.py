@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.id_mapper import IdMapper
+from data_pipeline.manifest import DatasetError
 from data_pipeline.raw_chunk import RawChunk, keys_of_numbers
 from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shards import Bags
@@ -212,9 +213,15 @@ def load_request_encoder(package: Package) -> RequestEncoder:
     """Load the encoder of a package.
 
     Raises:
-        PackageError: the package holds no vocabulary of a column that needs one, or a damaged one.
+        PackageError: the package holds no vocabulary of a column that needs one, or a damaged one; or its columns are
+            not those of its tables.
     """
-    schema = Schema.model_validate(package.read_json(SCHEMA))
+    schema, manifest = package.read_section(SCHEMA, Schema), package.manifest
+    if (schema.categorical_names, schema.dense_names) != (manifest.features, list(manifest.dense_features)):
+        raise PackageError(
+            f"{package.folder}: {SCHEMA} has other columns, or in another order, than the tables of package.json; "
+            "export the run again"
+        )
     return RequestEncoder(schema, {column.name: _load_mapper(package, column) for column in schema.categorical})
 
 
@@ -254,7 +261,11 @@ def _load_mapper(package: Package, column: CategoricalColumn) -> IdMapper:
             f"package {package.folder} holds no vocabulary of column {column.name}, so raw values of it mean nothing; "
             "export it again from a run on preprocessed data"
         )
-    return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
+    try:
+        return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
+    except DatasetError as error:
+        # What the data set's own readers advise would not mend a package.
+        raise PackageError(f"{str(error).partition(';')[0]}; export the run again") from None
 
 
 def _group_by_transform(columns: Sequence[DenseColumn]) -> list[list[int]]:

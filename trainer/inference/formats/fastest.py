@@ -68,16 +68,22 @@ def build_fastest(package: Package, data: str | None = None, dense: DenseArithme
     return write_format(package, "fastest", build)
 
 
-def open_fastest(package: Package) -> Predictor:
+def open_fastest(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the ways that were chosen.
 
     Raises:
-        PackageError: the format was not built, is damaged, or was built for other versions or another processor.
+        PackageError: the format was not built, is damaged, is not trusted, or is for other versions or another processor.
     """
-    info = read_format(package, "fastest")
+    info = read_format(package, "fastest", trusts_formats=trusts_formats)
     require_fit(package, info)
     assert info.choice is not None
     up_to = info.choice.up_to
+    unknown = sorted({way for _, way in up_to} - set(WAYS))
+    if unknown:
+        raise PackageError(
+            f"format fastest of {package.folder} uses {unknown[0]}, which this Papilio does not know; `papilio package "
+            f"build {package.folder} --format fastest` builds it anew"
+        )
     if torch.get_num_threads() != info.choice.num_threads:
         logger.warning(
             "ways of %s were chosen with %d threads, here are %d: others may be faster",

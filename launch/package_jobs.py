@@ -73,8 +73,8 @@ def _verify(namespace: argparse.Namespace) -> int:
         print(f"  {problem}")
     found = text.reading(manifest, time.perf_counter() - begin_s)
     if problems:
-        print(f"{folder}  DAMAGED: {found}; nothing of it can be trusted: export it again, or copy it again from where")
-        print("it is whole")
+        remedy = "export it again, or copy it again from where it is whole"
+        print(f"{folder}  DAMAGED: {found}; nothing of it can be trusted: {remedy}")
     elif of_formats:
         damaged = sorted({"/".join(file.split("/")[:2]) for file in of_formats})
         print(

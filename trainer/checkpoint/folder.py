@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from data_pipeline.inner_path import link_problem
 from data_pipeline.paths import join
 from trainer.checkpoint.format import (
     INDEX,
@@ -82,8 +83,15 @@ class CheckpointFolder:
         Raises:
             DamagedError: it is missing or damaged.
         """
-        folder = copy_folder(name, copy, marker.num_copies)
-        return Index.from_json(self.read_listed(name, marker, f"{folder}/{INDEX}".removeprefix(f"{name}/")).decode())
+        prefix = copy_folder(name, copy, marker.num_copies).removeprefix(name).lstrip("/")
+        file = join(prefix, INDEX)
+        index = Index.from_json(self.read_listed(name, marker, file).decode())
+        strange = sorted(part for part in index.part_sizes() if join(prefix, part) not in marker.files)
+        if strange:
+            raise DamagedError(
+                f"{join(self.path, name, file)} is damaged: it places values in {strange[0]!r}, not listed in {MARKER}"
+            )
+        return index
 
     def read_listed(self, name: str, marker: Marker, file: str) -> bytes:
         """Read a whole file whose checksum the marker has.
@@ -92,9 +100,14 @@ class CheckpointFolder:
             DamagedError: it is missing or damaged.
         """
         path = join(self.path, name, file)
+        if file not in marker.files:
+            raise DamagedError(f"{join(self.path, name, MARKER)} lists no {file}")
         size, crc32 = marker.files[file]
         if not exists(path):
             raise DamagedError(f"{path} is missing")
+        problem = link_problem(join(self.path, name), file)
+        if problem is not None:
+            raise DamagedError(problem)
         raw = read_bytes(path)
         if len(raw) != size or zlib.crc32(raw) != crc32:
             raise DamagedError(f"{path} is damaged: its size or checksum is not what {MARKER} says")

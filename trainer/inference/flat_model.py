@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import fbgemm_gpu  # noqa: F401  # registers torch.ops.fbgemm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import nn
 
 from trainer.config import ModelConfig
@@ -228,7 +228,7 @@ def build_dense_of(package: Package) -> DensePart:
     config = package.read_section(CONFIG, ModelConfig, "model")
     dense_part = build_dense_part(config, len(package.manifest.dense_features), len(tables))
     try:
-        dense_part.load_state_dict(load(package.read_bytes(DENSE)))
+        dense_part.load_state_dict(load_file(package.checked_path(DENSE)))
     except (RuntimeError, SafetensorError) as error:
         raise PackageError(f"{package.path(DENSE)} does not fit {CONFIG}: {error}") from None
     return dense_part.eval().requires_grad_(False)

@@ -213,29 +213,19 @@ class Package:
         for name in self.manifest.files:
             self.checked_path(name)
 
-    def read_bytes(self, name: str) -> bytes:
-        """Read a small file of the package.
-
-        Raises:
-            PackageError: its bytes are not those that were written.
-        """
-        entry = self._entry(name)
-        with open(self.path(name), "rb") as file:
-            raw = file.read()
-        if len(raw) != entry.num_bytes or zlib.crc32(raw) != entry.crc32:
-            raise PackageError(f"{self.path(name)} is damaged: its size or checksum is not what {MANIFEST} says")
-        return raw
-
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the package.
 
         Raises:
             PackageError: its bytes are not those that were written, or are no JSON.
         """
+        entry = self._entry(name)
+        with open(self.path(name), "rb") as file:
+            raw = file.read()
+        if len(raw) != entry.num_bytes or zlib.crc32(raw) != entry.crc32:
+            raise PackageError(f"{self.path(name)} is damaged: its size or checksum is not what {MANIFEST} says")
         try:
-            return json.loads(self.read_bytes(name))
-        except PackageError:
-            raise
+            return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise PackageError(f"{self.path(name)} is no JSON ({error}); {_REMEDY}") from None
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from safetensors.numpy import save
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.inner_path import link_problem
 from data_pipeline.paths import join, path_manager
 from data_pipeline.version import papilio_version
 from trainer.inference.flat_model import build_flat_model
@@ -128,7 +129,9 @@ def _copy_vocabularies(dataset: Dataset, folder: str) -> list[str]:
     found = _vocabulary_files(dataset)
     for file, crc32 in found.items():
         make_local_folder(os.path.dirname(join(folder, file)))
-        source = join(dataset.folder, file)
+        source, problem = join(dataset.folder, file), link_problem(dataset.folder, file)
+        if problem is not None:
+            raise PackageError(f"vocabulary {problem}")
         if _copy(source, join(folder, file)) != crc32:
             raise PackageError(
                 f"vocabulary {source} was changed after it was written (checksum differs from the manifest's); restore "

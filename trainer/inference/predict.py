@@ -34,8 +34,8 @@ from trainer.inference.predict_options import PredictOptions
 from trainer.inference.raw_rows import RawRows, read_raw_rows
 from trainer.inference.request_encoder import EncodedBatch
 from trainer.inference.same_data import check_same_data
-from trainer.inference.score_file import new_score_file
 from trainer.inference.sample_check import load_checked_scorer
+from trainer.inference.score_file import new_score_file
 from trainer.inference.scorer import Formats, Scorer, split_batch
 
 BATCH_ROWS = 2048

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.datasets import ROWS_PER_TABLE, write_dataset
+from tests.support.package_bytes import rewrite_format
 from tests.support.trained_runs import write_run
 from trainer.build_format import describe_format
 from trainer.inference.export_options import ExportOptions
@@ -149,11 +150,11 @@ def test_a_choice_that_does_not_fit_here_is_left_with_a_warning(package, few_way
     build_format(package, "fastest")
     path = Path(format_path(package, "fastest", "format.json"))
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "choice": {**info["choice"], "num_threads": 77}}))
+    rewrite_format(package.folder, "fastest", choice={**info["choice"], "num_threads": 77})
     with caplog.at_level(logging.WARNING):
-        open_format(package, "fastest")
+        open_format(package, "fastest", trusts_formats=True)
     assert "were chosen with 77 threads, here are" in caplog.text
-    path.write_text(json.dumps({**info, "needs": {"torch": "1.0", "fbgemm_gpu": "1.0"}}))
+    rewrite_format(package.folder, "fastest", needs={"torch": "1.0", "fbgemm_gpu": "1.0"})
     with pytest.raises(PackageError, match=r"compiled for torch 1.0"):
         open_format(package, "fastest")
     with caplog.at_level(logging.WARNING):

@@ -42,9 +42,9 @@ def open_aoti(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the compiled model.
 
     Raises:
-        PackageError: it was not built, is damaged, is not trusted, or was built for other versions or another processor.
+        PackageError: it was not built, is damaged, is not trusted, or is for other versions or another processor.
     """
-    require_fit(package, read_format(package, "aoti", trusts_formats=trusts_formats))
+    read_format(package, "aoti", trusts_formats=trusts_formats, require_fit=require_fit)
     run = load_graph(format_path(package, "aoti", PROGRAM), map_tables(package))
     return Predictor("aoti", package.manifest, run)
 

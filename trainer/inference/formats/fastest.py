@@ -72,10 +72,9 @@ def open_fastest(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the ways that were chosen.
 
     Raises:
-        PackageError: the format was not built, is damaged, is not trusted, or is for other versions or another processor.
+        PackageError: it was not built, is damaged, is not trusted, or is for other versions or another processor.
     """
-    info = read_format(package, "fastest", trusts_formats=trusts_formats)
-    require_fit(package, info)
+    info = read_format(package, "fastest", trusts_formats=trusts_formats, require_fit=require_fit)
     assert info.choice is not None
     up_to = info.choice.up_to
     unknown = sorted({way for _, way in up_to} - set(WAYS))

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -169,8 +168,20 @@ def write_format(package: Package, name: FormatName, build: Callable[[str], Made
     return info
 
 
-def read_format(package: Package, name: FormatName, *, trusts_formats: bool) -> FormatInfo:
+def read_format(
+    package: Package,
+    name: FormatName,
+    *,
+    trusts_formats: bool,
+    require_fit: Callable[[Package, FormatInfo], None] = lambda package, info: None,
+) -> FormatInfo:
     """Read what a format says of itself, and make sure that it is whole, of this very package, and trusted.
+
+    Args:
+        package: whose format.
+        name: which.
+        trusts_formats: whether it is opened whoever built it.
+        require_fit: raises where it does not fit this machine.
 
     Raises:
         PackageError: it was not built, is damaged, was built from other bytes, or was built by others and is not
@@ -184,6 +195,7 @@ def read_format(package: Package, name: FormatName, *, trusts_formats: bool) -> 
     problem = _origin_problem(package, name, info)
     if problem is not None:
         raise PackageError(f"{folder} {problem}; {remedy} makes one that is")
+    require_fit(package, info)
     for file, problem in _problems(folder, info):
         if problem is not None:
             raise PackageError(f"{os.path.join(folder, file)}: {problem}; {remedy} makes it anew")

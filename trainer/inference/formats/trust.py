@@ -33,7 +33,7 @@ def require_trust(folder: str, what: str, remedy: str) -> None:
 
 
 def note_build(folder: str, target: str) -> str | None:
-    """Note that this user built what lies in a folder, soon to be named `target`; say what keeps it from being noted."""
+    """Note that this user built what lies in a folder, soon to be named `target`; say why if it cannot be noted."""
     notes = _notes_folder()
     if notes is None:
         return _not_noted(target, "this user has no home folder")

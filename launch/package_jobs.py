@@ -76,11 +76,9 @@ def _verify(namespace: argparse.Namespace) -> int:
         remedy = "export it again, or copy it again from where it is whole"
         print(f"{folder}  DAMAGED: {found}; nothing of it can be trusted: {remedy}")
     elif of_formats:
-        damaged = sorted({"/".join(file.split("/")[:2]) for file in of_formats})
-        print(
-            f"{folder}  DAMAGED: {', '.join(damaged)}, which nothing opens; build it again (`papilio package build`),"
-        )
-        print(f"or remove it. The package's own files are whole: {found}")
+        damaged = ", ".join(sorted({"/".join(file.split("/")[:2]) for file in of_formats}))
+        remedy = "build it again (`papilio package build`), or remove it"
+        print(f"{folder}  DAMAGED: {damaged}, which nothing opens; {remedy}. Its other files are whole: {found}")
     else:
         print(f"{folder}  sound: {found}")
     return 1 if problems or of_formats else 0

@@ -36,9 +36,9 @@ def values_of(rows, precision, dim) -> np.ndarray:
     return halves[:, :1] * codes + halves[:, 1:]
 
 
-def rewrite_format(folder: str, name: str, **changes: object) -> None:
+def rewrite_format(folder: str, format_name: str, /, **changes: object) -> None:
     """Change what a format says of itself, and its checksum with it."""
-    path = Path(folder, "formats", name, "format.json")
+    path = Path(folder, "formats", format_name, "format.json")
     content = json.loads(path.read_text()) | changes
     content.pop("crc32", None)
     crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())

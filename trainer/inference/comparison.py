@@ -156,8 +156,8 @@ def check_samples(reference: Floats, candidate: Floats, clicks: NDArray[np.bool_
     num_clicks = int(clicks.sum())
     if num_clicks < 2 or len(clicks) - num_clicks < 2:
         raise ComparisonError(
-            f"{len(clicks):,} samples, {num_clicks:,} of them positive, cannot tell how well a model ranks: at least two "
-            "positive and two negative ones are needed; give more held-out data (--data DIR)"
+            f"{len(clicks):,} samples, {num_clicks:,} of them positive, cannot tell how well a model ranks: at least "
+            "two positive and two negative ones are needed; give more held-out data (--data DIR)"
         )
     for name, scores in (("reference", reference), ("quantized", candidate)):
         num_bad = int(np.count_nonzero(~np.isfinite(scores)))

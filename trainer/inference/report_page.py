@@ -121,8 +121,8 @@ def _samples(sample: SampleFigures) -> str:
 def _quality_note(report: QualityReport) -> str:
     positives = percent(report.comparison.label_rate, 2)
     return (
-        f"Both models on {_samples(report.held_out)}, {positives} of them positive ({report.label} = 1). Intervals hold "
-        "95 %, and are of the difference on the same samples."
+        f"Both models on {_samples(report.held_out)}, {positives} of them positive ({report.label} = 1). Intervals "
+        "hold 95 %, and are of the difference on the same samples."
     )
 
 

@@ -127,12 +127,16 @@ class CheckpointFolder:
         for file in marker.files:
             yield file, None, self._what_is_wrong(name, marker, file)
         for copy in range(marker.num_copies):
-            try:
-                index = self.read_index(name, marker, copy)
-            except (CheckpointError, StorageError):
-                continue  # said above
             folder = copy_folder(join(self.path, name), copy, marker.num_copies)
             prefix = copy_folder("", copy, marker.num_copies).lstrip("/")
+            try:
+                index = self.read_index(name, marker, copy)
+            except (CheckpointError, StorageError) as error:
+                if join(prefix, INDEX) in marker.files:
+                    yield join(prefix, INDEX), None, str(error)
+                else:
+                    yield MARKER, None, str(error)
+                continue
             for key, block, problem in _check_blocks(folder, index):
                 yield join(prefix, key), block, problem
 
@@ -185,7 +189,9 @@ class CheckpointFolder:
         if not exists(path):
             return f"{path} is missing"
         found = file_size(path)
-        return None if found == size else f"{path} has {found:,} bytes, not the {size:,} that were written"
+        if found != size:
+            return f"{path} has {found:,} bytes, not the {size:,} that were written"
+        return link_problem(join(self.path, name), file)
 
 
 def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str | None]]:

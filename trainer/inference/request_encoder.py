@@ -14,7 +14,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.id_mapper import IdMapper
-from data_pipeline.manifest import DatasetError
 from data_pipeline.raw_chunk import RawChunk, keys_of_numbers
 from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shards import Bags
@@ -261,11 +260,8 @@ def _load_mapper(package: Package, column: CategoricalColumn) -> IdMapper:
             f"package {package.folder} holds no vocabulary of column {column.name}, so raw values of it mean nothing; "
             "export it again from a run on preprocessed data"
         )
-    try:
-        return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
-    except DatasetError as error:
-        # What the data set's own readers advise would not mend a package.
-        raise PackageError(f"{str(error).partition(';')[0]}; export the run again") from None
+    package.checked_path(file)
+    return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
 
 
 def _group_by_transform(columns: Sequence[DenseColumn]) -> list[list[int]]:

@@ -23,8 +23,8 @@ class PredictOptions(BaseModel):
     )
     fastest: bool = Field(
         False,
-        description="Score with the package's format `fastest`, whose dense part may be in bf16 or int8; refused where "
-        "it was not built, or does not fit this machine. Without it the answers are the exact ones.",
+        description="Score with the package's format `fastest`, whose dense part may be in bf16 or int8, so that "
+        "answers depend a little on the batch; refused where it cannot be used. Without it answers are the exact ones.",
     )
     trust_formats: bool = Field(
         False, description="With --fastest: use the format though others built it, which runs their code."

@@ -236,3 +236,12 @@ def test_verify_gives_one_verdict_last(package, damage, line, capsys):
     assert lines[0] == f"  {package.folder}/formats/{line}"
     assert lines[1].startswith(f"{package.folder}  DAMAGED: formats/fast")
     assert len(lines) == 2 and "sound" not in "".join(lines)
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one(package):
+    folder = Path(package.folder, "formats")
+    (folder / ".aoti-0123ab").mkdir()
+    (folder / ".notes").mkdir()
+    write_format(package, "fastest", build)
+    assert sorted(os.listdir(folder)) == [".notes", "fastest"]
+    assert problems(package) == {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -25,11 +26,13 @@ from data_pipeline.version import papilio_version
 from trainer.inference.formats.build_options import FORMAT_NAMES, DenseArithmetic, FormatName
 from trainer.inference.formats.trust import note_build, require_trust
 from trainer.inference.package import FORMATS, MANIFEST, FileEntry, Package, PackageError, describe_files
+from trainer.locked_folder import is_left_over, locked_folder
 
 logger = logging.getLogger(__name__)
 FORMAT_INFO = "format.json"
 # 2: it has a checksum of its own.
 FORMAT_INFO_VERSION = 2
+_LEFTOVER = re.compile(rf"\.({'|'.join(FORMAT_NAMES)})-[0-9a-f]{{6}}(-old)?")
 
 
 class _Section(BaseModel):
@@ -139,10 +142,12 @@ def write_format(package: Package, name: FormatName, build: Callable[[str], Made
     """Let `build` fill a new folder and give it the format's name once it is whole; an older one is replaced."""
     parent = os.path.join(package.folder, FORMATS)
     os.makedirs(parent, exist_ok=True)
+    _sweep(parent)
     target, mark = os.path.join(parent, name), secrets.token_hex(3)
-    folder, old = os.path.join(parent, f".{name}-{mark}"), os.path.join(parent, f".{name}-{mark}-old")
-    os.mkdir(folder)
-    try:
+    with (
+        locked_folder(os.path.join(parent, f".{name}-{mark}")) as folder,
+        locked_folder(os.path.join(parent, f".{name}-{mark}-old")) as old,
+    ):
         made = build(folder)
         info = FormatInfo(
             name=name,
@@ -158,14 +163,20 @@ def write_format(package: Package, name: FormatName, build: Callable[[str], Made
             file.write(info.to_json())
         problem = note_build(folder, target)
         if os.path.isdir(target):
-            os.rename(target, old)
+            os.rename(target, os.path.join(old, name))
         os.rename(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     if problem is not None:
         logger.warning("%s", problem)
     return info
+
+
+def _sweep(parent: str) -> None:
+    """Remove what killed builds left behind."""
+    for name in os.listdir(parent):
+        path = os.path.join(parent, name)
+        if _LEFTOVER.fullmatch(name) and is_left_over(path):
+            logger.info("removing %s, which a build that was cut off left behind", path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_format(

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         choices=FORMAT_NAMES,
         help="fastest: for each batch size the fastest of several ways on this machine; serve uses it by itself, "
-        "predict with --fastest; aoti: AOTInductor code over the package's own tables; torch: one torch.export file for any machine with torch; "
+        "predict with --fastest; aoti: AOTInductor code over the package's own tables; "
+        "torch: one torch.export file for any machine with torch; "
         "onnx: the whole model, without FBGEMM",
     )
     parser.add_argument(

@@ -199,3 +199,12 @@ def test_a_part_that_is_a_link_to_elsewhere_is_damage(papilio, run, tmp_path):
     part.symlink_to(tmp_path / "elsewhere.bin")
     status, out, _ = papilio("verify", run, "5")
     assert status == 1 and f"is a link to {tmp_path / 'elsewhere.bin'}, outside of its folder" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": []}', '{"files": [], "tensors": {"a": 1}}', "[" * 100_000, "\xff"])
+def test_an_index_that_is_none_is_damage_though_its_checksum_is_right(papilio, run, text):
+    folder, raw = folders(run)[0], text.encode("latin-1")
+    (folder / "index.json").write_bytes(raw)
+    change_marker(folder, lambda content: content["files"].update({"index.json": [len(raw), zlib.crc32(raw)]}))
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1 and "index.json is damaged: it is no index of tensors" in " ".join(out.split())

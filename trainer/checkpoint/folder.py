@@ -85,7 +85,13 @@ class CheckpointFolder:
         """
         prefix = copy_folder(name, copy, marker.num_copies).removeprefix(name).lstrip("/")
         file = join(prefix, INDEX)
-        index = Index.from_json(self.read_listed(name, marker, file).decode())
+        raw = self.read_listed(name, marker, file)
+        try:
+            index = Index.from_json(raw.decode())
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise DamagedError(
+                f"{join(self.path, name, file)} is damaged: it is no index of tensors ({str(error)[:99]})"
+            ) from None
         strange = sorted(part for part in index.part_sizes() if join(prefix, part) not in marker.files)
         if strange:
             raise DamagedError(

@@ -180,7 +180,7 @@ class Marker:
         try:
             tree = json.loads(text)
             content, crc32 = tree["checkpoint"], tree["crc32"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not a checkpoint's marker") from None
         if zlib.crc32(json.dumps(content, sort_keys=True).encode()) != crc32:
             raise DamagedError(f"{path} is damaged: its checksum is wrong")

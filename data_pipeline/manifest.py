@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipeline.inner_path import InnerPath
 from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.schema import TRANSFORM_VERSION, Schema
 
@@ -29,7 +30,7 @@ class _Section(BaseModel):
 class ShardInfo(_Section):
     """One Arrow file of a split. `file` is relative to the data set's folder; `crc32` is of the whole file."""
 
-    file: str
+    file: InnerPath
     num_rows: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
     crc32: int = Field(ge=0)
@@ -73,7 +74,7 @@ class CategoricalStats(_Section):
     unknown_rate: float
     mean_ids_per_sample: float
     skew: float
-    vocabulary_file: str | None = None
+    vocabulary_file: InnerPath | None = None
     vocabulary_crc32: int | None = None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.inner_path import link_problem
 from data_pipeline.manifest import DatasetError, ShardInfo
 from data_pipeline.paths import join, path_manager, replace
 from data_pipeline.schema import Schema
@@ -67,6 +68,9 @@ def open_shard(info: ShardInfo, schema: Schema, folder: str, *, verify_checksum:
     path = join(folder, info.file)
     if not path_manager.exists(path):
         raise DatasetError(f"shard {path} is missing; restore it or preprocess the data again")
+    problem = link_problem(folder, info.file)
+    if problem is not None:
+        raise DatasetError(f"shard {problem}")
     local_path = path_manager.get_local_path(path)
     num_bytes = os.path.getsize(local_path)
     if num_bytes != info.num_bytes:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_pipeline.inner_path import link_problem
 from data_pipeline.manifest import DatasetError
 from data_pipeline.mixing import mix64
 from data_pipeline.schema import NUM_RESERVED_IDS, UNKNOWN_ID, ValueKind
@@ -111,6 +112,9 @@ def load_vocabulary(folder: str, file: str, crc32: int) -> Vocabulary:
     path = os.path.join(folder, file)
     if not os.path.isfile(path):
         raise DatasetError(f"vocabulary {path} is missing; restore it or preprocess the data again")
+    problem = link_problem(folder, file)
+    if problem is not None:
+        raise DatasetError(f"vocabulary {problem}")
     if file_crc32(path) != crc32:
         raise DatasetError(
             f"vocabulary {path} was changed after it was written (checksum differs from the manifest's); restore it or "

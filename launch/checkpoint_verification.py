@@ -65,8 +65,8 @@ def verify_checkpoint(folder: CheckpointFolder, name: str) -> Report:
     with Progress(f"verify {name}", marker.num_bytes, "B", is_shown=True, is_kept=False) as progress:
         for what, block, problem in folder.verify(name):
             file = what if block is None else _group(what) + block.file
-            has_been_read = block is not None or marker.files[what][1] is not None
-            num_bytes = block.length if block is not None else marker.files[what][0]
+            num_bytes, crc32 = (block.length, block.crc32) if block is not None else marker.files.get(what, (0, None))
+            has_been_read = crc32 is not None
             progress.advance(num_bytes if has_been_read else 0)
             num_read += num_bytes if has_been_read and problem is None else 0
             if problem is None:

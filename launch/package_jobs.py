@@ -60,32 +60,28 @@ def _show(namespace: argparse.Namespace) -> int:
 
 
 def _verify(namespace: argparse.Namespace) -> int:
-    """Read every byte; print what is damaged."""
-    begin_s = time.perf_counter()
-    manifest: PackageManifest = read_manifest(namespace.package)
+    """Read every byte of a package and of what was built of it; print what is damaged, and the verdict last."""
+    begin_s, folder = time.perf_counter(), namespace.package
+    manifest: PackageManifest = read_manifest(folder)
     problems = []
     with Progress("verify", manifest.num_bytes, "B", is_shown=True, is_kept=False) as progress:
-        for _, problem in verify_package(namespace.package, progress.advance):
+        for _, problem in verify_package(folder, progress.advance):
             problems += [problem] if problem is not None else []
-    seconds = time.perf_counter() - begin_s
-    verdict = "DAMAGED" if problems else "sound"
-    print(f"{namespace.package}  {verdict}: {text.reading(manifest, seconds)}")
-    for problem in problems:
+    # Only a package that is whole can say whether its formats were made of it.
+    of_formats = {} if problems else {f: p for f, p in verify_formats(read_package(folder)) if p is not None}
+    for problem in [*problems, *(f"{folder}/{file} {problem}" for file, problem in of_formats.items())]:
         print(f"  {problem}")
+    found = text.reading(manifest, time.perf_counter() - begin_s)
     if problems:
-        print("nothing of it can be trusted; export it again, or copy it again from where it is whole")
-        return 1
-    return _verify_formats(namespace.package)
-
-
-def _verify_formats(folder: str) -> int:
-    """Read every byte of what was built beside a sound package; print what is damaged."""
-    status = 0
-    for file, problem in verify_formats(read_package(folder)):
-        if problem is not None:
-            print(f"{folder}/{file}  {problem}; build it again")
-            status = 1
-    return status
+        remedy = "export it again, or copy it again from where it is whole"
+        print(f"{folder}  DAMAGED: {found}; nothing of it can be trusted: {remedy}")
+    elif of_formats:
+        damaged = ", ".join(sorted({"/".join(file.split("/")[:2]) for file in of_formats}))
+        remedy = "build it again (`papilio package build`), or remove it"
+        print(f"{folder}  DAMAGED: {damaged}, which nothing opens; {remedy}. Its other files are whole: {found}")
+    else:
+        print(f"{folder}  sound: {found}")
+    return 1 if problems or of_formats else 0
 
 
 def _build(namespace: argparse.Namespace) -> int:

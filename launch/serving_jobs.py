@@ -9,6 +9,7 @@ import sys
 from launch.child_process import run_module
 from launch.given_options import build_options, given_options
 from launch.usage import require_files, require_folder
+from trainer.inference.formats.format_folder import read_format
 from trainer.inference.package import read_package
 from trainer.inference.predict_options import PredictOptions
 from trainer.inference.serving.serve_options import PASSIVE_WAITS, ServeOptions
@@ -17,7 +18,9 @@ from trainer.inference.serving.serve_options import PASSIVE_WAITS, ServeOptions
 def run_predict(namespace: argparse.Namespace) -> int:
     """Score a data set or raw files; what is wrong with package, files or options is told before torch is loaded."""
     options = build_options(PredictOptions, given_options(namespace), {"inputs": "--input"})
-    read_package(options.package)
+    package = read_package(options.package)
+    if options.fastest:
+        read_format(package, "fastest", trusts_formats=options.trust_formats)
     require_files("--input", options.inputs)
     if options.data is not None:
         require_folder("--data", options.data, "`papilio preprocess` or `papilio generate`")

@@ -211,6 +211,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", choices=("criteo", "table"))
     add("--output", required=True, metavar="FILE")
     add("--fastest", action="store_true")
+    add("--trust-formats", action="store_true")
     add("--max-bad-rows", type=int, metavar="N")
     add("--threads", type=int, metavar="N")
 
@@ -222,6 +223,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--package", required=True, metavar="DIR")
     add("--host", metavar="ADDRESS")
     add("--exact", action="store_true")
+    add("--trust-formats", action="store_true")
     for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
         add(flag, type=int, metavar="N")
     add("--max-body-bytes", type=int, metavar="BYTES")

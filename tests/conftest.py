@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from tests.support.s3_stand_in import S3StandIn
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A state folder of the tests' own, in which builds of formats are noted: not that of whoever runs them."""
+    folder = str(tmp_path_factory.mktemp("state"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
     pool = RankPool(1)

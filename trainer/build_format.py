@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logging.getLogger("trainer").setLevel(logging.INFO)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _leave_in_order)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, _leave_in_order)
     begin_s = time.perf_counter()
     try:
         check_install()

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     namespace = parser.parse_args(arguments)
     # By force: importing torch and FBGEMM has set up logging in ways of theirs.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    signal.signal(signal.SIGTERM, _leave_in_order)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, _leave_in_order)
     begin_s = time.perf_counter()
     try:
         check_install()

@@ -1,6 +1,7 @@
 """`papilio checkpoint verify|prune|export-dense` on a real run, damaged and not."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from safetensors.numpy import load_file
 from launch import checkpoint_text
 from tests.support.checkpoint_runs import STEPS, aucs, flip, folders, num_bytes
 from tests.support.checkpoints import saved_tensors, write_checkpoint
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import DamagedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -159,3 +162,49 @@ def test_export_writes_what_the_index_says(papilio, run, tmp_path):
     assert not (tmp_path / "out" / "t_m.safetensors").exists()
     status, _, error = papilio("export-dense", run, "--output", tmp_path / "out")
     assert status == 1 and "out exists and is not empty; choose another --output, or remove it" in error
+
+
+def change_marker(folder, change):
+    """Change what a marker says, and its checksum with it."""
+    path = folder / "checkpoint.json"
+    content = json.loads(path.read_text())["checkpoint"]
+    change(content)
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({"crc32": crc32, "checkpoint": content}))
+
+
+def test_names_in_a_checkpoint_never_leave_its_folder(papilio, run, tmp_path):
+    folder = folders(run)[0]
+    marker = (folder / "checkpoint.json").read_bytes()
+    change_marker(folder, lambda content: content["files"].update({"../x": [1, None]}))
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1 and "file name '../x' leads out of its folder" in " ".join(out.split())
+    index = json.loads((folder / "index.json").read_text())
+    index["files"][0] = "/etc/hostname"
+    raw = json.dumps(index).encode()
+    (folder / "checkpoint.json").write_bytes(marker)
+    (folder / "index.json").write_bytes(raw)
+    change_marker(folder, lambda content: content["files"].update({"index.json": [len(raw), zlib.crc32(raw)]}))
+    with pytest.raises(DamagedError, match=r"places values in '/etc/hostname', not listed in checkpoint.json"):
+        checkpoints = CheckpointFolder(str(folder.parent))
+        checkpoints.read_index(folder.name, checkpoints.read_marker(folder.name))
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1 and "places values in '/etc/hostname', not listed in checkpoint.json" in " ".join(out.split())
+
+
+def test_a_part_that_is_a_link_to_elsewhere_is_damage(papilio, run, tmp_path):
+    folder = folders(run)[0]
+    part = folder / json.loads((folder / "index.json").read_text())["files"][0]
+    part.rename(tmp_path / "elsewhere.bin")
+    part.symlink_to(tmp_path / "elsewhere.bin")
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1 and f"is a link to {tmp_path / 'elsewhere.bin'}, outside of its folder" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": []}', '{"files": [], "tensors": {"a": 1}}', "[" * 100_000, "\xff"])
+def test_an_index_that_is_none_is_damage_though_its_checksum_is_right(papilio, run, text):
+    folder, raw = folders(run)[0], text.encode("latin-1")
+    (folder / "index.json").write_bytes(raw)
+    change_marker(folder, lambda content: content["files"].update({"index.json": [len(raw), zlib.crc32(raw)]}))
+    status, out, _ = papilio("verify", run, "5")
+    assert status == 1 and "index.json is damaged: it is no index of tensors" in " ".join(out.split())

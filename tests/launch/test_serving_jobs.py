@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from launch import cli
 from tests.support.served import json_body, records_of, text_rows, write_package
+from trainer.inference.formats.format_folder import Choice, Made, WayFigures, write_format
+from trainer.inference.package import read_package
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,8 @@ def test_predict_scores_raw_files(package, tmp_path, capfd) -> None:
         (["predict", "--output", "s.parquet", "--input", "a"], "--input goes with --source criteo or --source table"),
         (["predict", "--output", "s.parquet", "--data", "nowhere"], "--data nowhere does not exist"),
         (["serve", "--port", "70000"], "--port 70000: Input should be less than 65536"),
+        (["predict", "--output", "s.parquet", "--data", "d", "--trust-formats"], "--trust-formats goes with --fastest"),
+        (["serve", "--exact", "--trust-formats"], "--exact uses no format, so there is none to trust"),
         (["serve", "--max-batch", "9999"], "max_queue (4096) must be at least max_batch (9999)"),
     ],
 )
@@ -47,6 +52,27 @@ def test_wrong_options_are_told_before_anything_starts(package, words, message, 
 def test_what_is_no_package_is_told_before_anything_starts(words, tmp_path, capsys) -> None:
     assert cli.main([*words, "--package", f"{tmp_path}/none"]) == 1
     assert f"{tmp_path}/none does not exist; `papilio export --run RUN_DIR" in capsys.readouterr().err
+
+
+def test_a_format_that_is_not_there_or_not_ours_is_told_before_anything_starts(
+    package, tmp_path, capsys, monkeypatch
+) -> None:
+    copy = str(shutil.copytree(package, tmp_path / "package"))
+    words = ["predict", "--package", copy, "--data", str(tmp_path), "--output", "s.parquet", "--fastest"]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert cli.main(words) == 1
+    assert f"{copy} has no format fastest; `papilio package build {copy} --format fastest` makes it" in (
+        capsys.readouterr().err
+    )
+    figures = WayFigures(dense="fp32")
+    choice = Choice(
+        up_to=((1, "eager"),), ways={"eager": figures}, num_threads=1, num_samples=0, min_auc_ratio=0.9, held_out=None
+    )
+    write_format(read_package(copy), "fastest", lambda folder: Made({}, choice=choice))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of_another_user"))
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert "was not built by this user on this machine" in error and error.count("\n") == 1
 
 
 def test_serve_becomes_the_server(package, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,3 +34,12 @@ def values_of(rows, precision, dim) -> np.ndarray:
         octet = rows[:, 4 + column * bits // 8].astype(np.int64)
         codes[:, column] = (octet >> (column * bits % 8)) % (1 << bits)
     return halves[:, :1] * codes + halves[:, 1:]
+
+
+def rewrite_format(folder: str, format_name: str, /, **changes: object) -> None:
+    """Change what a format says of itself, and its checksum with it."""
+    path = Path(folder, "formats", format_name, "format.json")
+    content = json.loads(path.read_text()) | changes
+    content.pop("crc32", None)
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({**content, "crc32": crc32}))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from data_pipeline.inner_path import link_problem
 from data_pipeline.paths import join
 from trainer.checkpoint.format import (
     INDEX,
@@ -82,8 +83,21 @@ class CheckpointFolder:
         Raises:
             DamagedError: it is missing or damaged.
         """
-        folder = copy_folder(name, copy, marker.num_copies)
-        return Index.from_json(self.read_listed(name, marker, f"{folder}/{INDEX}".removeprefix(f"{name}/")).decode())
+        prefix = copy_folder(name, copy, marker.num_copies).removeprefix(name).lstrip("/")
+        file = join(prefix, INDEX)
+        raw = self.read_listed(name, marker, file)
+        try:
+            index = Index.from_json(raw.decode())
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise DamagedError(
+                f"{join(self.path, name, file)} is damaged: it is no index of tensors ({str(error)[:99]})"
+            ) from None
+        strange = sorted(part for part in index.part_sizes() if join(prefix, part) not in marker.files)
+        if strange:
+            raise DamagedError(
+                f"{join(self.path, name, file)} is damaged: it places values in {strange[0]!r}, not listed in {MARKER}"
+            )
+        return index
 
     def read_listed(self, name: str, marker: Marker, file: str) -> bytes:
         """Read a whole file whose checksum the marker has.
@@ -92,9 +106,14 @@ class CheckpointFolder:
             DamagedError: it is missing or damaged.
         """
         path = join(self.path, name, file)
+        if file not in marker.files:
+            raise DamagedError(f"{join(self.path, name, MARKER)} lists no {file}")
         size, crc32 = marker.files[file]
         if not exists(path):
             raise DamagedError(f"{path} is missing")
+        problem = link_problem(join(self.path, name), file)
+        if problem is not None:
+            raise DamagedError(problem)
         raw = read_bytes(path)
         if len(raw) != size or zlib.crc32(raw) != crc32:
             raise DamagedError(f"{path} is damaged: its size or checksum is not what {MARKER} says")
@@ -114,12 +133,16 @@ class CheckpointFolder:
         for file in marker.files:
             yield file, None, self._what_is_wrong(name, marker, file)
         for copy in range(marker.num_copies):
-            try:
-                index = self.read_index(name, marker, copy)
-            except (CheckpointError, StorageError):
-                continue  # said above
             folder = copy_folder(join(self.path, name), copy, marker.num_copies)
             prefix = copy_folder("", copy, marker.num_copies).lstrip("/")
+            try:
+                index = self.read_index(name, marker, copy)
+            except (CheckpointError, StorageError) as error:
+                if join(prefix, INDEX) in marker.files:
+                    yield join(prefix, INDEX), None, str(error)
+                else:
+                    yield MARKER, None, str(error)
+                continue
             for key, block, problem in _check_blocks(folder, index):
                 yield join(prefix, key), block, problem
 
@@ -172,7 +195,9 @@ class CheckpointFolder:
         if not exists(path):
             return f"{path} is missing"
         found = file_size(path)
-        return None if found == size else f"{path} has {found:,} bytes, not the {size:,} that were written"
+        if found != size:
+            return f"{path} has {found:,} bytes, not the {size:,} that were written"
+        return link_problem(join(self.path, name), file)
 
 
 def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str | None]]:

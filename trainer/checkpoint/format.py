@@ -21,6 +21,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.inner_path import inner_path_problem
+
 FORMAT_VERSION = 2
 MARKER = "checkpoint.json"
 INDEX = "index.json"
@@ -178,14 +180,21 @@ class Marker:
         try:
             tree = json.loads(text)
             content, crc32 = tree["checkpoint"], tree["crc32"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not a checkpoint's marker") from None
         if zlib.crc32(json.dumps(content, sort_keys=True).encode()) != crc32:
             raise DamagedError(f"{path} is damaged: its checksum is wrong")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {version}; this Papilio reads {FORMAT_VERSION}")
-        return cls(**{**content, "files": {name: tuple(entry) for name, entry in content["files"].items()}})
+        try:
+            marker = cls(**{**content, "files": {name: tuple(entry) for name, entry in content["files"].items()}})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from None
+        problem = next(filter(None, map(inner_path_problem, marker.files)), None)
+        if problem is not None:
+            raise DamagedError(f"{path} is damaged: {problem}")
+        return marker
 
 
 def copy_folder(folder: str, copy: int, num_copies: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+from data_pipeline.inner_path import link_problem
 from data_pipeline.paths import join
 from trainer.checkpoint.format import Block, DamagedError
 from trainer.storage import StorageError, exists, file_size, read_into
@@ -22,7 +23,9 @@ def read_block(folder: str, key: str, block: Block, memory: memoryview | None = 
         DamagedError: they are missing or damaged.
         StorageError: the storage does not answer.
     """
-    path = join(folder, block.file)
+    path, problem = join(folder, block.file), link_problem(folder, block.file)
+    if problem is not None:
+        raise DamagedError(f"{problem} ({key})")
     raw = (memoryview(bytearray(block.length)) if memory is None else memory)[: block.length]
     try:
         read_into(raw, path, block.start)

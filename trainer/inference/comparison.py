@@ -50,7 +50,7 @@ def compare_scores(reference: Floats, candidate: Floats, labels: NDArray[np.gene
         labels: [N], 0 or 1.
 
     Raises:
-        ComparisonError: there are no clicks, or nothing but clicks, or a score is not a number.
+        ComparisonError: labels are of one kind only, or a score is not a number.
     """
     clicks = np.asarray(labels) > 0
     check_samples(reference, candidate, clicks)
@@ -151,13 +151,13 @@ def check_samples(reference: Floats, candidate: Floats, clicks: NDArray[np.bool_
     """Make sure that scores of samples can be compared.
 
     Raises:
-        ComparisonError: there are no clicks, or nothing but clicks, or a score is not a number.
+        ComparisonError: labels are of one kind only, or a score is not a number.
     """
     num_clicks = int(clicks.sum())
     if num_clicks < 2 or len(clicks) - num_clicks < 2:
         raise ComparisonError(
-            f"{len(clicks):,} samples with {num_clicks:,} clicks cannot tell how well a model ranks: at least two with "
-            "and two without a click are needed; give more held-out data (--data DIR)"
+            f"{len(clicks):,} samples, {num_clicks:,} of them positive, cannot tell how well a model ranks: at least "
+            "two positive and two negative ones are needed; give more held-out data (--data DIR)"
         )
     for name, scores in (("reference", reference), ("quantized", candidate)):
         num_bad = int(np.count_nonzero(~np.isfinite(scores)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -34,6 +33,7 @@ from trainer.inference.package_writer import add_encoding, vocabulary_bytes, wit
 from trainer.inference.table_writer import TableChoice
 from trainer.inference.trained_model import TrainedModel, open_trained_model
 from trainer.local_files import free_local_bytes, make_local_folder, remove_local_folder, sync_folder
+from trainer.locked_folder import is_left_over, locked_folder
 from trainer.same_columns import check_same_columns
 from trainer.storage import write_json, write_text
 
@@ -43,6 +43,7 @@ SPARE_BYTES = 16 << 20
 # Below this share of a table's rows a coarse scale is not worth a line.
 COARSE_SHARE = 0.01
 MAX_NAMED = 3
+_LEFTOVER = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp")
 OnBytes = Callable[[int], None]
 
 
@@ -178,7 +179,8 @@ def _write(what: str, export: _Export, choices: Mapping[str, TableChoice], folde
 def _add_reports(package: Package, result: GateResult) -> Package:
     write_json(package.path(REPORT), result.report)
     write_text(package.path(REPORT_PAGE), result.page)
-    certified = Package(package.folder, package.manifest.model_copy(update={"certified": result.summary}))
+    manifest = package.manifest.model_copy(update={"certified": result.summary})
+    certified = Package(package.folder, manifest, package.checked)
     return with_files(certified, [REPORT, REPORT_PAGE])
 
 
@@ -239,32 +241,22 @@ def _temporary_folder(output: str) -> Iterator[str]:
     """Make a folder beside `output`, removed in the end; those of exports that were killed go, too."""
     make_local_folder(os.path.dirname(output))
     _sweep(output)
-    folder = f"{output}.{secrets.token_hex(4)}.tmp"
-    os.mkdir(folder)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # a network disk without locks: then its leftovers stay
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked_folder(f"{output}.{secrets.token_hex(4)}.tmp") as folder:
         yield folder
-    finally:
-        remove_local_folder(folder)
-        os.close(lock)
 
 
 def _sweep(output: str) -> None:
-    """Remove what killed exports to this output left behind; living ones hold a lock on theirs."""
+    """Remove what killed exports to this output left behind, and tell of what those to others did."""
     parent, base = os.path.split(output)
-    leftover = re.compile(re.escape(base) + r"\.[0-9a-f]{8}\.tmp")
     for name in os.listdir(parent):
-        path = join(parent, name)
-        if not leftover.fullmatch(name) or not os.path.isdir(path):
+        path, match = join(parent, name), _LEFTOVER.fullmatch(name)
+        if match is None or not os.path.isdir(path) or not is_left_over(path):
             continue
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if match[1] == base:
             logger.info("removing %s, which an export that was cut off left behind", path)
-            remove_local_folder(path)
-        except OSError:
-            pass  # locked: that export is under way; or not ours to remove, and in nobody's way
-        finally:
-            os.close(descriptor)
+            with suppress(OSError):  # not ours to remove, and in nobody's way
+                remove_local_folder(path)
+        elif set(os.listdir(path)) <= {"package", "reference"}:
+            logger.info(
+                "%s was left behind by an export that was cut off; one to %s removes it", path, join(parent, match[1])
+            )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import fbgemm_gpu  # noqa: F401  # registers torch.ops.fbgemm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -179,11 +180,19 @@ def build_flat_model(package: Package, *, is_mapped: bool = True) -> FlatModel:
         PackageError: a file is damaged, or does not fit the others.
     """
     dense_part = build_dense_of(package)
-    weights = torch.from_file(
-        package.path(TABLES), shared=False, size=package.manifest.files[TABLES].num_bytes, dtype=torch.uint8
-    )
+    weights = map_tables(package)
     model = FlatModel(TableLookup(package.manifest.tables, weights if is_mapped else weights.clone()), dense_part)
     return model.eval().requires_grad_(False)
+
+
+def map_tables(package: Package) -> torch.Tensor:
+    """Map `tables.bin`, [bytes] uint8, once its checksum is found right: processes of a machine share its pages.
+
+    Raises:
+        PackageError: it is damaged.
+    """
+    num_bytes = package.manifest.files[TABLES].num_bytes
+    return torch.from_file(package.checked_path(TABLES), shared=False, size=num_bytes, dtype=torch.uint8)
 
 
 def build_device_model(package: Package, device: torch.device) -> FlatModel:
@@ -216,10 +225,10 @@ def build_dense_of(package: Package) -> DensePart:
     tables = package.manifest.tables
     if len({table.dim for table in tables}) != 1:
         raise PackageError(f"{package.folder} has tables of several dims; this Papilio knows models with one only")
-    config = ModelConfig.model_validate(package.read_json(CONFIG)["model"])
+    config = package.read_section(CONFIG, ModelConfig, "model")
     dense_part = build_dense_part(config, len(package.manifest.dense_features), len(tables))
     try:
-        dense_part.load_state_dict(load_file(package.path(DENSE)))
-    except RuntimeError as error:
+        dense_part.load_state_dict(load_file(package.checked_path(DENSE)))
+    except (RuntimeError, SafetensorError) as error:
         raise PackageError(f"{package.path(DENSE)} does not fit {CONFIG}: {error}") from None
     return dense_part.eval().requires_grad_(False)

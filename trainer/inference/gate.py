@@ -135,6 +135,7 @@ def _report(
         checkpoint=manifest.source.checkpoint,
         step=manifest.source.step,
         made_at=manifest.made_at,
+        label=held_out.dataset.schema.label,
         thresholds=thresholds,
         held_out=SampleFigures(
             data=held_out.dataset.folder,

@@ -1,4 +1,6 @@
-"""What a package is on disk; no pickle in it, so that reading one runs nobody's code. Needs no torch.
+"""What a package is on disk; no pickle in the files that its manifest lists, so that reading them runs nobody's code.
+
+What lies under `formats/` is code, and opened only by who built it or trusts it (formats/trust.py). Needs no torch.
 
     tables.bin          all tables, one after the other: see below
     dense.safetensors   the dense part: fp32, named as in the checkpoint (without "dense.model.")
@@ -30,10 +32,13 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.checksums import file_crc32
+from data_pipeline.inner_path import InnerPath, link_problem
 
 FORMAT_VERSION = 1
 MANIFEST = "package.json"
@@ -52,7 +57,7 @@ QuantizerName = Literal["minmax", "greedy", "least_squares"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4", "int2")
 PRECISION_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4, "int2": 2}
 SCALE_AND_BIAS_BYTES = 4
-_READ_BYTES = 1 << 20
+_REMEDY = "export it again, or copy it again from where it is whole"
 
 
 class PackageError(ValueError):
@@ -146,7 +151,7 @@ class PackageManifest(_Section):
     tables: tuple[TableEntry, ...] = Field(min_length=1)
     source: Source
     versions: dict[str, str]
-    files: dict[str, FileEntry]
+    files: dict[InnerPath, FileEntry]
     certified: dict[str, float] | None = None
 
     @property
@@ -165,29 +170,88 @@ class PackageManifest(_Section):
         return json.dumps({"crc32": _content_crc32(content), "package": content}, indent=1) + "\n"
 
 
+_Content = TypeVar("_Content", bound=BaseModel)
+
+
 @dataclass(frozen=True)
 class Package:
-    """A package that was opened: its folder and its manifest."""
+    """A package that was opened: its folder and its manifest.
+
+    Attributes:
+        checked: names of files whose bytes were held against their checksums, or written, by this process.
+    """
 
     folder: str
     manifest: PackageManifest
+    checked: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def path(self, name: str) -> str:
-        """Path of a file of the package."""
+        """Path of a file of the package, of which nothing was read."""
         return os.path.join(self.folder, name)
+
+    def checked_path(self, name: str, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> str:
+        """Path of a file of the package once all its bytes are found to be those that were written.
+
+        Whoever reads a package asks for its files here, so that no byte is used unseen; a file is read once.
+
+        Raises:
+            PackageError: it is not listed, is missing, or is damaged.
+        """
+        if name not in self.checked:
+            problem = _file_problem(self.folder, name, self._entry(name), on_bytes)
+            if problem is not None:
+                raise PackageError(f"{problem}; {_REMEDY}")
+            self.checked.add(name)
+        return self.path(name)
+
+    def require_sound(self) -> None:
+        """Read every byte of every file against its checksum.
+
+        Raises:
+            PackageError: a file is missing or damaged.
+        """
+        for name in self.manifest.files:
+            self.checked_path(name)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the package.
 
         Raises:
-            PackageError: its bytes are not those that were written.
+            PackageError: its bytes are not those that were written, or are no JSON.
         """
+        entry = self._entry(name)
         with open(self.path(name), "rb") as file:
             raw = file.read()
-        entry = self.manifest.files[name]
         if len(raw) != entry.num_bytes or zlib.crc32(raw) != entry.crc32:
             raise PackageError(f"{self.path(name)} is damaged: its size or checksum is not what {MANIFEST} says")
-        return json.loads(raw)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise PackageError(f"{self.path(name)} is no JSON ({error}); {_REMEDY}") from None
+
+    def read_section(self, name: str, section: type[_Content], *keys: str) -> _Content:
+        """Read a JSON file of the package, or what is under `keys` in it, as a model.
+
+        Raises:
+            PackageError: its bytes are not those that were written, or say something else.
+        """
+        content = self.read_json(name)
+        try:
+            for key in keys:
+                content = content[key]
+            return section.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (*keys, *first["loc"])))
+            raise PackageError(f"{self.path(name)} does not say what it should ({place}: {first['msg']})") from None
+        except (KeyError, TypeError, IndexError):
+            raise PackageError(f"{self.path(name)} does not say what it should: it has no {'.'.join(keys)}") from None
+
+    def _entry(self, name: str) -> FileEntry:
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise PackageError(f"{self.path(MANIFEST)} lists no {name}, which is needed here; export the run again")
+        return entry
 
 
 def row_bytes(precision: Precision, dim: int) -> int:
@@ -224,9 +288,9 @@ def read_package(folder: str) -> Package:
     folder = folder.rstrip("/") or "/"
     package = Package(folder, read_manifest(folder))
     for name, entry in package.manifest.files.items():
-        problem = _wrong_size(package.path(name), entry)
+        problem = _wrong_size(folder, name, entry)
         if problem is not None:
-            raise PackageError(f"{problem}; export it again, or copy it again from where it is whole")
+            raise PackageError(f"{problem}; {_REMEDY}")
     _check_places(package)
     return package
 
@@ -258,21 +322,7 @@ def verify_package(
     manifest = read_manifest(folder)
     yield MANIFEST, None
     for name, entry in manifest.files.items():
-        path = os.path.join(folder, name)
-        problem = _wrong_size(path, entry)
-        if problem is None and file_crc32(path, on_bytes) != entry.crc32:
-            problem = f"{path} is damaged: its checksum is not what {MANIFEST} says"
-        yield name, problem
-
-
-def file_crc32(path: str, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> int:
-    """CRC-32 of a file's bytes."""
-    crc32 = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            crc32 = zlib.crc32(chunk, crc32)
-            on_bytes(len(chunk))
-    return crc32
+        yield name, _file_problem(folder, name, entry, on_bytes)
 
 
 def describe_files(folder: str, names: list[str]) -> dict[str, FileEntry]:
@@ -296,17 +346,18 @@ def _parse_manifest(path: str) -> PackageManifest:
         tree = json.loads(text)
         content, crc32 = tree["package"], tree["crc32"]
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PackageError(f"{path} is damaged: it is not the manifest of a package") from None
     if version != FORMAT_VERSION:
         raise PackageError(
             f"{path} has format version {version}; this Papilio reads {FORMAT_VERSION}: export the run again, or use "
             f"the Papilio that wrote it ({content.get('papilio_version', 'unknown version')})"
         )
-    if _content_crc32(content) != crc32:
+    if _content_crc32(content) != crc32 or set(tree) != {"package", "crc32"}:
         raise PackageError(f"{path} is damaged: its checksum is wrong; export it again")
     try:
-        return PackageManifest.model_validate(content)
+        # From text, for of Python's lists strict types make no tuples.
+        return PackageManifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise PackageError(f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
@@ -316,18 +367,32 @@ def _content_crc32(content: Any) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _wrong_size(path: str, entry: FileEntry) -> str | None:
+def _wrong_size(folder: str, name: str, entry: FileEntry) -> str | None:
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return f"{path} is missing"
     found = os.path.getsize(path)
-    return None if found == entry.num_bytes else f"{path} has {found:,} bytes, not the {entry.num_bytes:,} written"
+    if found != entry.num_bytes:
+        return f"{path} has {found:,} bytes, not the {entry.num_bytes:,} written"
+    return link_problem(folder, name)
+
+
+def _file_problem(folder: str, name: str, entry: FileEntry, on_bytes: Callable[[int], None]) -> str | None:
+    """Read a file; say what is wrong with it, None if nothing."""
+    problem, path = _wrong_size(folder, name, entry), os.path.join(folder, name)
+    if problem is not None:
+        return problem
+    try:
+        is_sound = file_crc32(path, on_bytes) == entry.crc32
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if is_sound else f"{path} is damaged: its checksum is not what {MANIFEST} says"
 
 
 def _check_places(package: Package) -> None:
     """Make sure that no table reaches beyond the file: lookups trust these figures."""
-    tables = package.manifest.tables
-    size = package.manifest.files[TABLES].num_bytes
-    for table in tables:
+    size = package._entry(TABLES).num_bytes
+    for table in package.manifest.tables:
         if table.row_bytes != row_bytes(table.precision, table.dim) or table.offset + table.num_bytes > size:
             raise PackageError(
                 f"{package.path(MANIFEST)} places {table.name} at byte {table.offset:,} with {table.row_bytes} bytes a "

@@ -11,6 +11,7 @@ from importlib import metadata
 from safetensors.numpy import save
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.inner_path import link_problem
 from data_pipeline.paths import join, path_manager
 from data_pipeline.version import papilio_version
 from trainer.inference.flat_model import build_flat_model
@@ -80,7 +81,7 @@ def write_model(
         versions=_versions(),
         files={TABLES: tables_file, **describe_files(folder, [DENSE, CONFIG])},
     )
-    return Package(folder, manifest)
+    return Package(folder, manifest, set(manifest.files))
 
 
 def add_encoding(package: Package, dataset: Dataset) -> Package:
@@ -100,7 +101,9 @@ def add_encoding(package: Package, dataset: Dataset) -> Package:
 def with_files(package: Package, names: list[str]) -> Package:
     """Return the package with these files, which lie in its folder, in its manifest."""
     files = {**package.manifest.files, **describe_files(package.folder, names)}
-    return Package(package.folder, package.manifest.model_copy(update={"files": files}))
+    manifest = package.manifest.model_copy(update={"files": files})
+    # Not read again: written a moment ago, by this process.
+    return Package(package.folder, manifest, set(files))
 
 
 def vocabulary_bytes(dataset: Dataset) -> int:
@@ -126,7 +129,9 @@ def _copy_vocabularies(dataset: Dataset, folder: str) -> list[str]:
     found = _vocabulary_files(dataset)
     for file, crc32 in found.items():
         make_local_folder(os.path.dirname(join(folder, file)))
-        source = join(dataset.folder, file)
+        source, problem = join(dataset.folder, file), link_problem(dataset.folder, file)
+        if problem is not None:
+            raise PackageError(f"vocabulary {problem}")
         if _copy(source, join(folder, file)) != crc32:
             raise PackageError(
                 f"vocabulary {source} was changed after it was written (checksum differs from the manifest's); restore "

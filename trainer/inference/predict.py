@@ -34,8 +34,9 @@ from trainer.inference.predict_options import PredictOptions
 from trainer.inference.raw_rows import RawRows, read_raw_rows
 from trainer.inference.request_encoder import EncodedBatch
 from trainer.inference.same_data import check_same_data
+from trainer.inference.sample_check import load_checked_scorer
 from trainer.inference.score_file import new_score_file
-from trainer.inference.scorer import Scorer, load_scorer, split_batch
+from trainer.inference.scorer import Formats, Scorer, split_batch
 
 BATCH_ROWS = 2048
 _MAX_NAMED = 3
@@ -84,7 +85,8 @@ def predict(options: PredictOptions) -> Scored:
     """
     for path in options.inputs:
         input_num_bytes(path)
-    scorer = load_scorer(options.package, is_exact=not options.fastest)
+    formats = Formats("always" if options.fastest else "never", options.trust_formats)
+    scorer = load_checked_scorer(options.package, formats=formats)
     return _of_dataset(options, scorer) if options.data is not None else _of_files(options, scorer)
 
 

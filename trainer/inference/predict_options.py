@@ -22,7 +22,12 @@ class PredictOptions(BaseModel):
         None, description="Of raw files: criteo, Kaggle or Terabyte text; table, CSV, TSV, Parquet. Labels may lack."
     )
     fastest: bool = Field(
-        False, description="Use the package's format `fastest`, whose dense part may be in bf16 or int8."
+        False,
+        description="Score with the package's format `fastest`, whose dense part may be in bf16 or int8, so that "
+        "answers depend a little on the batch; refused where it cannot be used. Without it answers are the exact ones.",
+    )
+    trust_formats: bool = Field(
+        False, description="With --fastest: use the format though others built it, which runs their code."
     )
     max_bad_rows: int = Field(0, ge=0, description="Malformed raw rows that get no score before it is an error.")
     threads: int | None = Field(None, ge=1, description="Threads of the dense layers; all cores by default.")
@@ -34,6 +39,8 @@ class PredictOptions(BaseModel):
             raise ValueError("give either --data, a data set, or --input, raw files")
         if bool(self.inputs) != (self.source is not None):
             raise ValueError("--input goes with --source criteo or --source table, and --data without")
+        if self.trust_formats and not self.fastest:
+            raise ValueError("--trust-formats goes with --fastest: without it no code of a package is run")
         if os.path.splitext(self.output)[1] != ".parquet":
             raise ValueError(f"--output {self.output} must end in .parquet")
         return self

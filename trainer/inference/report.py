@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.inference.package import Precision, QuantizerName
 
-REPORT_VERSION = 1
+# 2: it names the label.
+REPORT_VERSION = 2
 
 
 def percent(share: float, num_digits: int = 4) -> str:
@@ -36,7 +37,7 @@ class Ratio(_Figures):
 
 
 class CalibrationPoint(_Figures):
-    """Samples of similar score: mean predicted probability, share of clicks, and how many there are."""
+    """Samples of similar score: mean predicted probability, share of positives, and how many there are."""
 
     predicted: float
     observed: float
@@ -179,6 +180,7 @@ class QualityReport(_Figures):
     """Contents of report.json.
 
     Attributes:
+        label: name of the label's column.
         held_out: what the comparison was made on.
         table_sample: what single tables were measured on.
         table_bytes: of all tables as they are packaged; `fp32_table_bytes` as they were trained.
@@ -191,6 +193,7 @@ class QualityReport(_Figures):
     checkpoint: str
     step: int
     made_at: str
+    label: str
     thresholds: Thresholds
     held_out: SampleFigures
     comparison: Comparison

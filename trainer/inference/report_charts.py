@@ -53,10 +53,10 @@ class Axis:
 
 
 def calibration_chart(reference: Sequence[CalibrationPoint], candidate: Sequence[CalibrationPoint]) -> str:
-    """Predicted against observed share of clicks, of both models."""
+    """Predicted against observed share of positives, of both models."""
     most = max(max(point.predicted, point.observed) for point in [*reference, *candidate])
     across, up = _axes(0.0, min(1.0, most * 1.06), 0.0, min(1.0, most * 1.06))
-    pieces = [*_frame(across, up, "predicted probability", "share of clicks", _share, _share)]
+    pieces = [*_frame(across, up, "predicted probability", "share of positives", _share, _share)]
     pieces.append(_line(across(across.low), up(across.low), across(across.high), up(across.high), "ideal"))
     for name, points in (("reference", reference), ("candidate", candidate)):
         path = " ".join(f"{across(p.predicted):.1f},{up(p.observed):.1f}" for p in points)

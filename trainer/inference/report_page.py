@@ -119,10 +119,10 @@ def _samples(sample: SampleFigures) -> str:
 
 
 def _quality_note(report: QualityReport) -> str:
-    clicks = percent(report.comparison.label_rate, 2)
+    positives = percent(report.comparison.label_rate, 2)
     return (
-        f"Both models on {_samples(report.held_out)}, {clicks} of them clicks. Intervals hold 95 %, and are of the "
-        "difference on the same samples."
+        f"Both models on {_samples(report.held_out)}, {positives} of them positive ({report.label} = 1). Intervals "
+        "hold 95 %, and are of the difference on the same samples."
     )
 
 
@@ -134,7 +134,7 @@ def _quality(report: QualityReport) -> str:
             ("AUC", reference.auc, candidate.auc),
             ("Normalized entropy", reference.ne, candidate.ne),
             ("Log loss", reference.logloss, candidate.logloss),
-            ("Predicted / actual clicks", reference.calibration, candidate.calibration),
+            ("Predicted / actual positives", reference.calibration, candidate.calibration),
         )
     )
     return _table(("", "fp32", "package", "change"), rows)
@@ -184,7 +184,7 @@ def _calibration_note(report: QualityReport) -> str:
     num_points = len(report.comparison.reference_calibration)
     return (
         f"Samples in the order of their scores, in {num_points} parts of equal number: what a model predicts of each "
-        "part, and the clicks there were. On the dashed line the two are equal."
+        "part, and the share of it that was positive. On the dashed line the two are equal."
     )
 
 
@@ -202,7 +202,7 @@ def _calibration_table(report: QualityReport) -> str:
         )
         for number in shown
     )
-    return _table(("", "predicted, fp32", "package", "clicks, fp32", "package"), rows)
+    return _table(("", "predicted, fp32", "package", "actual, fp32", "package"), rows)
 
 
 def _loss_note(report: QualityReport) -> str:

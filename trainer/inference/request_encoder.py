@@ -212,9 +212,15 @@ def load_request_encoder(package: Package) -> RequestEncoder:
     """Load the encoder of a package.
 
     Raises:
-        PackageError: the package holds no vocabulary of a column that needs one, or a damaged one.
+        PackageError: the package holds no vocabulary of a column that needs one, or a damaged one; or its columns are
+            not those of its tables.
     """
-    schema = Schema.model_validate(package.read_json(SCHEMA))
+    schema, manifest = package.read_section(SCHEMA, Schema), package.manifest
+    if (schema.categorical_names, schema.dense_names) != (manifest.features, list(manifest.dense_features)):
+        raise PackageError(
+            f"{package.folder}: {SCHEMA} has other columns, or in another order, than the tables of package.json; "
+            "export the run again"
+        )
     return RequestEncoder(schema, {column.name: _load_mapper(package, column) for column in schema.categorical})
 
 
@@ -254,6 +260,7 @@ def _load_mapper(package: Package, column: CategoricalColumn) -> IdMapper:
             f"package {package.folder} holds no vocabulary of column {column.name}, so raw values of it mean nothing; "
             "export it again from a run on preprocessed data"
         )
+    package.checked_path(file)
     return IdMapper(column, load_vocabulary(package.folder, file, entry.crc32))
 
 

@@ -6,7 +6,8 @@ B samples, F categorical features, I dense inputs, V ids in all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,13 +15,29 @@ from numpy.typing import NDArray
 
 from data_pipeline.schema import TRANSFORM_VERSION
 from trainer.inference.flat_model import build_flat_model
-from trainer.inference.formats.opening import open_predictor
+from trainer.inference.formats.opening import open_format, open_predictor
 from trainer.inference.formats.ways import EAGER
-from trainer.inference.package import Package, PackageError, read_package, verify_package
+from trainer.inference.package import Package, PackageError, read_package
 from trainer.inference.request_encoder import EncodedBatch, RequestEncoder, load_request_encoder
 
 # (dense [B, I] fp32, ids [V] int32, lengths [F * B] int32) -> probabilities [B] fp32; B is at least 1.
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Whether a package's format "fastest" is used.
+
+    Attributes:
+        use: "if_fit" leaves one that was not built, or does not fit, with a warning; "always" refuses the package then.
+        are_trusted: open it though somebody else built it, which runs their code (formats/trust.py).
+    """
+
+    use: Literal["never", "if_fit", "always"] = "never"
+    are_trusted: bool = False
+
+
+EXACT = Formats()
 
 
 @dataclass(frozen=True)
@@ -54,41 +71,48 @@ class Scorer:
         return scores.numpy()
 
 
-def load_scorer(folder: str, *, is_exact: bool = True) -> Scorer:
-    """Load a package, its tables mapped.
+def load_scorer(folder: str, *, formats: Formats = EXACT) -> Scorer:
+    """Load a package, its tables mapped; what is read of it is held against its checksums first.
 
     Args:
         folder: of the package.
-        is_exact: with the eager model in fp32, whose answers are the package's by definition. Otherwise in the
-            package's format "fastest" if it was built, whose dense part may be in bf16 or int8.
+        formats: whether its format "fastest" is used, whose dense part may be in bf16 or int8.
 
     Raises:
         PackageError: it is none, is damaged, is of another version, or its raw values mean something else here.
     """
     package = read_package(folder)
+    scorer = load_exact_scorer(package)
+    return with_format(scorer, formats) if formats.use != "never" else scorer
+
+
+def load_exact_scorer(package: Package) -> Scorer:
+    """Load the eager model in fp32, whose answers are the package's by definition.
+
+    Raises:
+        PackageError: as of `load_scorer`.
+    """
     version = package.manifest.transform_version
     if version != TRANSFORM_VERSION:
         raise PackageError(
-            f"{folder} was made with version {version} of the transforms, this Papilio has {TRANSFORM_VERSION}: the "
-            f"same raw values would become other inputs; serve it with Papilio {package.manifest.papilio_version}, or "
-            "preprocess, train and export again"
+            f"{package.folder} was made with version {version} of the transforms, this Papilio has "
+            f"{TRANSFORM_VERSION}: the same raw values would become other inputs; serve it with Papilio "
+            f"{package.manifest.papilio_version}, or preprocess, train and export again"
         )
-    encoder = load_request_encoder(package)
-    if is_exact:
-        return Scorer(package, encoder, build_flat_model(package))
-    predictor = open_predictor(package)
-    return Scorer(package, encoder, predictor.predict, predictor.format_name)
+    return Scorer(package, load_request_encoder(package), build_flat_model(package))
 
 
-def require_sound(folder: str) -> None:
-    """Read every byte of a package against its checksums.
+def with_format(scorer: Scorer, formats: Formats) -> Scorer:
+    """Return the scorer of the same package by its format "fastest".
 
     Raises:
-        PackageError: it is no package, or a file is missing or damaged.
+        PackageError: the format has to be used, and cannot be.
     """
-    for _, problem in verify_package(folder):
-        if problem is not None:
-            raise PackageError(problem)
+    if formats.use == "always":
+        predictor = open_format(scorer.package, "fastest", trusts_formats=formats.are_trusted)
+    else:
+        predictor = open_predictor(scorer.package, trusts_formats=formats.are_trusted)
+    return replace(scorer, predict=predictor.predict, form=predictor.format_name)
 
 
 def split_batch(batch: EncodedBatch, max_rows: int) -> Iterator[EncodedBatch]:

@@ -177,9 +177,9 @@ def test_the_calibration_curve_is_sklearns():
 
 def test_samples_that_cannot_tell_are_refused():
     scores = np.zeros(5, np.float32)
-    with pytest.raises(ComparisonError, match=r"5 samples with 1 clicks cannot tell .* give more held-out data"):
+    with pytest.raises(ComparisonError, match=r"5 samples, 1 of them positive, cannot tell .* give more held-out data"):
         compare_scores(scores, scores, np.array([1, 0, 0, 0, 0]))
-    with pytest.raises(ComparisonError, match="5 samples with 4 clicks cannot tell"):
+    with pytest.raises(ComparisonError, match="5 samples, 4 of them positive, cannot tell"):
         compare_scores(scores, scores, np.array([1, 1, 1, 0, 1]))
     bad = np.array([0, math.nan, math.inf, 0, 0], np.float32)
     with pytest.raises(ComparisonError, match=r"the quantized model gives 2 of 5 samples a score that is not a finite"):

@@ -17,6 +17,7 @@ from tests.support.checkpoints import NAME, write_checkpoint
 from tests.support.datasets import write_dataset
 from tests.support.package_bytes import read_tables
 from tests.support.trained_runs import expected_probabilities, make_config, random_weights, write_run
+from trainer import locked_folder
 from trainer.checkpoint.format import CheckpointError, DamagedError
 from trainer.config_file import ConfigError
 from trainer.inference import exporting, gate
@@ -354,3 +355,30 @@ def test_rows_that_span_little_are_told(tmp_path, data, caplog):
     assert (
         "rows of t_a (100% of its rows) span so little that their scale, which is fp16, is a coarse one" in caplog.text
     )
+
+
+def test_a_second_ctrl_c_while_the_first_one_cleans_up_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(path):
+        signal.raise_signal(signal.SIGINT)
+        Path(path, "half").unlink()
+        signal.raise_signal(signal.SIGTERM)
+        Path(path).rmdir()
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(locked_folder, "remove_local_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt), exporting._temporary_folder(str(tmp_path / "package")) as folder:
+        Path(folder, "half").write_text("x")
+        raise KeyboardInterrupt
+    assert names_in(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_killed_export_to_another_output_left_is_told(tmp_path, caplog):
+    left = tmp_path / "other.0123abcd.tmp"
+    (left / "package").mkdir(parents=True)
+    (tmp_path / "mine.0123abcd.tmp" / "something").mkdir(parents=True)
+    with caplog.at_level(logging.INFO), exporting._temporary_folder(str(tmp_path / "package")):
+        pass
+    told = f"{left} was left behind by an export that was cut off; one to {tmp_path / 'other'} removes it"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    assert names_in(tmp_path) == ["mine.0123abcd.tmp", "other.0123abcd.tmp"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.datasets import ROWS_PER_TABLE, edit_manifest, write_dataset
+from tests.support.package_bytes import rewrite_format
 from tests.support.trained_runs import write_run
 from trainer.build_format import describe_format
 from trainer.inference.export_options import ExportOptions
@@ -21,7 +22,8 @@ from trainer.inference.formats.fastest import choose_ways, time_ways
 from trainer.inference.formats.format_folder import format_path
 from trainer.inference.formats.opening import build_format, open_format, open_predictor
 from trainer.inference.formats.ways import WAYS, Way, load_eager
-from trainer.inference.package import PackageError
+from trainer.inference.package import PackageError, read_package
+from trainer.inference.scorer import Formats, load_scorer
 
 SIZES = (1, 8)
 
@@ -147,11 +149,11 @@ def test_a_choice_that_does_not_fit_here_is_left_with_a_warning(package, few_way
     build_format(package, "fastest")
     path = Path(format_path(package, "fastest", "format.json"))
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "choice": {**info["choice"], "num_threads": 77}}))
+    rewrite_format(package.folder, "fastest", choice={**info["choice"], "num_threads": 77})
     with caplog.at_level(logging.WARNING):
-        open_format(package, "fastest")
+        open_format(package, "fastest", trusts_formats=True)
     assert "were chosen with 77 threads, here are" in caplog.text
-    path.write_text(json.dumps({**info, "needs": {"torch": "1.0", "fbgemm_gpu": "1.0"}}))
+    rewrite_format(package.folder, "fastest", needs={"torch": "1.0", "fbgemm_gpu": "1.0"})
     with pytest.raises(PackageError, match=r"compiled for torch 1.0"):
         open_format(package, "fastest")
     with caplog.at_level(logging.WARNING):
@@ -183,3 +185,27 @@ def test_a_way_that_falls_behind_more_and_more_is_not_timed_at_larger_sizes() ->
     assert times["late"] == dict(zip(sizes, seconds["late"], strict=True))
     assert times["slow"] == {1: 10, 2: 60}
     assert choose_ways(times) == [(4, "fast"), (8, "late")]
+
+
+def test_a_format_of_others_is_left_with_one_line_or_refused(package, few_ways, caplog, monkeypatch, tmp_path) -> None:
+    build_format(package, "fastest")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of_another_user"))
+    with caplog.at_level(logging.WARNING):
+        assert load_scorer(package.folder, formats=Formats("if_fit")).form == "eager"
+    (line,) = [r.getMessage() for r in caplog.records if "not built by this user" in r.getMessage()]
+    assert "--trust-formats" in line and "\n" not in line
+    with pytest.raises(PackageError, match="was not built by this user on this machine"):
+        load_scorer(package.folder, formats=Formats("always"))
+    assert load_scorer(package.folder, formats=Formats("always", are_trusted=True)).form == "fastest"
+    with pytest.raises(PackageError, match="was not built by this user on this machine"):
+        open_format(package, "fastest")
+
+
+def test_a_damaged_package_is_not_built_upon(package, few_ways) -> None:
+    path = Path(package.path("tables.bin"))
+    raw = bytearray(path.read_bytes())
+    raw[7] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(PackageError, match=r"tables.bin is damaged: its checksum is not .*; export"):
+        build_format(read_package(package.folder), "fastest")
+    assert not Path(package.folder, "formats").exists()

@@ -15,7 +15,7 @@ import torch
 
 from launch.cli import main
 from tests.support.datasets import write_dataset
-from tests.support.package_bytes import read_tables
+from tests.support.package_bytes import read_tables, rewrite_format
 from tests.support.trained_runs import expected_probabilities, make_config, write_run
 from trainer.inference.export_options import ExportOptions
 from trainer.inference.exporting import export_package
@@ -282,19 +282,24 @@ def test_changed_bytes_of_a_format_are_refused_by_name(own) -> None:
 
 def test_a_format_of_another_package_or_version_is_refused_by_name(own) -> None:
     path = Path(format_path(own, "torch", "format.json"))
-    info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "package_crc32": 1}))
+    before = path.read_text()
+    rewrite_format(own.folder, "torch", package_crc32=1)
     with pytest.raises(PackageError, match=r"was built from another package.json than that of"):
         open_format(own, "torch")
-    path.write_text(json.dumps({**info, "info_version": 9}))
-    with pytest.raises(PackageError, match=r"format.json has version 9; this Papilio reads 1: `papilio package build"):
+    path.write_text(json.dumps({**json.loads(before), "info_version": 1}))
+    with pytest.raises(PackageError, match=r"format.json has version 1; this Papilio reads 2: `papilio package build"):
         open_format(own, "torch")
     path.write_text("{")
     with pytest.raises(PackageError, match=r"format.json is damaged; `papilio package build"):
         open_format(own, "torch")
-    path.write_text(json.dumps({**info, "files": []}))
+    path.write_text(before)
+    rewrite_format(own.folder, "torch", files=[])
     with pytest.raises(PackageError, match=r"format.json is damaged \(files: "):
         open_format(own, "torch")
+    path.write_text(before)
+    os.rename(format_path(own, "torch"), format_path(own, "onnx"))
+    with pytest.raises(PackageError, match=r"formats/onnx is format torch under another name; `papilio package build"):
+        open_format(own, "onnx")
 
 
 def test_compiled_code_for_another_machine_is_refused_by_name(package, built) -> None:
@@ -303,12 +308,12 @@ def test_compiled_code_for_another_machine_is_refused_by_name(package, built) ->
     before = path.read_text()
     info = json.loads(before)
     try:
-        path.write_text(json.dumps({**info, "instruction_sets": [*info["instruction_sets"], "avx4096"]}))
+        rewrite_format(package.folder, "aoti", instruction_sets=[*info["instruction_sets"], "avx4096"])
         with pytest.raises(
             PackageError, match=r"compiled for a processor with avx4096, which this one lacks; `papilio"
         ):
             open_format(package, "aoti")
-        path.write_text(json.dumps({**info, "needs": {**info["needs"], "torch": "1.0"}}))
+        rewrite_format(package.folder, "aoti", needs={**info["needs"], "torch": "1.0"})
         with pytest.raises(
             PackageError, match=r"was compiled for torch 1.0, here is 2\.\d+.*on this machine makes one"
         ):
@@ -329,7 +334,10 @@ def test_every_byte_of_a_format_can_be_verified(own, capsys) -> None:
     assert [problem is None for _, problem in verify_formats(own)] == [True, False]
     capsys.readouterr()
     assert main(["package", "verify", own.folder]) == 1
-    assert f"{own.folder}/{names[1]}  is damaged: its checksum is not what format.json" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"  {own.folder}/{names[1]} is damaged: its checksum is not what format.json says"
+    assert lines[1].startswith(f"{own.folder}  DAMAGED: formats/torch, which nothing opens; build it again")
+    assert "sound" not in "".join(lines)
     Path(own.folder, names[0]).write_text("{")
     ((file, problem),) = verify_formats(own)
-    assert file == names[0] and "is damaged" in problem
+    assert file == names[0] and problem == "is damaged; building it again mends that"

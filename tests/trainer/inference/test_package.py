@@ -1,6 +1,7 @@
 """What a package is on disk: read back, and refused by name when it is not what was written."""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -192,3 +193,70 @@ def test_reading_a_package_imports_no_torch(tmp_path):
         "assert not {'torch', 'torchrec', 'numpy', 'pickle'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hosts", "a/../../b", "", "a//b", "./a"])
+def test_a_name_that_leads_out_of_the_package_is_refused(tmp_path, name):
+    write_package(tmp_path)
+    change_manifest(tmp_path, lambda content: content["files"].update({name: content["files"][TABLES]}))
+    with pytest.raises(PackageError, match=r"is damaged \(files\..*(leads out of its folder|is no file name)"):
+        read_package(str(tmp_path))
+
+
+def test_a_link_that_leads_out_of_the_package_is_refused(tmp_path):
+    folder = tmp_path / "package"
+    folder.mkdir()
+    write_package(folder)
+    os.rename(folder / TABLES, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", folder / TABLES)
+    message = f"{TABLES} is a link to {tmp_path / 'elsewhere'}, outside of its folder; copy the file to its place"
+    with pytest.raises(PackageError, match=message):
+        read_package(str(folder))
+    assert message in dict(verify_package(str(folder)))[TABLES]
+    os.symlink(folder, tmp_path / "current")  # a link to the whole package leads nowhere else
+    os.replace(tmp_path / "elsewhere", folder / TABLES)
+    read_package(str(tmp_path / "current")).require_sound()
+
+
+def test_a_file_is_read_before_its_path_is_given_out_and_only_once(tmp_path, monkeypatch):
+    write_package(tmp_path)
+    package = read_package(str(tmp_path))
+    assert package.checked_path(TABLES) == str(tmp_path / TABLES)
+    monkeypatch.setattr("trainer.inference.package.file_crc32", None)
+    package.checked_path(TABLES)
+    monkeypatch.undo()
+    (tmp_path / "dense.safetensors").write_bytes(b"dEnse")
+    with pytest.raises(PackageError, match=r"dense.safetensors is damaged: its checksum is not .*; export it again"):
+        package.checked_path("dense.safetensors")
+    with pytest.raises(PackageError, match=r"lists no sample.json, which is needed here; export the run again"):
+        package.read_json("sample.json")
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
+    write_package(tmp_path)
+    path = tmp_path / MANIFEST
+    raw = path.read_bytes()
+    passed = []
+    for place in range(len(raw)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1 << place % 8]) + raw[place + 1 :])
+        try:
+            read_manifest(str(tmp_path))
+            passed.append(place)
+        except PackageError as error:
+            assert "\n" not in str(error)
+    assert passed == []
+
+
+def test_a_manifest_that_says_more_than_it_should_is_refused(tmp_path):
+    write_package(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
+    with pytest.raises(PackageError, match="is damaged: its checksum is wrong"):
+        read_package(str(tmp_path))
+    write_package(tmp_path)
+    change_manifest(tmp_path, lambda content: content["tables"][0].update(rows="10"))
+    with pytest.raises(PackageError, match=r"is damaged \(tables.0.rows: Input should be a valid integer\)"):
+        read_package(str(tmp_path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(PackageError, match="is damaged: it is not the manifest of a package"):
+        read_package(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from data_pipeline.schema import criteo_schema
 from tests.support.served import MODEL, SCHEMA, records_of, text_rows, write_package
 from trainer.config import ModelConfig
 from trainer.inference import score_file
+from trainer.inference.package import PackageError, describe_files, read_manifest, write_manifest
 from trainer.inference.predict import main
 from trainer.inference.request_encoder import EncodedBatch
 from trainer.inference.scorer import load_scorer, split_batch
@@ -210,3 +212,50 @@ def test_a_table_without_a_column_is_refused(package, tmp_path, capsys) -> None:
     status, text = run(capsys, package, tmp_path / "s.parquet", **options)
     assert status == 1
     assert "has no column tags, item, slot; it has price, age, city" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["tables.bin", "dense.safetensors", "schema.json", "config.json", "vocabulary/city.arrow"]
+)
+def test_no_score_comes_from_a_package_with_a_flipped_bit(package, tmp_path, capsys, name) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(text_rows(records_of(0, 9), label=True)) + "\n")
+    copy = tmp_path / "package"
+    shutil.copytree(package, copy)
+    raw = bytearray((copy / name).read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (copy / name).write_bytes(raw)
+    options = {"inputs": [str(tmp_path / "a.csv")], "source": "table"}
+    status, text = run(capsys, str(copy), tmp_path / "s.parquet", **options)
+    assert status == 1 and text.count("\n") == 1
+    assert text.startswith(
+        f"papilio predict: error: {copy}/{name} is damaged: its checksum is not what package.json says"
+    )
+    assert list(tmp_path.glob("s.parquet*")) == []
+    with pytest.raises(PackageError, match=rf"{name} is damaged: "):
+        load_scorer(str(copy))
+
+
+def test_answers_that_are_not_the_expected_ones_are_not_written(package, tmp_path, capsys) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(text_rows(records_of(0, 9), label=True)) + "\n")
+    copy = tmp_path / "package"
+    shutil.copytree(package, copy)
+    sample = json.loads((copy / "sample.json").read_text())
+    sample["probabilities"][0] += 0.01
+    (copy / "sample.json").write_text(json.dumps(sample))
+    manifest = read_manifest(str(copy))
+    files = manifest.files | describe_files(str(copy), ["sample.json"])
+    write_manifest(manifest.model_copy(update={"files": files}), str(copy))
+    options = {"inputs": [str(tmp_path / "a.csv")], "source": "table"}
+    status, text = run(capsys, str(copy), tmp_path / "s.parquet", **options)
+    assert status == 1
+    assert "answers its sample.json with probabilities up to 0.01 from the expected ones, more than 1e-05" in text
+
+
+def test_fastest_is_refused_where_it_was_not_built(package, tmp_path, capsys) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(text_rows(records_of(0, 9), label=True)) + "\n")
+    options = {"inputs": [str(tmp_path / "a.csv")], "source": "table", "fastest": True}
+    status, text = run(capsys, package, tmp_path / "s.parquet", **options)
+    assert status == 1
+    assert f"{package} has no format fastest; `papilio package build {package} --format fastest` makes it" in text
+    with pytest.raises(ValueError, match="--trust-formats goes with --fastest: without it no code of a package is run"):
+        run(capsys, package, tmp_path / "s.parquet", **options | {"fastest": False, "trust_formats": True})

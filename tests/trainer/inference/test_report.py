@@ -106,6 +106,7 @@ def make_report(*tables, comparison=None, thresholds=None, name="ads", data="/da
         checkpoint="step_0000000007-abcdef",
         step=7,
         made_at="2026-11-21T09:00:00+00:00",
+        label="bought",
         thresholds=thresholds or Thresholds(min_auc_ratio=0.999, max_ne_ratio=1.001),
         held_out=sample,
         comparison=comparison or make_comparison(),
@@ -120,6 +121,12 @@ def make_report(*tables, comparison=None, thresholds=None, name="ads", data="/da
 def test_json_and_back():
     report = make_report()
     assert QualityReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_the_page_calls_samples_by_the_name_of_their_label():
+    page = report_page(make_report())
+    assert re.search(r"[\d.]+ % of them positive \(bought = 1\)\.", page)
+    assert "clicks" not in page.lower()
 
 
 def test_the_page_needs_nothing_from_elsewhere():

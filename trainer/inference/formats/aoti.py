@@ -13,9 +13,9 @@ import fbgemm_gpu
 import torch
 from torch import nn
 
-from trainer.inference.flat_model import build_dense_of
+from trainer.inference.flat_model import build_dense_of, map_tables
 from trainer.inference.formats.format_folder import FormatInfo, Made, format_path, read_format, write_format
-from trainer.inference.formats.graph import GraphOnFile, export_program, map_tables
+from trainer.inference.formats.graph import GraphOnFile, export_program
 from trainer.inference.formats.predictor import Predictor, RunGraph
 from trainer.inference.package import Package, PackageError
 
@@ -38,13 +38,13 @@ def build_aoti(package: Package) -> FormatInfo:
     return write_format(package, "aoti", build)
 
 
-def open_aoti(package: Package) -> Predictor:
+def open_aoti(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the compiled model.
 
     Raises:
-        PackageError: it was not built, is damaged, or was built for other versions or another processor.
+        PackageError: it was not built, is damaged, is not trusted, or is for other versions or another processor.
     """
-    require_fit(package, read_format(package, "aoti"))
+    read_format(package, "aoti", trusts_formats=trusts_formats, require_fit=require_fit)
     run = load_graph(format_path(package, "aoti", PROGRAM), map_tables(package))
     return Predictor("aoti", package.manifest, run)
 

@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMAT_NAMES,
-        help="fastest: for each batch size the fastest of several ways on this machine, for predict and serve; aoti: "
-        "AOTInductor code over the package's own tables; torch: one torch.export file for any machine with torch; "
+        help="fastest: for each batch size the fastest of several ways on this machine; serve uses it by itself, "
+        "predict with --fastest; aoti: AOTInductor code over the package's own tables; "
+        "torch: one torch.export file for any machine with torch; "
         "onnx: the whole model, without FBGEMM",
     )
     parser.add_argument(
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense",
         choices=DENSE_ARITHMETICS,
-        help="with fastest: the coarsest arithmetic that the dense part may have; int8 makes an answer depend a little "
-        f"on the batch (default: {DEFAULT_DENSE})",
+        help="with fastest: the coarsest arithmetic that the dense part may have; with bf16 and int8 an answer depends "
+        f"a little on the batch that it is computed in (default: {DEFAULT_DENSE})",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="with fastest: threads to measure with (default: torch's own choice)"

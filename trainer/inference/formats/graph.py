@@ -14,9 +14,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental import _config as export_config
 
-from trainer.inference.flat_model import TableLookup, build_dense_of
+from trainer.inference.flat_model import TableLookup, build_dense_of, map_tables
 from trainer.inference.formats.plain_lookup import PlainLookup
-from trainer.inference.package import TABLES, Package
+from trainer.inference.package import Package
 
 # Samples and ids a feature of the example that programs are traced with; no size of it may be 0, 1 or equal to another.
 _EXAMPLE_SAMPLES = 6
@@ -53,12 +53,6 @@ class PlainGraph(nn.Module):
         """Return probabilities [B] fp32 and the number of unknown ids, int64."""
         pooled, num_unknown = self.lookup(ids, lengths)
         return torch.sigmoid(self.dense_part(dense, pooled)), num_unknown
-
-
-def map_tables(package: Package) -> torch.Tensor:
-    """Map `tables.bin`, [bytes] uint8: processes of a machine share its pages, which are read as they are needed."""
-    num_bytes = package.manifest.files[TABLES].num_bytes
-    return torch.from_file(package.path(TABLES), shared=False, size=num_bytes, dtype=torch.uint8)
 
 
 def export_program(graph: nn.Module, package: Package, *leading: torch.Tensor) -> torch.export.ExportedProgram:

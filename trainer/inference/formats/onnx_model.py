@@ -45,13 +45,13 @@ def build_onnx(package: Package) -> FormatInfo:
     return write_format(package, "onnx", build)
 
 
-def open_onnx(package: Package) -> Predictor:
+def open_onnx(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the model in ONNX Runtime, with as many threads as torch has.
 
     Raises:
-        PackageError: it was not built, is damaged, or ONNX Runtime is not installed.
+        PackageError: it was not built, is damaged, is not trusted, or ONNX Runtime is not installed.
     """
-    read_format(package, "onnx")
+    read_format(package, "onnx", trusts_formats=trusts_formats)
     session = open_session(format_path(package, "onnx", MODEL))
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,27 +40,33 @@ def build_format(
         num_threads: of "fastest": threads to measure with; changed for the whole process.
 
     Raises:
-        PackageError: something that it takes is missing.
+        PackageError: something that it takes is missing, or the package is damaged.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    package.require_sound()
     return build_fastest(package, data, dense) if name == "fastest" else _BUILDERS[name](package)
 
 
-def open_format(package: Package, name: FormatName) -> Predictor:
+def open_format(package: Package, name: FormatName, *, trusts_formats: bool = False) -> Predictor:
     """Open a format.
 
+    Args:
+        package: whose format.
+        name: which.
+        trusts_formats: open it even if this user did not build it on this machine: that runs its builder's code.
+
     Raises:
-        PackageError: it was not built, is damaged, or does not fit this machine.
+        PackageError: it was not built, is damaged, does not fit this machine, or is not trusted.
     """
-    return _OPENERS[name](package)
+    return _OPENERS[name](package, trusts_formats=trusts_formats)
 
 
-def open_predictor(package: Package) -> Predictor:
-    """Open a package by format "fastest" where it was built and fits this machine, else eagerly, with a warning."""
+def open_predictor(package: Package, *, trusts_formats: bool = False) -> Predictor:
+    """Open a package by format "fastest" where that can be, else eagerly: with a warning if it was built."""
     if has_format(package, "fastest"):
         try:
-            return open_fastest(package)
+            return open_fastest(package, trusts_formats=trusts_formats)
         except PackageError as error:
             logger.warning("%s; the package is used without it: slower, and its dense part in fp32", error)
     return Predictor(EAGER, package.manifest, run_of_model(build_flat_model(package)))

@@ -28,12 +28,12 @@ def build_torch_program(package: Package) -> FormatInfo:
     return write_format(package, "torch", build)
 
 
-def open_torch_program(package: Package) -> Predictor:
+def open_torch_program(package: Package, *, trusts_formats: bool) -> Predictor:
     """Open the program.
 
     Raises:
-        PackageError: it was not built, or is damaged.
+        PackageError: it was not built, is damaged, or is not trusted.
     """
-    read_format(package, "torch")
+    read_format(package, "torch", trusts_formats=trusts_formats)
     program = torch.export.load(format_path(package, "torch", PROGRAM)).module()
     return Predictor("torch", package.manifest, program)

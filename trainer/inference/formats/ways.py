@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model
+from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model, map_tables
 from trainer.inference.formats.aoti import compile_graph, has_compiler, load_graph
 from trainer.inference.formats.build_options import DenseArithmetic
 from trainer.inference.formats.dense_ways import for_many_samples, for_one_sample
-from trainer.inference.formats.graph import map_tables
 from trainer.inference.formats.onnx_model import open_session, quantize_onnx, write_onnx
 from trainer.inference.formats.predictor import RunGraph
 from trainer.inference.package import Package

@@ -11,6 +11,7 @@ from functools import partial
 from data_pipeline.schema import Schema
 from trainer.inference.package import MANIFEST
 from trainer.inference.sample_check import load_checked_scorer
+from trainer.inference.scorer import Formats
 from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
 from trainer.inference.serving.serve_options import ServeOptions
@@ -23,7 +24,7 @@ class PackageSwap:
 
     def __init__(self, options: ServeOptions, batcher: MicroBatcher, metrics: Metrics) -> None:
         self._folder, self._batcher, self._metrics = options.package, batcher, metrics
-        self._load = partial(load_checked_scorer, options.package, is_exact=options.exact)
+        self._load = partial(load_checked_scorer, options.package, formats=formats_of(options))
         self._one_at_a_time = asyncio.Lock()
         self._seen = _place(options.package)
 
@@ -54,6 +55,11 @@ class PackageSwap:
             await asyncio.sleep(every_s)
             if _place(self._folder) not in (self._seen, None):
                 await self.swap()
+
+
+def formats_of(options: ServeOptions) -> Formats:
+    """Return whether a server uses packages' formats, and whose."""
+    return Formats("never" if options.exact else "if_fit", options.trust_formats)
 
 
 def _place(folder: str) -> tuple[str, int, int] | None:

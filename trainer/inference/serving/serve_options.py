@@ -22,6 +22,9 @@ class ServeOptions(BaseModel):
     exact: bool = Field(
         False, description="Serve the eager model in fp32 even where the package has a faster format built."
     )
+    trust_formats: bool = Field(
+        False, description="Use the package's format `fastest` even where others built it, which runs their code."
+    )
     threads: int = Field(1, ge=1, le=256, description="Threads of each process in the dense layers.")
     max_batch: int = Field(256, ge=1, description="Records scored together at most, unless one request has more.")
     max_wait_ms: float = Field(
@@ -47,6 +50,8 @@ class ServeOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> ServeOptions:
+        if self.exact and self.trust_formats:
+            raise ValueError("--exact uses no format, so there is none to trust: leave out --trust-formats or --exact")
         if self.max_batch > self.max_queue:
             raise ValueError(f"max_queue ({self.max_queue}) must be at least max_batch ({self.max_batch})")
         return self

@@ -20,7 +20,7 @@ from trainer.inference.scorer import Scorer
 from trainer.inference.serving.app import ServingApp
 from trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
-from trainer.inference.serving.package_swap import PackageSwap
+from trainer.inference.serving.package_swap import PackageSwap, formats_of
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
     metrics.clear_gauges()
     torch.set_num_threads(options.threads)
     sys.setswitchinterval(GIL_SWITCH_S)
-    scorer = load_checked_scorer(options.package, is_exact=options.exact)
+    scorer = load_checked_scorer(options.package, formats=formats_of(options))
     config = uvicorn.Config(
         "set below, when there is an event loop",
         ws="none",

@@ -18,5 +18,5 @@ def test_a_run_that_goes_on_drops_what_it_will_measure_again(tmp_path):
     entries = [("train", 10), ("validation", 12), ("test", 12), ("train", 20)]
     lines = [json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in entries]
     path.write_text("".join(lines) + '{"kind": "validation", "st')
-    RunFolder(str(path.parent), config, open_dataset(data), step=12).close()
+    RunFolder(str(path.parent), config, open_dataset(data), {}, step=12, validated=[12]).close()
     assert path.read_text() == lines[0] + lines[1]

@@ -1,0 +1,207 @@
+"""What can be known of a training before any rank runs: refused here, with the key that mends it. Needs no torch.
+
+`papilio train` asks before it starts processes; rank 0 asks again, for jobs that came another way.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.manifest import DatasetError
+from data_pipeline.paths import join
+from sharding.hardware import load_hardware
+from sharding.plan_file import read_plan_file
+from trainer.checkpoint.compatibility import safe_changes
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.format import DamagedError, Marker
+from trainer.checkpoint.places import find_checkpoint
+from trainer.config import Config
+from trainer.config_file import ConfigError
+from trainer.retries import StorageError
+from trainer.run_folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
+from trainer.storage import exists, read_json, remove_folder, require_writable
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has nothing left to train, with what its summary.json says."""
+
+    run_dir: str
+    summary: dict[str, Any]
+
+    def __str__(self) -> str:
+        return (
+            f"the run in {self.run_dir} is finished ({self.summary['num_steps']:,} steps); nothing was changed. To "
+            "train it further, raise --train.epochs or --train.max_steps; to begin anew, give another --output.run_dir"
+        )
+
+
+def open_run_data(config: Config) -> Dataset:
+    """Open the data set of a run, and check that it has what the run needs.
+
+    Raises:
+        DatasetError: it cannot be read, lacks rows to train on, or a shard is missing or cut short.
+        ConfigError: a setting needs rows that it lacks.
+    """
+    try:
+        dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
+        dataset.open_split("train")
+        for split in filter(dataset.has_rows, dataset.manifest.splits):
+            _check_shards(dataset, split)
+    except DatasetError as error:
+        raise DatasetError(f"data.path: {error}; or name another with --data.path=DIR") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(
+            f"data.path = {config.data.path} cannot be read: {reason}; name a data set with --data.path=DIR"
+        ) from None
+    every = config.train.evaluate_every_steps
+    if every is not None and not dataset.has_rows("validation"):
+        raise ConfigError(
+            f"train.evaluate_every_steps = {every}, but data set {dataset.folder} has no rows in split 'validation' "
+            f"(split rule: {dataset.manifest.split_rule}); leave it out (--train.evaluate_every_steps=none), or "
+            "preprocess again with a validation split"
+        )
+    return dataset
+
+
+def without_validation(dataset: Dataset, config: Config) -> str | None:
+    """Say what a run goes without where the data set has no validation rows; None where it has some."""
+    if dataset.has_rows("validation"):
+        return None
+    kept = f"the newest {config.checkpoint.keep_last} checkpoint(s) are kept (checkpoint.keep_last)"
+    best = f"; none is the best, {kept}" if config.checkpoint.keep_best else ""
+    return f"data set {dataset.folder} has no rows in split validation: nothing measures what the model learns{best}"
+
+
+def check_places(config: Config, run_dir: str | None) -> None:
+    """Check that a run can write where its config says; `run_dir` is None where a new folder will be made.
+
+    Raises:
+        ConfigError: it cannot, and could not later.
+        StorageError: it cannot now.
+    """
+    key, folder = ("output.runs_dir", config.output.runs_dir) if run_dir is None else ("output.run_dir", run_dir)
+    if "://" in folder:
+        raise ConfigError(
+            f"{key} = {folder}: a run folder lies on a local or shared disk; checkpoints alone may lie elsewhere, with "
+            f"--checkpoint.folder={folder.rstrip('/')}/checkpoints"
+        )
+    places = {key: folder}
+    if run_dir is not None or config.checkpoint.folder is not None:
+        places["checkpoint.folder"] = checkpoints_dir(folder, config.checkpoint)
+    new = [path for path in places.values() if not _is_there(path)]
+    for place_key, path in places.items():
+        try:
+            require_writable(path)
+        except StorageError as error:
+            if error.is_passing:
+                raise
+            raise ConfigError(f"{place_key} = {path}: {error}") from None
+    for path in reversed(new):  # what fails after this, like a wrong recipe, leaves no new folder behind
+        remove_folder(path)
+
+
+def check_run(config: Config, dataset: Dataset, run_dir: str) -> FinishedRun | None:
+    """Check that this job is the one that its folders hold, if any; return it if it has nothing left to do.
+
+    Raises:
+        CheckpointError: it is another; lists the differences. Or its checkpoints are of another version.
+        ConfigError: the folder cannot be written, or its config is damaged.
+        StorageError: the storage does not answer.
+    """
+    folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
+    newest = _check_identity(folder, run_dir, config, dataset)
+    finished = None if newest is None else _finished(newest, config, run_dir)
+    if finished is None:
+        check_places(config, run_dir)
+    return finished
+
+
+def check_start(config: Config) -> FinishedRun | None:
+    """Check all that is known before the ranks start, cheapest first; return the run if it is finished.
+
+    Raises:
+        CheckpointError, ConfigError, DatasetError, HardwareError, PlanFileError, StorageError: it would fail.
+    """
+    dataset = open_run_data(config)
+    if config.sharding.plan is not None:
+        read_plan_file(config.sharding.plan)
+    if config.sharding.hardware is not None:
+        load_hardware(config.sharding.hardware)
+    if config.output.run_dir is not None:
+        return check_run(config, dataset, config.output.run_dir)
+    check_places(config, None)
+    return None
+
+
+def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str) -> None:
+    """Check that a run has the checkpoint, and the data set the rows, that are to be evaluated.
+
+    Raises:
+        CheckpointError, ConfigError, DatasetError, StorageError: it would fail.
+    """
+    config = load_run_config(run_dir)
+    find_checkpoint(CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint)), checkpoint)
+    open_dataset(data or config.data.path, verify_checksums=False).open_split(split)
+
+
+def _check_shards(dataset: Dataset, split: str) -> None:
+    """Look at the size of every shard on a disk; its bytes are checked when it is opened."""
+    for shard in dataset.manifest.splits[split].shards:
+        path = join(dataset.folder, shard.file)
+        if "://" in path:
+            continue
+        found = os.stat(path).st_size if os.path.exists(path) else None
+        if found != shard.num_bytes:
+            what = "is missing" if found is None else f"has {found:,} bytes, not {shard.num_bytes:,}"
+            raise DatasetError(f"shard {path} {what}; restore it or preprocess the data again")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return exists(path)
+    except StorageError:
+        return True  # whatever is wrong with it is said by writing
+
+
+def _check_identity(folder: CheckpointFolder, run_dir: str, config: Config, dataset: Dataset) -> Marker | None:
+    """Return the newest marker that can be read."""
+    found = _newest_readable(folder)
+    if found is not None:
+        old_config, old_data, where = found.config, found.data, f"the run in {folder.path}"
+    elif _is_there(join(run_dir, "config.json")):
+        old_config, old_data = read_run(run_dir)
+        where = f"the run in {run_dir}"
+    else:
+        return None
+    safe_changes(old_config, config.model_dump(mode="json"), old_data, data_identity(dataset), where)
+    return found
+
+
+def _newest_readable(folder: CheckpointFolder) -> Marker | None:
+    for name in reversed(folder.committed_names()):
+        try:
+            return folder.read_marker(name)
+        except DamagedError:
+            continue  # said when it is loaded
+    return None
+
+
+def _finished(newest: Marker, config: Config, run_dir: str) -> FinishedRun | None:
+    """A run is finished once the summary of its last step is written."""
+    most = config.train.max_steps
+    has_ended = newest.progress["position"]["epoch"] >= config.train.epochs or (
+        most is not None and newest.step >= most
+    )
+    if not has_ended:
+        return None
+    try:
+        summary = read_json(join(run_dir, SUMMARY))
+    except StorageError:
+        return None
+    is_whole = isinstance(summary, dict) and summary.get("num_steps") == newest.step and "final" in summary
+    return FinishedRun(run_dir, summary) if is_whole else None

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,8 @@ from data_pipeline.paths import join
 from sharding.hardware import load_hardware
 from sharding.plan_file import read_plan_file
 from trainer.checkpoint.compatibility import safe_changes
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import DamagedError, Marker
+from trainer.checkpoint.folder import CheckpointFolder, Committed
+from trainer.checkpoint.format import DamagedError
 from trainer.checkpoint.places import find_checkpoint
 from trainer.config import Config
 from trainer.config_file import ConfigError
@@ -77,47 +79,22 @@ def without_validation(dataset: Dataset, config: Config) -> str | None:
     return f"data set {dataset.folder} has no rows in split validation: nothing measures what the model learns{best}"
 
 
-def check_places(config: Config, run_dir: str | None) -> None:
-    """Check that a run can write where its config says; `run_dir` is None where a new folder will be made.
-
-    Raises:
-        ConfigError: it cannot, and could not later.
-        StorageError: it cannot now.
-    """
-    key, folder = ("output.runs_dir", config.output.runs_dir) if run_dir is None else ("output.run_dir", run_dir)
-    if "://" in folder:
-        raise ConfigError(
-            f"{key} = {folder}: a run folder lies on a local or shared disk; checkpoints alone may lie elsewhere, with "
-            f"--checkpoint.folder={folder.rstrip('/')}/checkpoints"
-        )
-    places = {key: folder}
-    if run_dir is not None or config.checkpoint.folder is not None:
-        places["checkpoint.folder"] = checkpoints_dir(folder, config.checkpoint)
-    new = [path for path in places.values() if not _is_there(path)]
-    for place_key, path in places.items():
-        try:
-            require_writable(path)
-        except StorageError as error:
-            if error.is_passing:
-                raise
-            raise ConfigError(f"{place_key} = {path}: {error}") from None
-    for path in reversed(new):  # what fails after this, like a wrong recipe, leaves no new folder behind
-        remove_folder(path)
-
-
 def check_run(config: Config, dataset: Dataset, run_dir: str) -> FinishedRun | None:
     """Check that this job is the one that its folders hold, if any; return it if it has nothing left to do.
 
     Raises:
         CheckpointError: it is another; lists the differences. Or its checkpoints are of another version.
-        ConfigError: the folder cannot be written, or its config is damaged.
-        StorageError: the storage does not answer.
+        ConfigError: a folder cannot be read or written, or its config is damaged.
+        StorageError: the storage does not answer, or is full.
     """
-    folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
-    newest = _check_identity(folder, run_dir, config, dataset)
-    finished = None if newest is None else _finished(newest, config, run_dir)
+    places = _places(config, run_dir)
+    key, path = list(places.items())[-1]
+    with _naming(key, path):
+        folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
+        newest = _check_identity(folder, run_dir, config, dataset)
+        finished = None if newest is None else _finished(folder, newest, config, run_dir)
     if finished is None:
-        check_places(config, run_dir)
+        _check_writable(places)
     return finished
 
 
@@ -134,7 +111,7 @@ def check_start(config: Config) -> FinishedRun | None:
         load_hardware(config.sharding.hardware)
     if config.output.run_dir is not None:
         return check_run(config, dataset, config.output.run_dir)
-    check_places(config, None)
+    _check_writable(_places(config, None))
     return None
 
 
@@ -147,6 +124,43 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
     config = load_run_config(run_dir)
     find_checkpoint(CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint)), checkpoint)
     open_dataset(data or config.data.path, verify_checksums=False).open_split(split)
+
+
+def _places(config: Config, run_dir: str | None) -> dict[str, str]:
+    """Return the folders that a run writes to, by key; `run_dir` is None where a new folder will be made."""
+    key, folder = ("output.runs_dir", config.output.runs_dir) if run_dir is None else ("output.run_dir", run_dir)
+    if "://" in folder:
+        raise ConfigError(
+            f"{key} = {folder}: a run folder lies on a local or shared disk; checkpoints alone may lie elsewhere, with "
+            f"--checkpoint.folder={folder.rstrip('/')}/checkpoints"
+        )
+    return {key: folder} | ({"checkpoint.folder": config.checkpoint.folder} if config.checkpoint.folder else {})
+
+
+def _check_writable(places: Mapping[str, str]) -> None:
+    """Try to write; what fails after this, like a wrong recipe, leaves no new folder behind."""
+    new = [path for path in places.values() if not _is_there(path)]
+    for key, path in places.items():
+        with _naming(key, path):
+            require_writable(path)
+    for path in reversed(new):
+        remove_folder(path)
+
+
+@contextmanager
+def _naming(key: str, path: str) -> Iterator[None]:
+    """Name the key of a folder that cannot be used, now or later.
+
+    Raises:
+        ConfigError: it cannot.
+        StorageError: the storage does not answer, or is full.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if error.is_passing:
+            raise
+        raise ConfigError(f"{key} = {path}: {error}") from None
 
 
 def _check_shards(dataset: Dataset, split: str) -> None:
@@ -168,11 +182,11 @@ def _is_there(path: str) -> bool:
         return True  # whatever is wrong with it is said by writing
 
 
-def _check_identity(folder: CheckpointFolder, run_dir: str, config: Config, dataset: Dataset) -> Marker | None:
-    """Return the newest marker that can be read."""
+def _check_identity(folder: CheckpointFolder, run_dir: str, config: Config, dataset: Dataset) -> Committed | None:
+    """Return the newest checkpoint whose marker can be read."""
     found = _newest_readable(folder)
     if found is not None:
-        old_config, old_data, where = found.config, found.data, f"the run in {folder.path}"
+        old_config, old_data, where = found.marker.config, found.marker.data, f"the run in {folder.path}"
     elif _is_there(join(run_dir, "config.json")):
         old_config, old_data = read_run(run_dir)
         where = f"the run in {run_dir}"
@@ -182,26 +196,28 @@ def _check_identity(folder: CheckpointFolder, run_dir: str, config: Config, data
     return found
 
 
-def _newest_readable(folder: CheckpointFolder) -> Marker | None:
+def _newest_readable(folder: CheckpointFolder) -> Committed | None:
     for name in reversed(folder.committed_names()):
         try:
-            return folder.read_marker(name)
+            return Committed(name, folder.read_marker(name))
         except DamagedError:
             continue  # said when it is loaded
     return None
 
 
-def _finished(newest: Marker, config: Config, run_dir: str) -> FinishedRun | None:
-    """A run is finished once the summary of its last step is written."""
-    most = config.train.max_steps
-    has_ended = newest.progress["position"]["epoch"] >= config.train.epochs or (
-        most is not None and newest.step >= most
-    )
-    if not has_ended:
+def _finished(folder: CheckpointFolder, newest: Committed, config: Config, run_dir: str) -> FinishedRun | None:
+    """A run is finished once the summary of its last step is written, as long as its last checkpoint is whole.
+
+    All of it is read, as it would be to go on: where it is damaged, the last steps can be trained again.
+    """
+    marker, most = newest.marker, config.train.max_steps
+    if marker.progress["position"]["epoch"] < config.train.epochs and (most is None or marker.step < most):
         return None
     try:
         summary = read_json(join(run_dir, SUMMARY))
     except StorageError:
         return None
-    is_whole = isinstance(summary, dict) and summary.get("num_steps") == newest.step and "final" in summary
+    if not isinstance(summary, dict) or summary.get("num_steps") != marker.step or "final" not in summary:
+        return None
+    is_whole = all(problem is None for _, _, problem in folder.verify(newest.name))
     return FinishedRun(run_dir, summary) if is_whole else None

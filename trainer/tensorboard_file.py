@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,7 +25,7 @@ class EventsFile:
     """A new file of events in the folder of a run's; one that goes on after `step` steps hides older points."""
 
     def __init__(self, folder: str, step: int = 0) -> None:
-        name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{time.time_ns()}"
         with suppress(OSError):  # told when the file is opened
             os.makedirs(folder, exist_ok=True)
         self._file = AppendedFile(os.path.join(folder, name))

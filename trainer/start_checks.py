@@ -140,11 +140,13 @@ def _places(config: Config, run_dir: str | None) -> dict[str, str]:
 def _check_writable(places: Mapping[str, str]) -> None:
     """Try to write; what fails after this, like a wrong recipe, leaves no new folder behind."""
     new = [path for path in places.values() if not _is_there(path)]
-    for key, path in places.items():
-        with _naming(key, path):
-            require_writable(path)
-    for path in reversed(new):
-        remove_folder(path)
+    try:
+        for key, path in places.items():
+            with _naming(key, path):
+                require_writable(path)
+    finally:
+        for path in reversed(new):
+            remove_folder(path)
 
 
 @contextmanager

@@ -52,7 +52,15 @@ class Summary:
         errors = {"step_error", "memory_error"}  # which follow from the others
         comparison = None if found is None else Comparison(**{k: v for k, v in found.items() if k not in errors})
         final = {split: MetricValues.from_dict(found) for split, found in tree["final"].items()}
-        return cls(**{**values, "final": final, "comparison": comparison, "findings": tuple(tree["findings"])})
+        return cls(
+            **{
+                **values,
+                "final": final,
+                "comparison": comparison,
+                "findings": tuple(tree["findings"]),
+                "checkpoint_stalls_s": tuple(tree.get("checkpoint_stalls_s", ())),
+            }
+        )
 
 
 def format_summary(summary: Summary, manifest: Manifest) -> str:

@@ -22,6 +22,7 @@ from trainer.run_folder import checkpoints_dir, load_run_config
 from trainer.runtime import configure_runtime
 from trainer.same_columns import check_same_columns
 from trainer.sharded_model import build_sharded_model
+from trainer.start_checks import check_evaluation
 from trainer.storage import read_json
 from trainer.summary import format_metrics
 from trainer.train import EXPECTED_ERRORS, fail
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_run_config(known.run)
+        check_evaluation(known.run, known.data, known.split, known.checkpoint)
         with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
             evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks, known.checkpoint)
     except EXPECTED_ERRORS as error:

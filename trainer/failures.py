@@ -90,6 +90,14 @@ def note_early_failure(error: BaseException) -> bool:
     return True
 
 
+def describe_join_failure(error: BaseException) -> str:
+    """Say why this rank could not join the others; what the first to fail has said itself is not said again."""
+    first = open_side_channel().first_failure()
+    if first is None:
+        return f"this rank could not join the others: {one_line(error)}"
+    return f"this rank could not join the others, of which rank {first.rank} (host {first.host}) failed first"
+
+
 def last_error(path: str | None) -> str:
     """Return, after a colon, the last line of a log that reads as an error's; nothing where there is none.
 

@@ -98,17 +98,27 @@ def check_run(config: Config, dataset: Dataset, run_dir: str) -> FinishedRun | N
     return finished
 
 
-def check_start(config: Config) -> FinishedRun | None:
-    """Check all that is known before the ranks start, cheapest first; return the run if it is finished.
+def check_input(config: Config) -> Dataset:
+    """Check what a run reads; nothing is written, so that every rank may ask. Returns the data set.
 
     Raises:
-        CheckpointError, ConfigError, DatasetError, HardwareError, PlanFileError, StorageError: it would fail.
+        ConfigError, DatasetError, HardwareError, PlanFileError: it cannot be used.
     """
     dataset = open_run_data(config)
     if config.sharding.plan is not None:
         read_plan_file(config.sharding.plan)
     if config.sharding.hardware is not None:
         load_hardware(config.sharding.hardware)
+    return dataset
+
+
+def check_start(config: Config) -> FinishedRun | None:
+    """Check all that is known before the ranks start, cheapest first; return the run if it is finished.
+
+    Raises:
+        CheckpointError, ConfigError, DatasetError, HardwareError, PlanFileError, StorageError: it would fail.
+    """
+    dataset = check_input(config)
     if config.output.run_dir is not None:
         return check_run(config, dataset, config.output.run_dir)
     _check_writable(_places(config, None))

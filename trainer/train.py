@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
@@ -24,7 +26,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError, note_early_failure
+from trainer.failures import LostRankError, describe_join_failure, note_early_failure
 from trainer.gradient_buckets import settle_gradient_buckets
 from trainer.health import TrainingError, diagnose, diagnose_labels
 from trainer.install import InstallError, check_install
@@ -39,7 +41,7 @@ from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_
 from trainer.run_progress import Progress
 from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.sharded_model import ShardedModel, build_sharded_model
-from trainer.start_checks import check_run, open_run_data, without_validation
+from trainer.start_checks import check_input, check_run, open_run_data, without_validation
 from trainer.storage import StorageError
 from trainer.summary import Summary, format_summary
 from trainer.versions import package_versions
@@ -48,6 +50,7 @@ EXPECTED_ERRORS = (
     CheckpointError,
     ConfigError,
     DatasetError,
+    dist.DistError,
     HardwareError,
     InstallError,
     LostRankError,
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_config(known.recipe, overrides, known.host)
+        check_input(config)  # before the ranks meet: one that waits for another which left shows a traceback
         with (
             process_group(config.train.stall_timeout_s) as ranks,
             job_health(ranks, config.train.stall_timeout_s) as health,
@@ -84,6 +88,8 @@ def fail(prefix: str, error: Exception) -> int:
 
     A lost host comes back, a full disk is emptied, a storage answers again; anything else would go wrong again.
     """
+    if isinstance(error, dist.DistError):
+        error = LostRankError(describe_join_failure(error))
     if note_early_failure(error):
         print(f"{prefix}: error: {error}", file=sys.stderr, flush=True)
     is_passing = error.is_passing if isinstance(error, StorageError) else isinstance(error, LostRankError | SaveError)

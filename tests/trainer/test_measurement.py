@@ -4,7 +4,7 @@ import torch
 from sharding.planning.make import make_plan
 from tests.support.jobs import config_of, make_cluster, make_job
 from tests.support.storages import run_python
-from trainer.measurement import Comparison, StepMeter, compare, process_memory_bytes
+from trainer.measurement import Comparison, StepMeter, compare
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ print(process_memory_bytes(torch.device("cpu")) - before)
 
 
 def test_memory_is_what_the_process_holds():
-    """The block counts; what is shared, like a mapped file, does not. bytes(32 MiB) was freed, above the heap's limit."""
+    """The block counts; what is shared, like a mapped file, does not. The 32 MiB written were freed."""
     process = run_python(MEASURE_A_BLOCK)
     out, err = process.communicate(timeout=120)
     assert int(out) == pytest.approx(64 << 20, rel=0.1), err

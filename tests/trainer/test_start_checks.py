@@ -172,6 +172,8 @@ def test_ranks_that_find_the_same_say_it_once(monkeypatch, capsys):
         assert fail("papilio train", DatasetError(text)) == 78
         said.append(capsys.readouterr().err)
     assert said == ["papilio train: error: wrong\n", "", "papilio train: error: other\n"]
+    assert fail("papilio train", dist.DistNetworkError("Failed to recv, got 0 bytes")) == 1
+    assert "this rank could not join the others, of which rank 2 (host " in capsys.readouterr().err
 
 
 def test_what_may_pass_is_tried_again(monkeypatch):

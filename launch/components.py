@@ -114,8 +114,8 @@ def evaluate(
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
-    words = ["trainer.evaluate", "--run", run, "--split", split, "--checkpoint", checkpoint]
-    words += ["--data", data] if data else []
+    words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
+    words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
     return roles.make_app(name, "evaluate", command, asked, around, str(nnodes), rdzv_port)

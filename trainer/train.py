@@ -186,11 +186,17 @@ def _begin(
     progress.findings_of_data = diagnose_labels(train.num_rows, train.num_positives)
     progress.findings_of_data += [] if unmeasured is None else [unmeasured]
     progress.findings = list(progress.findings_of_data)
-    if not ranks.is_first:
+    opened: list[RunFolder] = []
+
+    def open_folder() -> None:
+        validated = [step for step, _ in progress.validations]
+        opened.append(RunFolder(run_dir, config, dataset, identity.versions, progress.step, validated))
+        opened[0].write_plan(model.plan.to_json())
+
+    ranks.ask_first(open_folder)  # a disk that is full by now is told on all ranks
+    if not opened:
         return None
-    validated = [step for step, _ in progress.validations]
-    folder = RunFolder(run_dir, config, dataset, identity.versions, progress.step, validated)
-    folder.write_plan(model.plan.to_json())
+    (folder,) = opened
     print(_opening(config, loader, model, ranks, folder, progress), flush=True)
     if not dataset.has_rows("test"):
         print(f"data set {dataset.folder} has no rows in split test: no metrics of it at the end", flush=True)

@@ -80,11 +80,13 @@ def _chance(values: MetricValues, split: str) -> list[str]:
     error = CHANCE_ERRORS * math.sqrt((values.num_samples + 1) / (12 * num_clicks * num_others))
     if values.auc >= 0.5 + max(MIN_AUC_GAIN, error):
         return []
+    chance = f"chance (0.5 +- {error:.4f} with {num_clicks:,.0f} clicks in {values.num_samples:,} samples)"
+    if values.auc >= 0.5 + MIN_AUC_GAIN:
+        return [f"AUC on {split} is {values.auc:.4f}, which so few clicks cannot tell from {chance}"]
     return [
-        f"NOT LEARNING: AUC on {split} is {values.auc:.4f}, no better than chance (0.5 +- {error:.4f} with "
-        f"{num_clicks:,.0f} clicks in {values.num_samples:,} samples): check that the label column is the label, that "
-        "the training split is shuffled (data.shuffle), that ids are not all unknown (see the manifest's "
-        "unknown_rate), and try another optimizer.sparse.learning_rate and optimizer.dense.learning_rate"
+        f"NOT LEARNING: AUC on {split} is {values.auc:.4f}, no better than {chance}: check that the label "
+        "column is the label, that the training split is shuffled (data.shuffle), that ids are not all unknown (see "
+        "the manifest's unknown_rate), and try another optimizer.sparse.learning_rate and optimizer.dense.learning_rate"
     ]
 
 

@@ -139,11 +139,6 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
 def _places(config: Config, run_dir: str | None) -> dict[str, str]:
     """Return the folders that a run writes to, by key; `run_dir` is None where a new folder will be made."""
     key, folder = ("output.runs_dir", config.output.runs_dir) if run_dir is None else ("output.run_dir", run_dir)
-    if "://" in folder:
-        raise ConfigError(
-            f"{key} = {folder}: a run folder lies on a local or shared disk; checkpoints alone may lie elsewhere, with "
-            f"--checkpoint.folder={folder.rstrip('/')}/checkpoints"
-        )
     return {key: folder} | ({"checkpoint.folder": config.checkpoint.folder} if config.checkpoint.folder else {})
 
 

@@ -61,7 +61,6 @@ def edit_manifest(data, tmp_path, **changes):
         (["--output.run_dir=/proc/nope/x"], "output.run_dir = /proc/nope/x: could not create folder /proc/nope/x"),
         (["--output.runs_dir=/proc/nope"], "output.runs_dir = /proc/nope: could not create folder /proc/nope"),
         (["--output.run_dir=recipe.toml/x"], "output.run_dir = recipe.toml/x: could not "),
-        (["--output.run_dir=s3://b/run"], "--checkpoint.folder=s3://b/run/checkpoints"),
         (["--checkpoint.folder=recipe.toml"], "checkpoint.folder = recipe.toml: could not"),
         (["--sharding.plan=none.json"], "plan file none.json does not exist"),
         (["--sharding.hardware=dgx_x"], "dgx_x"),

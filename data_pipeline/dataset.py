@@ -89,6 +89,11 @@ class Dataset:
                 "every row) and preprocess again"
             )
 
+    def has_rows(self, split: str) -> bool:
+        """Say whether there is such a split with rows in it."""
+        info = self.manifest.splits.get(split)
+        return info is not None and info.num_rows > 0
+
     def open_split(self, name: str) -> Split:
         """Return a split for reading.
 
@@ -96,7 +101,7 @@ class Dataset:
             DatasetError: there is no such split, it has no rows, or its shards do not add up to its rows.
         """
         info = self.manifest.splits.get(name)
-        if info is None or info.num_rows == 0:
+        if info is None or not self.has_rows(name):
             filled = [split for split, found in self.manifest.splits.items() if found.num_rows]
             raise DatasetError(
                 f"data set {self.folder} has no rows in split {name!r}; splits with rows: "

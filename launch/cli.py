@@ -1,7 +1,7 @@
 """The `papilio` command: finds the verb, parses its arguments, imports its job and runs it.
 
 Exit status: 0 done, 1 the job failed, 2 the command line is wrong, 75 told to end and saved, to be resumed,
-78 the ranks found a mistake that no retry mends, 130 and 143 interrupted and terminated.
+78 a mistake that no retry mends, 130 and 143 interrupted and terminated.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from data_pipeline.local_path import PathError, check_local_path
-from launch.usage import UsageError
+from launch.usage import OUR_PACKAGES, RefusedError, UsageError
 from launch.verbs import VERBS, Verb
+from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
-# An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
-OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
 # How help calls an argument that is a path; and those of them that may also be a URI: folders of checkpoints.
 PATH_METAVARS = ("DIR", "FILE", "RUN", "RUN_DIR", "NAME|FILE", "diff OLD NEW")
 URI_ARGUMENTS = {
@@ -115,7 +114,8 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
             raise
-        return _fail(f"papilio {verb.name}", str(error), 2 if isinstance(error, UsageError) else 1)
+        status = 2 if isinstance(error, UsageError) else NO_RESTART_EXIT_CODE if isinstance(error, RefusedError) else 1
+        return _fail(f"papilio {verb.name}", str(error), status)
     except KeyboardInterrupt:
         return _fail(f"papilio {verb.name}", "interrupted", 130)
 

@@ -75,6 +75,7 @@ def evaluate(
     run: str,
     data: str | None = None,
     split: str = "test",
+    checkpoint: str = "latest",
     host: str | None = None,
     nproc: int | None = None,
     nnodes: int = 1,
@@ -96,6 +97,7 @@ def evaluate(
         run: the run folder, as the training job printed it
         data: folder of the data set (default: the one it was trained on)
         split: train, validation or test
+        checkpoint: a checkpoint's name, its step, latest or best
         host: hardware profile of the nodes, or a file of `papilio calibrate`: what to ask for
         nproc: ranks on each node (default: one for each GPU of the host profile, or 2)
         nnodes: number of nodes
@@ -113,6 +115,7 @@ def evaluate(
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
+    words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
     return roles.make_app(name, "evaluate", command, asked, around, str(nnodes), rdzv_port)

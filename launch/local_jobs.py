@@ -10,22 +10,29 @@ from pathlib import Path
 from launch import components, roles
 from launch.local_run import run_locally
 from launch.several_hosts import meeting_of, one_host_of
-from launch.usage import UsageError, require_files, require_folder
+from launch.usage import UsageError, refusing, require_files, require_folder
 from trainer.config_file import load_config
+from trainer.start_checks import check_evaluation, check_start
 
 NUM_CPU_RANKS = 2
 
 
 def run_train(namespace: argparse.Namespace) -> int:
-    """Train a recipe; a wrong key or value of it is found here, before any process is started."""
+    """Train a recipe; what would go wrong on every rank is found here, before any process is started."""
     recipe, overrides = namespace.recipe, namespace.overrides
     if recipe.endswith(".toml"):
         require_files("--recipe", [recipe])
-    config = load_config(recipe, overrides)
+    with refusing():
+        config = load_config(recipe, overrides)
     meeting = meeting_of(namespace, config.output.run_dir)
     nproc = _num_ranks(namespace.nproc)
     if namespace.max_restarts < 0:
         raise UsageError(f"--max-restarts {namespace.max_restarts}: 0 for none, or more")
+    with refusing():
+        finished = check_start(config)
+    if finished is not None:
+        print(finished)
+        return 0
     if meeting is None:
         return run_locally(
             components.train(*overrides, recipe=recipe, nproc=nproc, max_restarts=namespace.max_restarts)
@@ -40,8 +47,15 @@ def run_evaluate(namespace: argparse.Namespace) -> int:
     require_folder("--run", namespace.run, "`papilio train`")
     if namespace.data is not None:
         require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
+    nproc = _num_ranks(namespace.nproc)
+    with refusing():
+        check_evaluation(namespace.run, namespace.data, namespace.split, namespace.checkpoint)
     app = components.evaluate(
-        run=namespace.run, data=namespace.data, split=namespace.split, nproc=_num_ranks(namespace.nproc)
+        run=namespace.run,
+        data=namespace.data,
+        split=namespace.split,
+        checkpoint=namespace.checkpoint,
+        nproc=nproc,
     )
     return run_locally(app)
 

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from trainer.retries import StorageError
+
+# An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
+OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
 
 
 class UsageError(ValueError):
     """A command line that cannot be followed: a missing file, or a value that is not allowed."""
+
+
+class RefusedError(ValueError):
+    """What was found before any process started, and would go wrong again however often it is tried: status 78."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Take what is wrong with a job's input for a refusal; a storage that may answer again is none.
+
+    Raises:
+        RefusedError: it is wrong.
+    """
+    try:
+        yield
+    except (ValueError, StorageError) as error:
+        is_ours = type(error).__module__.partition(".")[0] in OUR_PACKAGES
+        if isinstance(error, UsageError) or not is_ours or (isinstance(error, StorageError) and error.is_passing):
+            raise
+        raise RefusedError(str(error)) from error
 
 
 def require_files(option: str, paths: Iterable[str]) -> None:

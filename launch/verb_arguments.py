@@ -90,6 +90,12 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="RUN_DIR", help="the run folder, as `papilio train` printed it")
     parser.add_argument("--data", metavar="DIR", help="folder of the data set (default: the one it was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which rows to evaluate on (default: test)")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="NAME",
+        help="a checkpoint's name, its step, latest or best (default: latest)",
+    )
     _add_nproc(parser)
 
 

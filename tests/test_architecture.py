@@ -53,6 +53,7 @@ JOBS_OF_LAUNCH = {
     "trainer.memory_limit",
     "trainer.progress",
     "trainer.retries",
+    "trainer.start_checks",
     "trainer.storage",
 }
 

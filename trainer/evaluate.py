@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from data_pipeline.dataset import open_dataset
 from sharding.config import ReplicasConfig, ShardingConfig
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import CheckpointError
-from trainer.checkpoint.loading import load_newest
+from trainer.checkpoint.loading import load, load_newest
+from trainer.checkpoint.places import LATEST, find_checkpoint
 from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.evaluation import evaluate
 from trainer.exit_codes import leave
+from trainer.health import diagnose
 from trainer.install import check_install
 from trainer.job_health import job_health
 from trainer.ranks import STALL_TIMEOUT_S, Ranks, process_group
@@ -22,9 +22,10 @@ from trainer.run_folder import checkpoints_dir, load_run_config
 from trainer.runtime import configure_runtime
 from trainer.same_columns import check_same_columns
 from trainer.sharded_model import build_sharded_model
+from trainer.start_checks import check_evaluation
 from trainer.storage import read_json
 from trainer.summary import format_metrics
-from trainer.train import EXPECTED_ERRORS
+from trainer.train import EXPECTED_ERRORS, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,36 +34,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--data", help="data set folder; that of the run by default")
     parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--checkpoint", default=LATEST, help="a checkpoint's name, its step, latest or best")
     known = parser.parse_args(arguments)
     configure_runtime()
     try:
         check_install()
         config = load_run_config(known.run)
+        check_evaluation(known.run, known.data, known.split, known.checkpoint)
         with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
-            evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks)
+            evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks, known.checkpoint)
     except EXPECTED_ERRORS as error:
-        print(f"papilio evaluate: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return fail("papilio evaluate", error)
     return 0
 
 
-def evaluate_run(config: Config, run_dir: str, data_dir: str, split: str, ranks: Ranks) -> None:
+def evaluate_run(
+    config: Config, run_dir: str, data_dir: str, split: str, ranks: Ranks, checkpoint: str = LATEST
+) -> None:
     """Load the run's weights, whatever world size saved them, and print metrics of `split`. Collective.
 
+    Args:
+        config: the run's.
+        run_dir: its folder.
+        data_dir: the data set to evaluate on.
+        split: of the data set.
+        ranks: who evaluates.
+        checkpoint: a checkpoint's name, its step, "latest" or "best"; of the latest, should it be damaged, the one
+            before.
+
     Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
         ConfigError: the data set has other columns, or independent tables do not fit the number of ranks.
     """
     check_num_ranks(config.sharding.replicas, run_dir, ranks)
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
+    dataset.open_split(split)
     check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
-    model = build_sharded_model(config, dataset, ranks)
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
-    if load_newest(folder, model, None, ranks) is None:
-        raise CheckpointError(f"{folder.path} holds no complete checkpoint: the run saved none; train again")
+    name = ranks.ask_first(lambda: find_checkpoint(folder, checkpoint))
+    model = build_sharded_model(config, dataset, ranks)
+    if checkpoint == LATEST:
+        found = load_newest(folder, model, None, ranks)
+        name = name if found is None else found[0]
+    else:
+        load(folder, name, model, None, ranks)
     values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
     if ranks.is_first:
-        print(format_metrics({split: values}, dataset.manifest), flush=True)
+        print(f"checkpoint {name} of {run_dir}\n{format_metrics({split: values}, dataset.manifest)}", flush=True)
+        for finding in diagnose(values, split):
+            print(f"WARNING: {finding}", flush=True)
 
 
 def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:

@@ -76,11 +76,26 @@ def told_with_place(error: BaseException) -> str:
     return f"{one_line(error)} ({path}:{frame.lineno}, in {frame.name})"
 
 
-def note_early_failure(error: BaseException) -> None:
-    """Note that this rank failed, for those that wait for it to join the group; nothing, where a cause is noted."""
+def note_early_failure(error: BaseException) -> bool:
+    """Note that this rank failed, for those that wait for it to join the group, unless a cause is noted.
+
+    Returns:
+        Whether it is news: False where another rank has noted the same words, and says them.
+    """
     rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if num_ranks > 1 and not isinstance(error, LostRankError):
-        open_side_channel().note_failure(Failure(rank, host_name(), -1, told_with_place(error), time.time()))
+        text = told_with_place(error)
+        first = open_side_channel().note_failure(Failure(rank, host_name(), -1, text, time.time()))
+        return first.rank == rank or first.error != text
+    return True
+
+
+def describe_join_failure(error: BaseException) -> str:
+    """Say why this rank could not join the others; what the first to fail has said itself is not said again."""
+    first = open_side_channel().first_failure()
+    if first is None:
+        return f"this rank could not join the others: {one_line(error)}"
+    return f"this rank could not join the others, of which rank {first.rank} (host {first.host}) failed first"
 
 
 def last_error(path: str | None) -> str:

@@ -82,7 +82,7 @@ def run_training(
         reporter.record(output, progress.step)
         progress.step += 1
         progress.position = output.position
-        is_validation_due = _is_validation_due(progress, num_steps, config)
+        is_validation_due = run.dataset.has_rows("validation") and _is_validation_due(progress, num_steps, config)
         model.average_replicas(progress.step, before_use=is_validation_due)
         progress.num_samples += output.global_batch_size
         progress.train_s += time.perf_counter() - begin_s
@@ -96,12 +96,12 @@ def run_training(
         progress.is_preempted = run.preemption.is_agreed(progress.step) and progress.step < num_steps
         is_best = is_validation_due and progress.is_best_now
         reason = run.checkpoints.due(progress.step, is_report=is_report, is_best=is_best)
-        # The end of the run is saved by itself.
         if (reason and progress.step < num_steps) or progress.is_preempted:
-            model.average_replicas(progress.step, before_use=True)
-            _save(run.checkpoints, reporter, progress, "preemption" if progress.is_preempted else str(reason))
+            _save(model, run.checkpoints, reporter, progress, "preemption" if progress.is_preempted else str(reason))
     batches.close()
     pipeline.detach()
+    if not progress.is_preempted:
+        _end(model, reporter, run, progress)
 
 
 def total_steps(num_done: int, loader: Loader, config: Config) -> int:
@@ -141,21 +141,37 @@ def _standing(
         epoch_share=1.0 if position.epoch == num_epochs else position.sample / loader.num_samples_per_epoch,
         loss=reporter.latest_loss,
         validation_auc=validations[-1][1].auc if validations else None,
-        checkpoint=CheckpointView(name=saved.name or None, step=saved.step, unix_s=saved.unix_s) if saved else None,
+        checkpoint=CheckpointView(name=saved.name, step=saved.step, unix_s=saved.unix_s) if saved else None,
+        findings=tuple(progress.findings),
     )
 
 
-def _save(checkpoints: Checkpoints, reporter: Reporter, progress: Progress, reason: str) -> None:
-    """Save a model whose losses were all finite so far; a preempted one has no other chance, so wait for it."""
+def _end(model: ShardedModel, reporter: Reporter, run: RunContext, progress: Progress) -> None:
+    """Save before anything else, then validate, and write into the checkpoint what came of it. Collective.
+
+    Raises:
+        SaveError: the final checkpoint could not be written.
+    """
+    run.health.mark(progress.step, "saving")
+    if not run.checkpoints.is_saved(progress.step):
+        _save(model, run.checkpoints, reporter, progress, "end")
+    is_validated = any(step == progress.step for step, _ in progress.validations)
+    if run.dataset.has_rows("validation") and not is_validated:
+        run.health.mark(progress.step, "validating")
+        reporter.validate(model, run.dataset, progress)
+        run.checkpoints.amend(progress.to_dict())
+
+
+def _save(model: ShardedModel, checkpoints: Checkpoints, reporter: Reporter, progress: Progress, reason: str) -> None:
+    """Save a model whose losses were all finite so far; at the end, or told to end, wait: there is no other chance."""
+    model.average_replicas(progress.step, before_use=True)
     reporter.check_finite()
     state = {**progress.to_dict(), "window": reporter.window()}
-    checkpoints.save(progress.step, state, reason, wait=progress.is_preempted)
+    checkpoints.save(progress.step, state, reason, wait=reason in ("end", "preemption"))
 
 
 def _is_validation_due(progress: Progress, num_steps: int, config: Config) -> bool:
+    """Whether to validate in the middle of the run; its end is validated after it is saved."""
     every = config.train.evaluate_every_steps
-    return (
-        progress.step == num_steps
-        or progress.position.sample == 0  # the end of an epoch
-        or (every is not None and progress.step % every == 0)
-    )
+    is_epoch_end = progress.position.sample == 0
+    return progress.step < num_steps and (is_epoch_end or (every is not None and progress.step % every == 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,12 @@ class MetricValues:
     def to_dict(self) -> dict[str, float]:
         """Return plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> MetricValues:
+        """Rebuild it from `to_dict`'s result, also by way of JSON, where NaN is null."""
+        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in tree.items()}
+        return cls(**values)
 
 
 class ClickMetrics:

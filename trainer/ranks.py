@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +40,20 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
+
+    def ask_first(self, question: Callable[[], T]) -> T:
+        """Return on every rank what rank 0 finds; an error of its (bad input, storage) is raised on all. Collective."""
+        answer: T | None = None
+        problem: ValueError | OSError | None = None
+        if self.is_first:
+            try:
+                answer = question()
+            except (ValueError, OSError) as error:
+                problem = error
+        answer, problem = self.agree_on((answer, problem))
+        if problem is not None:
+            raise problem
+        return answer  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank. Collective."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,19 +116,15 @@ class Reporter:
         values = evaluate(model.module, dataset, "validation", self._config, self._ranks, show_progress=False)
         self._has_evaluated = True
         progress.validations.append((progress.step, values))
-        progress.findings = diagnose(values, "validation")
+        found = diagnose(values, "validation")
+        progress.findings = [*progress.findings_of_data, *found]
         if self._folder is not None:
-            self._folder.append("validation", progress.step, _finite(values.to_dict()))
+            self._folder.append("validation", progress.step, values.to_dict())
         if self._ranks.is_first:
             print(
                 f"validation after step {progress.step:,}: AUC {values.auc:.4f}  NE {values.ne:.4f}  "
                 f"logloss {values.logloss:.4f}  calibration {values.calibration:.3f}  ({values.num_samples:,} samples)",
                 flush=True,
             )
-            for finding in progress.findings:
-                print(f"WARNING: NOT LEARNING: {finding}", flush=True)
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {key: value for key, value in values.items() if not (isinstance(value, float) and math.isnan(value))}
+            for finding in found:
+                print(f"WARNING: {finding}", flush=True)

@@ -12,17 +12,14 @@ from data_pipeline.paths import join
 from data_pipeline.version import papilio_version
 from trainer.checkpoint.compatibility import safe_changes
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import CheckpointError, DamagedError, Marker
+from trainer.checkpoint.format import Marker
 from trainer.checkpoint.loading import load_newest
-from trainer.checkpoint.policy import RunIdentity
 from trainer.checkpoint.saver import Saved
 from trainer.config import Config
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
-from trainer.run_folder import read_run
 from trainer.run_progress import Progress
 from trainer.sharded_model import ShardedModel
-from trainer.storage import exists, remove_folder, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -36,71 +33,23 @@ class Start:
     saved: Saved | None = None
 
 
-def check_can_go_on(folder: CheckpointFolder, run_dir: str, identity: RunIdentity, ranks: Ranks) -> None:
-    """Check, before anything is allocated, that this job is the one that the folders hold, if any. Collective.
-
-    Raises:
-        CheckpointError: it is another; lists the differences. Or its checkpoints are of another version.
-        StorageError: a folder cannot be written.
-    """
-    problem: Exception | None = None
-    if ranks.is_first:
-        try:
-            _check_identity(folder, run_dir, identity)
-            _check_writable(run_dir, folder.path)
-        except (CheckpointError, OSError) as error:
-            problem = error
-    problem = ranks.agree_on(problem)
-    if problem is not None:
-        raise problem
-
-
 def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimizers: Optimizers, ranks: Ranks) -> Start:
     """Load the newest complete checkpoint, if there is one, and sweep what was never completed. Collective."""
-    marker = load_newest(folder, model, optimizers, ranks)
+    found = load_newest(folder, model, optimizers, ranks)
     if ranks.is_first:
         for name in folder.sweep():
             logger.info("removed %s, which was never completed", join(folder.path, name))
     now = {"world_size": ranks.world_size, "papilio_version": papilio_version()}
-    if marker is None:
+    if found is None:
         return Start(Progress(history=[{"step": 0, **now, "changes": {}}]))
+    name, marker = found
     progress = Progress.from_dict(marker.progress)
     changed = safe_changes(marker.config, config.model_dump(mode="json"), {}, {}, folder.path)
     progress.history.append({"step": marker.step, **now, "changes": changed})
     if ranks.is_first:
         print(_resuming(marker, changed, ranks), flush=True)
-    saved = Saved("", marker.step, unix_s=datetime.fromisoformat(marker.saved_at).timestamp())
+    saved = Saved(name, marker.step, unix_s=datetime.fromisoformat(marker.saved_at).timestamp())
     return Start(progress, marker.progress["window"], saved)
-
-
-def _check_writable(*paths: str) -> None:
-    """Try to write; what fails after this, like a wrong recipe, finds no new folder left behind."""
-    new = [path for path in paths if not exists(path)]
-    for path in paths:
-        require_writable(path)
-    for path in new:
-        remove_folder(path)
-
-
-def _check_identity(folder: CheckpointFolder, run_dir: str, identity: RunIdentity) -> None:
-    found = _newest_readable(folder)
-    if found is not None:
-        config, data, where = found.config, found.data, f"the run in {folder.path}"
-    elif exists(join(run_dir, "config.json")):
-        config, data = read_run(run_dir)
-        where = f"the run in {run_dir}"
-    else:
-        return
-    safe_changes(config, identity.config, data, identity.data, where)
-
-
-def _newest_readable(folder: CheckpointFolder) -> Marker | None:
-    for name in reversed(folder.committed_names()):
-        try:
-            return folder.read_marker(name)
-        except DamagedError:
-            continue  # said when it is loaded
-    return None
 
 
 def _resuming(marker: Marker, changed: Mapping[str, tuple[Any, Any]], ranks: Ranks) -> str:

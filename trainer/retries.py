@@ -32,6 +32,7 @@ TRANSIENT_ERRNOS = frozenset(
         errno.ETIMEDOUT,
     }
 )
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PERMISSION = "give this user the right to it, or choose another folder"
 _FULL = "free space there, or choose a folder on another disk"
 MENDS = {
@@ -44,6 +45,8 @@ MENDS = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file, not a folder; correct the path",
     errno.EISDIR: "the path is a folder, not a file; correct the path",
+    errno.ELOOP: "links lead in a circle; correct the path",
+    errno.ENAMETOOLONG: "the name is too long for the disk; choose a shorter path",
     errno.EIO: "look at the disk (`dmesg`), or choose another folder",
 }
 
@@ -51,9 +54,24 @@ MENDS = {
 class StorageError(OSError):
     """An operation on stored bytes that failed for good: which, where, how often it was tried, and what mends it."""
 
-    def __init__(self, message: str, number: int | None = None) -> None:
+    def __init__(self, message: str, number: int | None = None, *, is_transient: bool | None = None) -> None:
+        """`number` is the errno, where there is one; `is_transient`: as the storage says, or else as the errno does."""
         super().__init__(message)
         self.errno = number
+        self.is_transient = number in TRANSIENT_ERRNOS if is_transient is None else is_transient
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same may go well another time: the storage answers again, or somebody frees space."""
+        return self.is_transient or self.errno in FULL_ERRNOS
+
+    def __reduce__(self) -> tuple[Callable[..., StorageError], tuple[str, int | None, bool]]:
+        """Keep the errno on the way to other ranks, which OSError loses."""
+        return _rebuilt, (str(self), self.errno, self.is_transient)
+
+
+def _rebuilt(message: str, number: int | None, is_transient: bool) -> StorageError:
+    return StorageError(message, number, is_transient=is_transient)
 
 
 class TryAgainError(OSError):
@@ -137,7 +155,7 @@ def attempt(
             if not failure.is_transient or num_failed == retries.num_attempts:
                 times = "once" if num_failed == 1 else f"{num_failed} times"
                 message = f"could not {operation} {path} (tried {times}): {failure.reason}; {failure.mend}"
-                raise StorageError(message, failure.errno) from error
+                raise StorageError(message, failure.errno, is_transient=failure.is_transient) from error
         wait_s = retries.wait_s(num_failed)
         logger.warning("could not %s %s: %s; next try in %.1f s", operation, path, failure.reason, wait_s)
         retries.sleep(wait_s)

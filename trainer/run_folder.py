@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import sys
 import time
-from importlib import metadata
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.dataset import Dataset
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.config import Config, OutputConfig
 from trainer.config_file import ConfigError, build_config
+from trainer.metrics_file import metrics_line, open_metrics
+from trainer.retries import StorageError
 from trainer.storage import exists, list_folder, make_folder, read_json, write_json, write_text
+from trainer.tensorboard_file import EventsFile
+
+logger = logging.getLogger(__name__)
 
 RUN_FORMAT_VERSION = 1
 JOB = "job.json"
-VERSIONED_PACKAGES = (
-    "papilio",
-    "torch",
-    "fbgemm-gpu",
-    "fbgemm-gpu-cpu",
-    "torchrec",
-    "torchx-nightly",
-    "numpy",
-    "pyarrow",
-)
+SUMMARY = "summary.json"
 
 
 def choose_run_dir(config: OutputConfig, name: str) -> str:
@@ -42,9 +34,18 @@ def choose_run_dir(config: OutputConfig, name: str) -> str:
     job_id = _job_id()
     for folder in sorted(list_folder(config.runs_dir), reverse=True) if job_id else ():
         path = os.path.join(config.runs_dir, folder, JOB)
-        if folder.startswith(f"{name}-") and exists(path) and read_json(path)["id"] == job_id:
+        if folder.startswith(f"{name}-") and _job_of(path) == job_id:
             return os.path.join(config.runs_dir, folder)
     return os.path.join(config.runs_dir, f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+
+
+def _job_of(path: str) -> str | None:
+    """Id of the job that a run was of; of other runs in the folder nothing is asked, not even to be whole."""
+    try:
+        tree = read_json(path) if exists(path) else None
+    except StorageError:
+        return None
+    return tree.get("id") if isinstance(tree, dict) else None
 
 
 def checkpoints_dir(run_dir: str, config: CheckpointConfig) -> str:
@@ -55,19 +56,27 @@ def checkpoints_dir(run_dir: str, config: CheckpointConfig) -> str:
 class RunFolder:
     """Writes a run's folder; only rank 0 has one. Measurements are appended as they come."""
 
-    def __init__(self, path: str, config: Config, dataset: Dataset, step: int = 0) -> None:
-        """Begin a run, or go on with one that has done `step` steps: what was measured after them is dropped."""
+    def __init__(
+        self,
+        path: str,
+        config: Config,
+        dataset: Dataset,
+        versions: Mapping[str, str],
+        step: int = 0,
+        validated: Iterable[int] = (),
+    ) -> None:
+        """Begin a run, or go on with one that has done `step` steps, and was `validated` after these.
+
+        What was measured after them is dropped.
+        """
         self.path = path
         make_folder(path)
         write_json(self.file("config.json"), {"format_version": RUN_FORMAT_VERSION, **config.model_dump(mode="json")})
-        write_json(self.file("versions.json"), package_versions())
+        write_json(self.file("versions.json"), dict(versions))
         write_json(self.file("data.json"), data_identity(dataset))
         write_json(self.file(JOB), {"id": _job_id()})
-        _drop_after(self.file("metrics.jsonl"), step)
-        self._metrics = open(self.file("metrics.jsonl"), "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # open for the run
-        self._events = None
-        if config.output.tensorboard:
-            self._events = SummaryWriter(self.file("tensorboard"), purge_step=step + 1 if step else None)
+        self._metrics = open_metrics(self.file("metrics.jsonl"), step, validated)
+        self._events = EventsFile(self.file("tensorboard"), step) if config.output.tensorboard else None
 
     def file(self, name: str) -> str:
         """Path of a file of the folder."""
@@ -79,11 +88,16 @@ class RunFolder:
 
     def append(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and a point to each of TensorBoard's curves; `kind` names the split or phase."""
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._metrics.append(metrics_line(kind, step, values))
         if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.append(kind, step, values)
+
+    def write_summary(self, tree: dict[str, Any]) -> None:
+        """Write summary.json, with which a run is finished; all else is saved, so that a failure is told only."""
+        try:
+            write_json(self.file(SUMMARY), tree)
+        except StorageError as error:
+            logger.warning("%s; the run is trained and saved, the same command again sums it up", error)
 
     def close(self) -> None:
         """Finish the files that are open."""
@@ -107,7 +121,7 @@ def read_run(run_dir: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigError: the folder is not a run's, or another version of Papilio wrote it.
     """
-    return _read_config(run_dir), read_json(os.path.join(run_dir, "data.json"))
+    return _read_config(run_dir), _read_tree(os.path.join(run_dir, "data.json"))
 
 
 def _read_config(run_dir: str) -> dict[str, Any]:
@@ -116,24 +130,26 @@ def _read_config(run_dir: str) -> dict[str, Any]:
         raise ConfigError(
             f"{run_dir} is not a run folder: it has no config.json; give the folder that training printed"
         )
-    tree: dict[str, Any] = read_json(path)
+    tree = _read_tree(path)
     version = tree.pop("format_version", None)
     if version != RUN_FORMAT_VERSION:
         raise ConfigError(f"{path} has format version {version}; this Papilio reads {RUN_FORMAT_VERSION}")
     return tree
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a run is made with."""
-    versions = {"python": sys.version.split()[0]}
-    for package in VERSIONED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    return versions
+def _read_tree(path: str) -> dict[str, Any]:
+    """Read a JSON file of a run; one that is damaged or unreadable would be so again."""
+    try:
+        tree = read_json(path)
+    except StorageError as error:
+        if error.is_passing:
+            raise
+        raise ConfigError(f"{error}; restore it, or choose another output.run_dir") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} is damaged: it holds no table of values; restore it, or choose another output.run_dir"
+        )
+    return tree
 
 
 def data_identity(dataset: Dataset) -> dict[str, Any]:
@@ -158,19 +174,3 @@ def data_identity(dataset: Dataset) -> dict[str, Any]:
 def _job_id() -> str | None:
     """Id that torchrun gives a job and all its restarts."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def _drop_after(path: str, step: int) -> None:
-    """Drop what will be measured again, and a last line that is cut off.
-
-    That is all of the steps after `step`, and a test split of this very step: it is measured after the checkpoint.
-    """
-    if not os.path.exists(path):
-        return
-    kept = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            entry = json.loads(line) if line.endswith("\n") else None
-            if entry and (entry["step"] < step or (entry["step"] == step and entry["kind"] != "test")):
-                kept.append(line)
-    write_text(path, "".join(kept))

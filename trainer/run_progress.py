@@ -17,6 +17,8 @@ class Progress:
 
     Attributes:
         history: the runs of this job, from the first on: where each began, on how many ranks, and what had changed.
+        findings_of_data: what is wrong with the data set, whatever is trained on it.
+        findings: the same, and what the newest evaluations found.
         is_preempted: it was told to end before its last step.
     """
 
@@ -27,6 +29,7 @@ class Progress:
     wait_s: float = 0.0
     validations: list[tuple[int, MetricValues]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    findings_of_data: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     meter: StepMeter = field(default_factory=StepMeter)
     is_preempted: bool = False
@@ -62,7 +65,7 @@ class Progress:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Progress:
         """Rebuild it from `to_dict`'s result."""
-        validations = [(step, MetricValues(**values)) for step, values in tree["validations"]]
+        validations = [(step, MetricValues.from_dict(values)) for step, values in tree["validations"]]
         return cls(
             step=tree["step"],
             position=ReadPosition.from_dict(tree["position"]),

@@ -8,6 +8,7 @@ passing reason is tried again; what fails for good is a StorageError. Nothing he
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -113,7 +114,20 @@ def is_remote(path: str) -> bool:
 
 def write_json(path: str, value: Any, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
     """Write a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n", retries=retries)
+    write_text(path, to_json(value, indent=1) + "\n", retries=retries)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON, which knows no NaN and no infinity: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(found) for key, found in value.items()}
+    return [_finite(found) for found in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> Any:
@@ -124,7 +138,7 @@ def read_json(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> Any:
     """
     try:
         return json.loads(read_bytes(path, retries=retries))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not JSON ({error}); it is damaged, or not what its name says") from error
 
 

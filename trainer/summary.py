@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from data_pipeline.manifest import Manifest
@@ -30,8 +30,8 @@ class Summary:
     samples_per_s: float
     data_wait_share: float
     final: dict[str, MetricValues]
-    best_validation_auc: float
-    best_validation_step: int
+    best_validation_auc: float | None
+    best_validation_step: int | None
     findings: tuple[str, ...]
     comparison: Comparison | None = None
     checkpoint_stalls_s: tuple[float, ...] = ()
@@ -42,6 +42,25 @@ class Summary:
         comparison = self.comparison.to_dict() if self.comparison is not None else None
         final = {split: found.to_dict() for split, found in self.final.items()}
         return {**values, "final": final, "comparison": comparison}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Summary:
+        """Rebuild it from what summary.json holds."""
+        names = {field.name for field in fields(cls)}
+        values = {name: tree[name] for name in names & tree.keys()}
+        found = tree.get("comparison")
+        errors = {"step_error", "memory_error"}  # which follow from the others
+        comparison = None if found is None else Comparison(**{k: v for k, v in found.items() if k not in errors})
+        final = {split: MetricValues.from_dict(found) for split, found in tree["final"].items()}
+        return cls(
+            **{
+                **values,
+                "final": final,
+                "comparison": comparison,
+                "findings": tuple(tree["findings"]),
+                "checkpoint_stalls_s": tuple(tree.get("checkpoint_stalls_s", ())),
+            }
+        )
 
 
 def format_summary(summary: Summary, manifest: Manifest) -> str:
@@ -56,14 +75,22 @@ def format_summary(summary: Summary, manifest: Manifest) -> str:
         *_comparison_lines(summary.comparison),
         *_checkpoint_lines(summary.checkpoint_stalls_s),
         "",
-        *_metric_lines(summary.final, manifest),
+        *(_metric_lines(summary.final, manifest) if summary.final else [" not measured: no held-out rows"]),
         "",
-        f" best       validation AUC {summary.best_validation_auc:.4f}, after step {summary.best_validation_step:,}",
+        *_best_lines(summary),
         f" run folder {summary.run_dir}",
         *(_wrap(finding) for finding in summary.findings),
         "─" * WIDTH,
     ]
     return "\n".join(lines)
+
+
+def _best_lines(summary: Summary) -> Sequence[str]:
+    if summary.best_validation_auc is None or summary.best_validation_step is None:
+        return []
+    return [
+        f" best       validation AUC {summary.best_validation_auc:.4f}, after step {summary.best_validation_step:,}"
+    ]
 
 
 def _comparison_lines(found: Comparison | None) -> Sequence[str]:
@@ -87,9 +114,7 @@ def _checkpoint_lines(stalls_s: Sequence[float]) -> Sequence[str]:
 
 
 def _wrap(finding: str) -> str:
-    return textwrap.fill(
-        f"NOT LEARNING: {finding}", WIDTH, initial_indent=" WARNING    ", subsequent_indent=" " * len(" WARNING    ")
-    )
+    return textwrap.fill(finding, WIDTH, initial_indent=" WARNING    ", subsequent_indent=" " * len(" WARNING    "))
 
 
 def format_metrics(final: dict[str, MetricValues], manifest: Manifest) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_pipeline.dataset import Dataset, open_dataset
+import torch.distributed as dist
+
+from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
 from data_pipeline.order import ReadPosition
@@ -23,9 +26,9 @@ from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.evaluation import evaluate
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError, note_early_failure
+from trainer.failures import LostRankError, describe_join_failure, note_early_failure
 from trainer.gradient_buckets import settle_gradient_buckets
-from trainer.health import TrainingError, diagnose
+from trainer.health import TrainingError, diagnose, diagnose_labels
 from trainer.install import InstallError, check_install
 from trainer.job_health import JobHealth, job_health
 from trainer.loop import RunContext, run_training, total_steps
@@ -33,18 +36,21 @@ from trainer.measurement import compare
 from trainer.optimizers import Optimizers
 from trainer.preemption import watch_for_preemption
 from trainer.ranks import Ranks, process_group
-from trainer.resume import check_can_go_on, go_on
-from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity, package_versions
+from trainer.resume import go_on
+from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
 from trainer.run_progress import Progress
 from trainer.runtime import configure_runtime, no_garbage_collection
 from trainer.sharded_model import ShardedModel, build_sharded_model
-from trainer.storage import StorageError, write_json
+from trainer.start_checks import check_input, check_run, open_run_data, without_validation
+from trainer.storage import StorageError
 from trainer.summary import Summary, format_summary
+from trainer.versions import package_versions
 
 EXPECTED_ERRORS = (
     CheckpointError,
     ConfigError,
     DatasetError,
+    dist.DistError,
     HardwareError,
     InstallError,
     LostRankError,
@@ -54,8 +60,6 @@ EXPECTED_ERRORS = (
     StorageError,
     TrainingError,
 )
-# A lost host comes back, a full disk is emptied, a storage answers again; anything else would go wrong again.
-PASSING_ERRORS = (LostRankError, SaveError, StorageError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,40 +72,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_config(known.recipe, overrides, known.host)
+        check_input(config)  # before the ranks meet: one that waits for another which left shows a traceback
         with (
             process_group(config.train.stall_timeout_s) as ranks,
             job_health(ranks, config.train.stall_timeout_s) as health,
         ):
             summary = train(config, ranks, health)
     except EXPECTED_ERRORS as error:
-        note_early_failure(error)
-        print(f"papilio train: error: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, PASSING_ERRORS) else NO_RESTART_EXIT_CODE
+        return fail("papilio train", error)
     return RESUME_EXIT_CODE if summary is None else 0
+
+
+def fail(prefix: str, error: Exception) -> int:
+    """Say what went wrong, unless another rank has said the very same, and return the exit status.
+
+    A lost host comes back, a full disk is emptied, a storage answers again; anything else would go wrong again.
+    """
+    if isinstance(error, dist.DistError):
+        error = LostRankError(describe_join_failure(error))
+    if note_early_failure(error):
+        print(f"{prefix}: error: {error}", file=sys.stderr, flush=True)
+    is_passing = error.is_passing if isinstance(error, StorageError) else isinstance(error, LostRankError | SaveError)
+    return 1 if is_passing else NO_RESTART_EXIT_CODE
 
 
 def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summary | None:
     """Train as the config says, from the run's newest checkpoint on if it has one, and write the run folder.
 
-    Collective; returns the summary on every rank, or None when the job was told to end and has saved.
+    A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was told to
+    end and has saved.
     """
     health = health or JobHealth()
-    dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
+    dataset = open_run_data(config)
     _training_loader(config, dataset, ranks, ReadPosition()).check_first_batch()
-    run_dir = ranks.agree_on(choose_run_dir(config.output, config.name) if ranks.is_first else None)
+    run_dir = ranks.ask_first(lambda: choose_run_dir(config.output, config.name))
+    finished = ranks.ask_first(lambda: check_run(config, dataset, run_dir))
+    if finished is not None:
+        if ranks.is_first:
+            print(finished, flush=True)
+        return Summary.from_dict(finished.summary)
     checkpoints = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
-    check_can_go_on(checkpoints, run_dir, identity, ranks)
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
     settle_gradient_buckets(model, optimizers, dataset, ranks)
     start = go_on(checkpoints, config, model, optimizers, ranks)
     health.mark(start.progress.step, "loading")
     loader = _training_loader(config, dataset, ranks, start.progress.position)
-    folder = RunFolder(run_dir, config, dataset, start.progress.step) if ranks.is_first else None
-    if folder is not None:
-        folder.write_plan(model.plan.to_json())
-        print(_opening(config, loader, model, ranks, folder, start.progress), flush=True)
+    folder = _begin(config, dataset, loader, model, ranks, run_dir, identity, start.progress)
     saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks)
     saver.latest = start.saved
     job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
@@ -152,6 +170,41 @@ def _training_loader(config: Config, dataset: Dataset, ranks: Ranks, start: Read
     )
 
 
+def _begin(
+    config: Config,
+    dataset: Dataset,
+    loader: Loader,
+    model: ShardedModel,
+    ranks: Ranks,
+    run_dir: str,
+    identity: RunIdentity,
+    progress: Progress,
+) -> RunFolder | None:
+    """Open the run folder on rank 0, and say what is about to be trained."""
+    train = dataset.manifest.splits["train"]
+    unmeasured = without_validation(dataset, config)
+    progress.findings_of_data = diagnose_labels(train.num_rows, train.num_positives)
+    progress.findings_of_data += [] if unmeasured is None else [unmeasured]
+    progress.findings = list(progress.findings_of_data)
+    opened: list[RunFolder] = []
+
+    def open_folder() -> None:
+        validated = [step for step, _ in progress.validations]
+        opened.append(RunFolder(run_dir, config, dataset, identity.versions, progress.step, validated))
+        opened[0].write_plan(model.plan.to_json())
+
+    ranks.ask_first(open_folder)  # a disk that is full by now is told on all ranks
+    if not opened:
+        return None
+    (folder,) = opened
+    print(_opening(config, loader, model, ranks, folder, progress), flush=True)
+    if not dataset.has_rows("test"):
+        print(f"data set {dataset.folder} has no rows in split test: no metrics of it at the end", flush=True)
+    for finding in progress.findings:
+        print(f"WARNING: {finding}", flush=True)
+    return folder
+
+
 def _opening(
     config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, folder: RunFolder, progress: Progress
 ) -> str:
@@ -174,22 +227,15 @@ def _stopped(progress: Progress, saver: Saver, folder: RunFolder) -> str:
 
 
 def _finish(job: _Job, progress: Progress) -> Summary:
-    """Save the end of the run, measure the test split, and sum up. Collective.
-
-    Raises:
-        SaveError: the final checkpoint could not be written.
-    """
+    """Measure the test split of a run that is saved, and sum up. Collective."""
     config, dataset, model, ranks = job.config, job.dataset, job.model, job.ranks
-    if not progress.validations:
-        values = evaluate(model.module, dataset, "validation", config, ranks, show_progress=False)
-        progress.validations.append((progress.step, values))
-    job.checkpoints.save(progress.step, {**progress.to_dict(), "window": None}, "end", wait=True)
     comparison = compare(model.plan, progress.meter, ranks)
-    final = {"validation": progress.validations[-1][1]}
-    if dataset.manifest.splits.get("test") and dataset.manifest.splits["test"].num_rows:
+    final = {"validation": progress.validations[-1][1]} if dataset.has_rows("validation") else {}
+    if dataset.has_rows("test"):
         final["test"] = evaluate(model.module, dataset, "test", config, ranks, show_progress=False)
+    progress.findings = [*progress.findings_of_data]
+    progress.findings += [finding for split, values in final.items() for finding in diagnose(values, split)]
     best = progress.best_validation
-    assert best is not None
     summary = Summary(
         run_dir=job.run_dir,
         world_size=ranks.world_size,
@@ -199,18 +245,18 @@ def _finish(job: _Job, progress: Progress) -> Summary:
         num_samples=progress.num_samples,
         train_s=progress.train_s,
         samples_per_s=progress.samples_per_s,
-        data_wait_share=progress.wait_s / progress.train_s,
+        data_wait_share=progress.wait_s / progress.train_s if progress.train_s else math.nan,
         final=final,
-        best_validation_auc=best[1].auc,
-        best_validation_step=best[0],
-        findings=tuple(diagnose(final["validation"], "validation")),
+        best_validation_auc=best[1].auc if best is not None else None,
+        best_validation_step=best[0] if best is not None else None,
+        findings=tuple(progress.findings),
         comparison=comparison,
         checkpoint_stalls_s=tuple(job.checkpoints.stalls_s),
     )
     if job.folder is not None:
         if "test" in final:
             job.folder.append("test", progress.step, final["test"].to_dict())
-        write_json(job.folder.file("summary.json"), summary.to_dict())
+        job.folder.write_summary(summary.to_dict())
         print(format_summary(summary, dataset.manifest), flush=True)
     return summary
 

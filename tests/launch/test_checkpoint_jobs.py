@@ -72,6 +72,10 @@ def test_a_run_is_found_by_several_of_its_folders(papilio, run, tmp_path):
 
     expected = listed(run)
     assert listed(run / "checkpoints") == expected
+    config_text = (run / "config.json").read_text()
+    (run / "config.json").write_text('{"na')
+    assert listed(run) == expected, "a damaged config hides no checkpoint"
+    (run / "config.json").write_text(config_text)
     shutil.move(run / "checkpoints", tmp_path / "elsewhere")
     config = json.loads((run / "config.json").read_text())
     config["checkpoint"]["folder"] = str(tmp_path / "elsewhere")

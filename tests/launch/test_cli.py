@@ -89,7 +89,7 @@ def test_a_wrong_setting_is_found_before_any_rank_is_started(tmp_path: Path) -> 
     recipe = tmp_path / "wrong.toml"
     recipe.write_text('name = "x"\n[data]\npath = "d"\n')
     done = run_papilio("train", "--recipe", str(recipe), "--train.epoch=2")
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert done.stderr.startswith("papilio train: error: ")
     assert "there is no key train.epoch; did you mean train.epochs?" in done.stderr
     assert "Traceback" not in done.stderr

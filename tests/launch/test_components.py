@@ -59,6 +59,7 @@ def test_evaluate_passes_its_arguments_on() -> None:
     role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
     assert role.args[-8:] == ["--", "trainer.evaluate", "--run", "runs/a", "--split", "validation", "--data", "d"]
     assert resolve(components.evaluate(run="runs/a")).args[-4:] == ["--run", "runs/a", "--split", "test"]
+    assert resolve(components.evaluate(run="runs/a", checkpoint="best")).args[-2:] == ["--checkpoint", "best"]
     assert role.env["OMP_NUM_THREADS"] == "4"
 
 

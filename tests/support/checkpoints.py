@@ -34,7 +34,7 @@ def load_model(ranks, model, optimizers, folder):
     """Load the newest checkpoint into a model. Collective."""
     from trainer.checkpoint.loading import load_newest
 
-    return load_newest(CheckpointFolder(str(folder)), model, optimizers, ranks)
+    return load_newest(CheckpointFolder(str(folder)), model, optimizers, ranks)[1]
 
 
 def newest(folder) -> Path:

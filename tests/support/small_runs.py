@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.manifest import DatasetError
 from tests.support.checkpoints import newest, saved_tensors
 from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.saver import SaveError
-from trainer.config_file import build_config
+from trainer.config_file import ConfigError, build_config
 from trainer.storage import StorageError
 from trainer.train import train
 
@@ -64,7 +65,7 @@ def run(ranks, config):
     try:
         with contextlib.redirect_stdout(log):
             train(config, ranks)
-    except (CheckpointError, SaveError, StorageError) as error:
+    except (CheckpointError, ConfigError, DatasetError, SaveError, StorageError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         logging.getLogger("trainer").removeHandler(handler)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
+from launch.live_text import Ink, view_lines
 from tests.support.datasets import write_dataset
 from tests.support.signs import sign_of
 from trainer.config_file import build_config
@@ -168,7 +169,7 @@ def write_last_view(folder, channel, error=None, **settings):
             return sign_of(0, 7)
 
     channel.publish(sign_of(1, 6, phase="loading"))
-    standing = Standing(7, 10, 70, 1.4, 1, 1, 0.7, math.nan, None, None)
+    standing = Standing(7, 10, 70, 1.4, 1, 1, 0.7, math.nan, None, None, settings.get("findings", ()))
     health = JobHealth(Watched(), channel)
     health.show(lambda: None, Run("small", str(folder), 3, lambda: standing))
     health.is_saved = bool(settings.get("is_saved"))
@@ -188,6 +189,13 @@ def test_ranks_without_a_sign_are_left_out(tmp_path: Path, channel: SideChannel)
         (0, "host-0", 7, "training"),
         (1, "host-1", 6, "loading"),
     ]
+
+
+def test_what_is_wrong_with_the_model_is_shown(tmp_path: Path, channel: SideChannel) -> None:
+    text = "NOT LEARNING: AUC on validation is 0.4840, no better than chance"
+    view = write_last_view(tmp_path, channel, findings=(text,))
+    assert [(finding.kind, finding.ranks, finding.text) for finding in view.findings] == [("model", (), text)]
+    assert f"! {text}" in view_lines(view, 100, view.unix_s, Ink(has_colors=False))
 
 
 def test_a_preempted_run_says_so(tmp_path: Path, channel: SideChannel) -> None:
@@ -251,6 +259,9 @@ def test_a_folder_without_a_view_is_refused(tmp_path: Path) -> None:
         read_view(str(tmp_path))
     (tmp_path / "live.json").write_text(json.dumps({"format_version": 9}))
     with pytest.raises(LiveViewError, match="has format version 9; this Papilio reads 1"):
+        read_view(str(tmp_path))
+    (tmp_path / "live.json").write_text("[1]")
+    with pytest.raises(LiveViewError, match="has format version None"):
         read_view(str(tmp_path))
     (tmp_path / "live.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(LiveViewError, match="is damaged: "):

@@ -1,15 +1,18 @@
 """Runs that end and go on: bit for bit what they would have been, or refused with the differences."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import pickle
 import signal
 import zlib
 
 import numpy as np
 import pytest
 
+from data_pipeline.manifest import DatasetError
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.small_runs import (
@@ -21,7 +24,7 @@ from tests.support.small_runs import (
     run,
     stop_after,
 )
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder, is_unreachable
 from trainer.storage import StorageError
 from trainer.train import train
 
@@ -104,8 +107,84 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(two_ranks, data, 
     path = newest(tmp_path / "run" / "checkpoints") / file
     damage(path, how)
     printed = two_ranks.run(run, config)[0]
-    assert f"checkpoint {path.parent.name} is damaged and left out: {path} is " in printed
+    assert f"checkpoint {path.parent.name} cannot be used and is left out: {path} is " in printed
     assert "going on after step 6, saved" in printed
+
+
+def make_unreadable(path, how):
+    if how == "a link to itself":
+        path.unlink()
+        path.symlink_to(path.name)
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.parent.rename(path.parent.with_name("elsewhere"))
+        path.parent.symlink_to(path.parent.name)
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("checkpoint.json", "a link to itself"),
+        ("checkpoint.json", "a folder"),
+        ("index.json", "a folder"),
+        ("rank_00001_part_00000.bin", "a link to itself"),
+        ("checkpoint.json", "all of it a link to itself"),
+    ],
+)
+def test_one_that_cannot_be_read_is_named_and_the_one_before_used(two_ranks, data, tmp_path, file, how):
+    """Bit for bit as if nothing had happened, also where old ones are pruned: it counts for none of those kept."""
+    train_section = {"epochs": 1, "max_steps": 9}
+    two_ranks.run(run, make_config(data, tmp_path / "whole", train=train_section))
+    config = make_config(
+        data, tmp_path / "run", train=train_section, checkpoint={**EVERY_3, "keep_last": 2, "asynchronous": False}
+    )
+    two_ranks.run(stop_after, config, 6)
+    path = newest(tmp_path / "run" / "checkpoints") / file
+    make_unreadable(path, how)
+    printed = two_ranks.run(run, config)[0]
+    (line,) = [line for line in printed.splitlines() if "cannot be used" in line]
+    assert line.startswith(f"checkpoint {path.parent.name} cannot be used and is left out: could not ")
+    assert f"{path} (tried once): " in line
+    assert "going on after step 3, saved" in printed
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    steps = [int(name[5:15]) for name in CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()]
+    assert steps == [6, 6, 9], "that of the first try stays, two newer ones beside it"
+
+
+def read_with_errno(ranks, config, word, number):
+    """Train on a disk that answers with an errno when a path with this word in it is read."""
+    from trainer import storage
+
+    def read_local(path):
+        if word in path:
+            raise OSError(number, os.strerror(number), path)
+        return original(path)
+
+    original = storage.read_local
+    storage.read_local = read_local
+    try:
+        return run(ranks, config)
+    finally:
+        storage.read_local = original
+
+
+def test_one_that_is_forbidden_is_left_out_too(two_ranks, data, tmp_path):
+    config = make_config(data, tmp_path / "run", train={"max_steps": 9}, checkpoint={**EVERY_3, "asynchronous": False})
+    two_ranks.run(stop_after, config, 6)
+    name = newest(tmp_path / "run" / "checkpoints").name
+    printed = two_ranks.run(read_with_errno, config, f"{name}/index.json", errno.EACCES)[0]
+    assert f"checkpoint {name} cannot be used and is left out: could not read " in printed
+    assert "Permission denied; give this user the right to it" in printed
+    assert "going on after step 3, saved" in printed
+
+
+def test_a_storage_that_does_not_answer_is_no_damage():
+    answers = {number: is_unreachable(StorageError("m", number)) for number in (errno.EIO, errno.EACCES, errno.ESTALE)}
+    assert answers == {errno.EIO: False, errno.EACCES: False, errno.ESTALE: True}
+    found = pickle.loads(pickle.dumps(StorageError("m", errno.ETIMEDOUT)))
+    assert (str(found), found.errno, found.is_passing) == ("m", errno.ETIMEDOUT, True)
 
 
 def test_when_all_are_damaged_nothing_is_begun_anew(one_rank, data, tmp_path):
@@ -115,6 +194,7 @@ def test_when_all_are_damaged_nothing_is_begun_anew(one_rank, data, tmp_path):
         damage(path, "flipped")
     message = one_rank.run(run, config)[0]
     assert "CheckpointError: all 2 checkpoint(s) in" in message
+    assert "are damaged or cannot be read, the newest: " in message
     assert "restore one from a backup, or choose another output.run_dir to start anew" in message
 
 
@@ -179,11 +259,55 @@ def test_what_may_change_is_taken_and_recorded(one_rank, data, tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(one_rank, data, tmp_path):
     config = make_config(data, tmp_path / "run")
     one_rank.run(run, config)
-    before = final_tensors(tmp_path / "run")
-    assert "going on after step 42" in one_rank.run(run, config)[0]
-    for key, values in final_tensors(tmp_path / "run").items():
-        np.testing.assert_array_equal(values, before[key])
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 806
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    printed = one_rank.run(run, config)[0]
+    assert printed == (
+        f"the run in {tmp_path / 'run'} is finished (42 steps); nothing was changed. To train it further, raise "
+        "--train.epochs or --train.max_steps; to begin anew, give another --output.run_dir\n"
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    more = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 3}))[0]
+    assert "going on after step 42" in more
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 3 * 403
+
+
+def test_a_run_that_lacks_its_summary_is_summed_up(one_rank, data, tmp_path):
+    """Killed after its end was saved, or with a summary that nobody can read: nothing is trained or saved again."""
+    config = make_config(data, tmp_path / "run", train={"epochs": 1})
+    one_rank.run(run, config)
+    names = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()
+    lines = metric_lines(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"num_st')
+    assert "going on after step 21" in one_rank.run(run, config)[0]
+    assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == names
+    assert metric_lines(tmp_path / "run") == lines
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 403
+
+
+def unmeasured(ranks, config):
+    """Train while the held-out rows cannot be read."""
+    from unittest.mock import patch
+
+    def evaluate(*_, **__):
+        raise DatasetError("the shard is gone")
+
+    with patch("trainer.reporting.evaluate", evaluate):
+        return run(ranks, config)
+
+
+def test_the_end_is_saved_before_anything_else(two_ranks, data, tmp_path):
+    """What is measured after that is measured by the next try, which saves nothing again; the best is known then."""
+    sections = {"train": {"epochs": 1}, "checkpoint": {"every_steps": None, "every_minutes": None, "keep_last": 1}}
+    two_ranks.run(run, make_config(data, tmp_path / "whole", **sections))
+    config = make_config(data, tmp_path / "run", **sections)
+    assert two_ranks.run(unmeasured, config)[0] == "DatasetError: the shard is gone"
+    saved = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()
+    assert [(found.marker.step, found.marker.saved_for) for found in saved] == [(21, "end")]
+    assert "going on after step 21" in two_ranks.run(run, config)[0]
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    (found,) = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()
+    assert found.name == saved[0].name
+    assert found.validation_auc == metric_lines(tmp_path / "run")[-2]["auc"]
 
 
 def preempt(ranks, config, step):
@@ -302,12 +426,12 @@ def test_it_saves_by_the_clock_at_reports(two_ranks, data, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(two_ranks, data, tmp_path):
     (tmp_path / "file").write_text("")
-    for sections in (
-        {"output": {"run_dir": str(tmp_path / "file" / "run")}},
-        {"checkpoint": {"folder": str(tmp_path / "file" / "saved")}},
+    for key, sections in (
+        ("output.run_dir", {"output": {"run_dir": str(tmp_path / "file" / "run")}}),
+        ("checkpoint.folder", {"checkpoint": {"folder": str(tmp_path / "file" / "saved")}}),
     ):
         first, second = two_ranks.run(run, make_config(data, tmp_path / "run", **sections))
         assert first == second
-        assert first.startswith("StorageError: could not ")
+        assert first.startswith(f"ConfigError: {key} = {tmp_path}/file/")
         assert "a part of the path is a file, not a folder; correct the path" in first
     assert not (tmp_path / "run").exists()

@@ -275,9 +275,9 @@ def test_mistakes_are_told_before_training(two_ranks, tmp_path):
     assert not (tmp_path / "run").exists(), "nothing is written before the checks"
 
 
-def evaluate_or_fail(ranks, run_dir, data_dir, split):
+def evaluate_or_fail(ranks, run_dir, data_dir, split, checkpoint="latest"):
     try:
-        evaluate_run(load_run_config(str(run_dir)), str(run_dir), str(data_dir), split, ranks)
+        evaluate_run(load_run_config(str(run_dir)), str(run_dir), str(data_dir), split, ranks, checkpoint)
     except (ConfigError, DatasetError, CheckpointError) as error:
         return str(error)
     return None
@@ -290,6 +290,24 @@ def test_evaluation_repeats_the_runs_figures_on_another_world_size(one_rank, two
     line = next(line for line in printed.splitlines() if "calibration" not in line and "0." in line)
     assert f"{measured['auc']:.4f}" in line
     assert f"{measured['logloss']:.4f}" in line
+
+
+def test_any_checkpoint_can_be_evaluated(one_rank, tmp_path):
+    """Each gives what was measured when it was saved."""
+    data = write_dataset(tmp_path / "data")
+    checkpoint = {"every_steps": 7, "every_minutes": None, "keep_last": 9}
+    train_section = {"evaluate_every_steps": 7, "max_steps": 21}
+    one_rank.run(run_train, make_config(data, tmp_path / "run", checkpoint=checkpoint, train=train_section))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    aucs = {line["step"]: line["auc"] for line in lines if line["kind"] == "validation"}
+    assert list(aucs) == [7, 14, 21]
+    best = max(aucs, key=aucs.get)
+    for word, step in (("7", 7), ("14", 14), ("latest", 21), ("best", best)):
+        printed = one_rank.run(printed_by, evaluate_or_fail, tmp_path / "run", data, "validation", word)[0]
+        assert f"checkpoint step_{step:010}-" in printed
+        assert f" {aucs[step]:.4f} " in printed
+    message = one_rank.run(evaluate_or_fail, tmp_path / "run", data, "validation", "8")[0]
+    assert "there is no checkpoint 8 in" in message
 
 
 def test_evaluation_refuses_what_it_cannot_read(one_rank, tmp_path):

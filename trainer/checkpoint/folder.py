@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data_pipeline.inner_path import link_problem
@@ -48,24 +50,41 @@ class CheckpointFolder:
     """The folder in which a run's checkpoints lie, local or in an object store."""
 
     def __init__(self, path: str) -> None:
+        """`unusable` are checkpoints that were found damaged or unreadable: not counted, and not removed."""
         self.path = path
+        self.unusable: set[str] = set()
 
     def names(self) -> list[str]:
         """Names of all checkpoints, complete or not, oldest first."""
         return [name for name in list_folder(self.path) if STEP_FOLDER.fullmatch(name)]
 
     def committed_names(self) -> list[str]:
-        """Names of the complete ones, oldest first."""
-        return [name for name in self.names() if exists(join(self.path, name, MARKER))]
+        """Names of the complete ones, oldest first, and of those that cannot be looked into: reading these says why.
+
+        Raises:
+            StorageError: the storage does not answer, or the folder itself cannot be read.
+        """
+        return [name for name in self.names() if self._has_marker(name)]
+
+    def _has_marker(self, name: str) -> bool:
+        try:
+            return exists(join(self.path, name, MARKER))
+        except StorageError as error:
+            if is_unreachable(error):
+                raise
+            return True
 
     def read_marker(self, name: str) -> Marker:
         """Read one's marker.
 
         Raises:
-            CheckpointError: it is damaged or of another version.
+            CheckpointError: it is damaged, cannot be read, or is of another version.
+            StorageError: the storage does not answer.
         """
         path = join(self.path, name, MARKER)
-        return Marker.from_json(read_bytes(path).decode(errors="replace"), path)
+        with unreadable_is_damaged():
+            text = read_bytes(path).decode(errors="replace")
+        return Marker.from_json(text, path)
 
     def committed(self) -> list[Committed]:
         """Return the complete ones whose markers can be read, oldest first; the others are logged."""
@@ -109,12 +128,13 @@ class CheckpointFolder:
         if file not in marker.files:
             raise DamagedError(f"{join(self.path, name, MARKER)} lists no {file}")
         size, crc32 = marker.files[file]
-        if not exists(path):
-            raise DamagedError(f"{path} is missing")
-        problem = link_problem(join(self.path, name), file)
-        if problem is not None:
-            raise DamagedError(problem)
-        raw = read_bytes(path)
+        with unreadable_is_damaged():
+            if not exists(path):
+                raise DamagedError(f"{path} is missing")
+            problem = link_problem(join(self.path, name), file)
+            if problem is not None:
+                raise DamagedError(problem)
+            raw = read_bytes(path)
         if len(raw) != size or zlib.crc32(raw) != crc32:
             raise DamagedError(f"{path} is damaged: its size or checksum is not what {MARKER} says")
         return raw
@@ -147,16 +167,25 @@ class CheckpointFolder:
                 yield join(prefix, key), block, problem
 
     def sweep(self) -> list[str]:
-        """Remove what was never completed, and return the names; only while no job saves here."""
+        """Remove what was never completed, and return the names; only while no job saves here.
+
+        What cannot be removed stays, for it does no harm.
+        """
         complete = set(self.committed_names())
-        swept = [name for name in self.names() if name not in complete]
-        for name in swept:
-            remove_folder(join(self.path, name))
+        swept = []
+        for name in self.names():
+            if name in complete:
+                continue
+            try:
+                remove_folder(join(self.path, name))
+                swept.append(name)
+            except StorageError as error:
+                logger.warning("%s was never completed and stays: %s", name, error)
         return swept
 
     def surplus(self, keep_last: int, *, keep_best: bool) -> list[Committed]:
         """Return all but the newest `keep_last` and, with `keep_best`, the best."""
-        committed = self.committed()
+        committed = [found for found in self.committed() if found.name not in self.unusable]
         kept = {found.name for found in committed[-keep_last:]}
         best = best_of(committed)
         if keep_best and best is not None:
@@ -192,9 +221,12 @@ class CheckpointFolder:
 
     def _wrong_size(self, name: str, file: str, size: int) -> str | None:
         path = join(self.path, name, file)
-        if not exists(path):
-            return f"{path} is missing"
-        found = file_size(path)
+        try:
+            if not exists(path):
+                return f"{path} is missing"
+            found = file_size(path)
+        except StorageError as error:
+            return str(error)
         if found != size:
             return f"{path} has {found:,} bytes, not the {size:,} that were written"
         return link_problem(join(self.path, name), file)
@@ -215,6 +247,27 @@ def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str |
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for (key, block), problem in zip(items, pool.map(problem_of, items), strict=True):
             yield key, block, problem
+
+
+def is_unreachable(error: StorageError) -> bool:
+    """Whether it is the storage that does not answer, rather than a file that cannot be read (EIO: a bad sector)."""
+    return error.is_passing and error.errno != errno.EIO
+
+
+@contextmanager
+def unreadable_is_damaged() -> Iterator[None]:
+    """Take a file that cannot be read for a damaged one.
+
+    Raises:
+        DamagedError: it cannot be read.
+        StorageError: the storage does not answer.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if is_unreachable(error):
+            raise
+        raise DamagedError(str(error)) from error
 
 
 def best_of(committed: list[Committed]) -> Committed | None:

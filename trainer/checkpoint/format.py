@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.inner_path import inner_path_problem
+from trainer.storage import to_json
 
 FORMAT_VERSION = 2
 MARKER = "checkpoint.json"
@@ -166,7 +167,7 @@ class Marker:
 
     def to_json(self) -> str:
         """Write it with a checksum of its own."""
-        content = json.dumps(self.__dict__, sort_keys=True)
+        content = json.dumps(json.loads(to_json(self.__dict__)), sort_keys=True)
         return json.dumps({"crc32": zlib.crc32(content.encode()), "checkpoint": json.loads(content)}, indent=1) + "\n"
 
     @classmethod
@@ -179,7 +180,7 @@ class Marker:
         """
         try:
             tree = json.loads(text)
-            content, crc32 = tree["checkpoint"], tree["crc32"]
+            content, crc32 = dict(tree["checkpoint"]), tree["crc32"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DamagedError(f"{path} is damaged: it is not a checkpoint's marker") from None
         if zlib.crc32(json.dumps(content, sort_keys=True).encode()) != crc32:
@@ -188,13 +189,25 @@ class Marker:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {version}; this Papilio reads {FORMAT_VERSION}")
         try:
-            marker = cls(**{**content, "files": {name: tuple(entry) for name, entry in content["files"].items()}})
-        except (TypeError, KeyError, AttributeError) as error:
+            files = {name: tuple(entry) for name, entry in content["files"].items()}
+            marker = cls(**{**content, "files": files, "progress": _with_nan(content["progress"])})
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise DamagedError(f"{path} is damaged: {error}") from None
         problem = next(filter(None, map(inner_path_problem, marker.files)), None)
         if problem is not None:
             raise DamagedError(f"{path} is damaged: {problem}")
         return marker
+
+
+def _with_nan(progress: dict[str, Any]) -> dict[str, Any]:
+    """Return progress with the metrics that JSON had to write as null: an AUC of one class."""
+    if "validations" not in progress:
+        return progress
+    validations = [
+        (step, {name: math.nan if value is None else value for name, value in values.items()})
+        for step, values in progress["validations"]
+    ]
+    return {**progress, "validations": validations}
 
 
 def copy_folder(folder: str, copy: int, num_copies: int) -> str:

@@ -10,12 +10,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline.paths import join
 from trainer.checkpoint.dcp_storage import PartFileReader
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder, is_unreachable
 from trainer.checkpoint.format import CheckpointError, DamagedError, Marker, copy_folder
 from trainer.checkpoint.model_state import LoadTargets, set_step
 from trainer.checkpoint.pieces import PiecesLoadPlanner
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
+from trainer.retries import StorageError
 from trainer.sharded_model import ShardedModel
 
 logger = logging.getLogger(__name__)
@@ -23,25 +24,29 @@ logger = logging.getLogger(__name__)
 
 def load_newest(
     folder: CheckpointFolder, model: ShardedModel, optimizers: Optimizers | None, ranks: Ranks
-) -> Marker | None:
-    """Load the newest complete checkpoint, or where it is damaged the one before; None if there is none. Collective.
+) -> tuple[str, Marker] | None:
+    """Load the newest complete checkpoint, or where it is damaged or cannot be read the one before. Collective.
+
+    Returns:
+        Its name and marker; None if there is none.
 
     Raises:
         CheckpointError: it is of another version, another model, or all of them are damaged.
     """
-    names = ranks.agree_on(folder.committed_names() if ranks.is_first else None)
+    names = ranks.ask_first(folder.committed_names)
     damaged: list[str] = []
     for name in reversed(names):
         try:
-            return load(folder, name, model, optimizers, ranks)
+            return name, load(folder, name, model, optimizers, ranks)
         except DamagedError as error:
             damaged.append(str(error))
+            folder.unusable.add(name)
             if ranks.is_first:
-                logger.warning("checkpoint %s is damaged and left out: %s", name, error)
+                logger.warning("checkpoint %s cannot be used and is left out: %s", name, error)
     if damaged:
         raise CheckpointError(
-            f"all {len(damaged)} checkpoint(s) in {folder.path} are damaged, the newest: {damaged[0]}; restore one "
-            "from a backup, or choose another output.run_dir to start anew"
+            f"all {len(damaged)} checkpoint(s) in {folder.path} are damaged or cannot be read, the newest: "
+            f"{damaged[0]}; restore one from a backup, or choose another output.run_dir to start anew"
         )
     return None
 
@@ -52,17 +57,18 @@ def load(
     """Load one checkpoint in place, without `optimizers` the weights alone. Collective.
 
     Raises:
-        DamagedError: its bytes are not those that were written; the model is half loaded.
+        DamagedError: its bytes are not those that were written, or cannot be read; the model is half loaded.
         CheckpointError: it is of another version, another model, or holds independent tables of another number of
             groups.
     """
-    problem, marker, targets = None, None, None
+    problem: CheckpointError | StorageError | None = None
+    marker, targets = None, None
     try:
         marker = folder.read_marker(name)
         copy = _copy_of(folder, name, marker, model)
         index = folder.read_index(name, marker, copy)
         targets = LoadTargets(model.module, optimizers, index)
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
         problem = error
     _raise_together(problem, ranks)
     assert marker is not None and targets is not None
@@ -74,7 +80,9 @@ def load(
             dcp.load(dict(targets.tensors), storage_reader=reader, planner=planner, process_group=model.shard_group)
     except CheckpointException as failed:
         causes = [cause for cause, _ in failed.failures.values()]
-        problem = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
+        problem = next(
+            (_as_problem(cause) for cause in causes if isinstance(cause, CheckpointError | StorageError)), None
+        )
         if problem is None:
             raise
     _raise_together(problem, ranks)
@@ -95,7 +103,13 @@ def _copy_of(folder: CheckpointFolder, name: str, marker: Marker, model: Sharded
     return model.group_index if marker.num_copies > 1 else 0
 
 
-def _raise_together(problem: CheckpointError | None, ranks: Ranks) -> None:
+def _as_problem(cause: CheckpointError | StorageError) -> CheckpointError | StorageError:
+    """A part file that cannot be read is a damaged one."""
+    is_file = isinstance(cause, StorageError) and not is_unreachable(cause)
+    return DamagedError(str(cause)) if is_file else cause
+
+
+def _raise_together(problem: CheckpointError | StorageError | None, ranks: Ranks) -> None:
     """Raise on every rank what any rank found, so that none waits for it."""
     found = ranks.gather(problem)
     for error in found:

@@ -6,12 +6,15 @@ Needs no torch.
 from __future__ import annotations
 
 import difflib
+import logging
 from typing import Any
 
 from data_pipeline.paths import join
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
 from trainer.checkpoint.format import MARKER, STEP_FOLDER, CheckpointError
-from trainer.storage import exists, list_folder, read_json
+from trainer.storage import StorageError, exists, list_folder, read_json
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -35,7 +38,7 @@ def find_folder(run: str) -> CheckpointFolder:
     if exists(join(run, PACKAGE)):
         raise NoRunError(f"{run} is a package, not a run; `papilio package show {run}` says which run it was made of")
     if exists(join(run, CONFIG)):
-        return CheckpointFolder(_configured(read_json(join(run, CONFIG))) or join(run, CHECKPOINTS))
+        return CheckpointFolder(_configured(_config_of(run)) or join(run, CHECKPOINTS))
     names = list_folder(run)
     if any(STEP_FOLDER.fullmatch(name) for name in names):
         return CheckpointFolder(run)
@@ -101,6 +104,17 @@ def _none_complete(folder: CheckpointFolder) -> str:
     incomplete = len(folder.names())
     found = f"{incomplete} incomplete" if incomplete else "none at all"
     return f"{folder.path} holds no complete checkpoint ({found}); the config's checkpoint.every_steps makes them"
+
+
+def _config_of(run: str) -> Any:
+    """Read a run's config; where it cannot be read, its checkpoints can still be found in the run's own folder."""
+    try:
+        return read_json(join(run, CONFIG))
+    except StorageError as error:
+        if CHECKPOINTS not in list_folder(run):
+            raise
+        logger.warning("%s; taking the checkpoints in %s", error, join(run, CHECKPOINTS))
+        return None
 
 
 def _configured(config: Any) -> str | None:

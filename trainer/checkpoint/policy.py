@@ -32,7 +32,7 @@ class Checkpoints:
         self._identity = identity
         self._ranks = ranks
         self._latest_s = time.monotonic()
-        self._latest_step: int | None = None
+        self._latest_step = saver.latest.step if saver.latest is not None else None
 
     def due(self, step: int, *, is_report: bool, is_best: bool) -> str | None:
         """Return why to save after this step, the same on all ranks, or None.
@@ -58,7 +58,7 @@ class Checkpoints:
         Raises:
             SaveError: with `wait`, it could not be written.
         """
-        if self._latest_step == step:
+        if self.is_saved(step):
             self._saver.check(wait=wait, reraise=wait)
             return
         marker = Marker(
@@ -76,6 +76,15 @@ class Checkpoints:
         )
         self._saver.save(marker, wait=wait)
         self._latest_step, self._latest_s = step, time.monotonic()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the newest save is of this step."""
+        return self._latest_step == step
+
+    def amend(self, progress: dict[str, Any]) -> None:
+        """Write into the newest checkpoint what was measured after it was saved; not collective: rank 0 does."""
+        if self._ranks.is_first:
+            self._saver.amend(progress)
 
     @property
     def latest(self) -> Saved | None:

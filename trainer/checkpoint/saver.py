@@ -20,13 +20,13 @@ from data_pipeline.paths import join
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.dcp_storage import PartFileWriter
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import INDEX, MARKER, PLAN, Index, Marker, copy_folder
+from trainer.checkpoint.format import INDEX, MARKER, PLAN, CheckpointError, Index, Marker, copy_folder
 from trainer.checkpoint.model_state import ModelState, model_state
 from trainer.checkpoint.pieces import PiecesSavePlanner
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
 from trainer.sharded_model import ShardedModel
-from trainer.storage import make_folder, remove_folder, write_text
+from trainer.storage import StorageError, make_folder, remove_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,19 @@ class Saver:
             if self._ranks.is_first:
                 newest = f"the newest is of step {self.latest.step:,}" if self.latest else "there is none yet"
                 logger.warning("%s; training goes on without this checkpoint (%s)", error, newest)
+
+    def amend(self, progress: dict[str, Any]) -> None:
+        """Write more progress into the marker of the newest checkpoint; not collective. A failure is told only."""
+        assert self._under_way is None
+        if self.latest is None:
+            return
+        try:
+            marker = self._folder.read_marker(self.latest.name)
+            marker = replace(marker, progress={**marker.progress, **progress})
+            write_text(join(self._folder.path, self.latest.name, MARKER), marker.to_json())
+            self._folder.prune(self._config.keep_last, keep_best=self._config.keep_best)
+        except (CheckpointError, StorageError) as error:
+            logger.warning("checkpoint %s does not know how it validates: %s", self.latest.name, error)
 
     def close(self) -> None:
         """Wait for the thread, after a run that went well."""

@@ -47,7 +47,7 @@ class RankView(_Section):
 
 
 class FindingView(_Section):
-    """Why everyone waits, and for which ranks."""
+    """Why everyone waits, and for which ranks; or of kind "model", what is wrong with what it learns."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -120,8 +120,8 @@ def read_view(run_dir: str) -> LiveView:
         if not exists(join(run_dir, "config.json")):
             raise LiveViewError(f"{run_dir} is not a run folder; give the folder that training printed, or a job")
         raise LiveViewError(f"{run_dir} has no {LIVE} yet: its job has not begun to train")
-    tree: dict[str, Any] = read_json(path)
-    version = tree.get("format_version")
+    tree: Any = read_json(path)
+    version = tree.get("format_version") if isinstance(tree, dict) else None
     if version != LIVE_FORMAT_VERSION:
         raise LiveViewError(f"{path} has format version {version}; this Papilio reads {LIVE_FORMAT_VERSION}")
     try:

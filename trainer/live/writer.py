@@ -36,6 +36,8 @@ ONE_TRY = RetryPolicy(num_attempts=1)
 # Worth a word in the progress line: this share of a step.
 BEHIND_SHARE = 0.05
 MIN_CHECKPOINT_AGE_S = 60.0
+# Kind of a finding about what the model learns, rather than about ranks.
+MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Standing:
     loss: float
     validation_auc: float | None
     checkpoint: CheckpointView | None
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,10 @@ class LiveWriter:
             validation_auc=standing.validation_auc,
             checkpoint=standing.checkpoint,
             ranks=tuple(_rank_view(sign, earlier.get(rank), silent_s[rank]) for rank, sign in sorted(signs.items())),
-            findings=tuple(FindingView(**asdict(finding)) for finding in self._judge.findings),
+            findings=(
+                *(FindingView(**asdict(finding)) for finding in self._judge.findings),
+                *(FindingView(kind=MODEL, ranks=(), host="", text=text) for text in standing.findings),
+            ),
         )
 
 

@@ -1,0 +1,181 @@
+"""What is refused before any rank starts, in one line that names the key; and data sets that lack held-out rows."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from data_pipeline.manifest import DatasetError
+from launch import cli, local_jobs
+from tests.support.datasets import SPLIT_ROWS, write_dataset
+from tests.support.small_runs import make_config, metric_lines, run
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.places import BEST, find_checkpoint
+from trainer.config_file import ConfigError
+from trainer.metrics import MetricValues
+from trainer.start_checks import check_start
+from trainer.storage import StorageError
+from trainer.summary import Summary
+from trainer.train import fail
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def train_only(tmp_path_factory):
+    """A data set as `--split fraction --fractions 1 0 0` makes it: empty splits."""
+    return write_dataset(tmp_path_factory.mktemp("data"), split_rows={"train": 103, "validation": 0, "test": 0})
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """`papilio train` of a small recipe, which must start nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local_jobs, "run_locally", lambda app: pytest.fail("ranks were started"))
+
+    def call(data, *settings):
+        (tmp_path / "recipe.toml").write_text(f'name = "small"\n[data]\npath = "{data}"\n')
+        return cli.main(["train", "--recipe", "recipe.toml", "--nproc", "4", *settings])
+
+    return call
+
+
+def edit_manifest(data, tmp_path, **changes):
+    """A data set whose manifest alone there is, with other values."""
+    tree = json.loads(Path(data, "manifest.json").read_text()) | changes
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "manifest.json").write_text(json.dumps(tree))
+    return tmp_path / "edited"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.path=nowhere"], "data.path: nowhere is not a complete data set"),
+        (["--output.run_dir=/proc/nope/x"], "output.run_dir = /proc/nope/x: could not create folder /proc/nope/x"),
+        (["--output.runs_dir=/proc/nope"], "output.runs_dir = /proc/nope: could not create folder /proc/nope"),
+        (["--output.run_dir=recipe.toml/x"], "output.run_dir = recipe.toml/x: could not "),
+        (["--checkpoint.folder=recipe.toml"], "checkpoint.folder = recipe.toml: could not"),
+        (["--sharding.plan=none.json"], "plan file none.json does not exist"),
+        (["--sharding.hardware=dgx_x"], "dgx_x"),
+        (["--train.epoch=3"], "there is no key train.epoch; did you mean train.epochs?"),
+    ],
+)
+def test_what_would_go_wrong_on_every_rank_is_said_once(command, data, capsys, tmp_path, settings, message):
+    before = sorted(tmp_path.iterdir())
+    assert command(data, *settings) == 78
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("papilio train: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == [*before, tmp_path / "recipe.toml"], "no folder is left behind"
+
+
+def test_a_data_set_that_cannot_be_trained_on_is_refused(command, data, capsys, tmp_path):
+    def refused(folder):
+        assert command(folder) == 78
+        return capsys.readouterr().err
+
+    edited = edit_manifest(data, tmp_path, transform_version=0)
+    assert "transform version 0; this Papilio reads" in refused(edited)
+    (edited / "manifest.json").write_text(Path(data, "manifest.json").read_text())
+    assert f"data.path: shard {edited}/train/0.arrow is missing; restore it" in refused(edited)
+    (edited / "manifest.json").write_bytes(b"\xff\xfe")
+    assert f"data.path = {edited} cannot be read: 'utf-8' codec" in refused(edited)
+    (edited / "manifest.json").unlink()
+    (edited / "manifest.json").symlink_to("manifest.json")
+    assert refused(edited).startswith("papilio train: error: data.path")
+    empty = write_dataset(tmp_path / "empty", split_rows={"train": 0, "validation": 5, "test": 0})
+    assert "has no rows in split 'train'; splits with rows: validation" in refused(empty)
+
+
+def test_a_shard_that_was_cut_short_is_found_before_training(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    shard = Path(data, "validation", "1.arrow")
+    size = shard.stat().st_size
+    os.truncate(shard, size - 8)
+    with pytest.raises(ValueError, match=rf"{shard} has {size - 8:,} bytes, not {size:,}; restore it"):
+        check_start(make_config(data, tmp_path / "run"))
+
+
+def test_without_validation_rows_a_run_trains_saves_and_says_what_it_lacks(two_ranks, train_only, tmp_path):
+    config = make_config(train_only, tmp_path / "run", train={"epochs": 2}, checkpoint={"every_steps": 4})
+    printed = two_ranks.run(run, config)[0]
+    finding = (
+        f"data set {train_only} has no rows in split validation: nothing measures what the model learns; none is the "
+        "best, the newest 100 checkpoint(s) are kept (checkpoint.keep_last)"
+    )
+    assert f"WARNING: {finding}\n" in printed
+    assert "validation after" not in printed
+    assert " not measured: no held-out rows\n" in printed
+    assert " best " not in printed.replace("none is the best", "")
+    folder = CheckpointFolder(str(tmp_path / "run" / "checkpoints"))
+    saved = [(found.marker.step, found.marker.saved_for) for found in folder.committed()]
+    assert saved == [(4, "every_steps"), (8, "every_steps"), (12, "end")]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["final"], summary["best_validation_auc"]) == ({}, None)
+    assert summary["findings"] == [finding]
+    assert {line["kind"] for line in metric_lines(tmp_path / "run")} == {"train"}
+    with pytest.raises(ValueError, match="was validated at its own step, so none is the best"):
+        find_checkpoint(folder, BEST)
+
+
+def test_what_needs_validation_rows_is_refused_by_its_key(train_only, tmp_path):
+    config = make_config(train_only, tmp_path / "run", train={"evaluate_every_steps": 2})
+    with pytest.raises(ConfigError, match=r"train\.evaluate_every_steps = 2, but data set .* has no rows in split 'v"):
+        check_start(config)
+
+
+def test_labels_of_one_class_are_a_finding(one_rank, tmp_path):
+    data = write_dataset(tmp_path / "data", split_rows={**SPLIT_ROWS, "train": 100, "validation": 1})
+    manifest = Path(data, "manifest.json")
+    tree = json.loads(manifest.read_text())
+    tree["splits"]["train"]["num_positives"] = 100
+    manifest.write_text(json.dumps(tree))
+    printed = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 1}))[0]
+    of_train = "label rate on train is 1: all 100 labels are the same, so there is nothing to learn from"
+    assert f"WARNING: {of_train}" in printed
+    findings = json.loads((tmp_path / "run" / "summary.json").read_text())["findings"]
+    assert findings[0].startswith(of_train)
+    assert "all 1 labels are the same, so AUC, NE and calibration cannot be measured" in findings[1]
+    assert "label rate on validation is" in printed.split("run folder")[-1], "the summary shows it"
+
+
+def test_a_summary_is_read_as_it_was_written(tmp_path):
+    values = MetricValues(5, 1.0, float("nan"), float("nan"), 0.5, float("nan"), 1.0, 0.1)
+    written = Summary("r", 2, "cpu", 9, 3, 60, 1.0, 60.0, 0.1, {"test": values}, None, None, ("f",))
+    assert repr(Summary.from_dict(json.loads(json.dumps(written.to_dict())))) == repr(written)
+
+
+def test_ranks_that_find_the_same_say_it_once(monkeypatch, capsys):
+    """The first says it, whoever it is; another mistake is said as well."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "TORCHELASTIC_RUN_ID": "once",
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{store.port}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    for rank, text in ((2, "wrong"), (0, "wrong"), (1, "other")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert fail("papilio train", DatasetError(text)) == 78
+        said.append(capsys.readouterr().err)
+    assert said == ["papilio train: error: wrong\n", "", "papilio train: error: other\n"]
+    assert fail("papilio train", dist.DistNetworkError("Failed to recv, got 0 bytes")) == 1
+    assert "this rank could not join the others, of which rank 2 (host " in capsys.readouterr().err
+
+
+def test_what_may_pass_is_tried_again(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    statuses = {number: fail("t", StorageError("m", number)) for number in (errno.ENOSPC, errno.EIO, errno.EACCES)}
+    assert statuses == {errno.ENOSPC: 1, errno.EIO: 1, errno.EACCES: 78}

@@ -144,6 +144,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin to answer."""
+        if self.parser.should_upgrade() and self.parser.get_method() == b"POST":  # its body would not be parsed
+            self._stop_parsing(400, "a request with a body cannot change the protocol; send it without Upgrade")
         super().on_headers_complete()
         self._is_in_head, self._is_in_body = False, True
         self._num_idle_bytes = 0

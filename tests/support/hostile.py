@@ -83,9 +83,7 @@ def serve_to(scenario: Callable[[Bench], Awaitable[None]], scorer: Scorer, **opt
         config.load()
         state = ServerState()
         listener = socket.create_server(("127.0.0.1", 0))
-        acceptor = Acceptor(
-            listener, partial(BoundedProtocol, limits, config=config, server_state=state, app_state={})
-        )
+        acceptor = Acceptor(listener, partial(BoundedProtocol, limits, config=config, server_state=state, app_state={}))
         acceptor.start()
         try:
             await scenario(Bench(listener.getsockname()[1], metrics, state))

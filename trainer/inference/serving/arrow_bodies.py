@@ -213,10 +213,6 @@ def _num_bytes(array: pa.Array) -> int:
     kind = array.type
     if _is_list(kind):
         return _num_bytes(array.values)
-    if _is_list_view(kind):
-        # Not how often each element is shown, but a bound: all as large as the largest.
-        num_shown = int(pc.sum(pc.list_value_length(array).cast(pa.float64())).as_py() or 0)
-        return num_shown * int(_lengths(array.values).max(initial=BYTES_PER_VALUE))
     if not pa.types.is_dictionary(kind):
         return int(_lengths(array).sum())
     indices = array.indices.drop_null().to_numpy(zero_copy_only=False)
@@ -225,7 +221,7 @@ def _num_bytes(array: pa.Array) -> int:
 
 def _shown_by_views(array: pa.Array) -> int:
     """Return the bytes of text that views of an array show; each may show the same."""
-    if _is_list(array.type) or _is_list_view(array.type):
+    if _is_list(array.type):
         return _shown_by_views(array.values)
     if pa.types.is_dictionary(array.type):
         return _shown_by_views(array.dictionary)
@@ -253,30 +249,22 @@ def _plain_type(field: pa.Field) -> pa.DataType:
     kind = field.type
     if kind.id in _PLAIN:
         return kind
-    is_view = _is_list_view(kind)
-    is_list = is_view or _is_list(kind) or pa.types.is_fixed_size_list(kind)
+    is_list = _is_list(kind)
     element = kind.value_type if is_list else kind
     is_dictionary = pa.types.is_dictionary(element)
     shown = element.value_type if is_dictionary else element
     plain = _TEXT_OF_VIEWS.get(shown.id, shown)
-    if (
-        pa.types.is_nested(plain)
-        or isinstance(plain, pa.BaseExtensionType)
-        or (is_dictionary and plain.id not in _PLAIN)
-    ):
+    # Of list views, too: pyarrow 26 turns those with nulls into lists of other values.
+    is_composed = pa.types.is_nested(plain) or isinstance(plain, pa.BaseExtensionType)
+    if is_composed or (is_dictionary and plain.id not in _PLAIN):
         raise RequestError(f"column {field.name} is of type {kind}, must hold text or numbers, or lists of these")
-    if not is_list or (plain == element and not is_view):
+    if not is_list or plain == element:
         return kind if is_list else plain
-    is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
-    return pa.large_list(plain) if is_large else pa.list_(plain)
+    return pa.large_list(plain) if pa.types.is_large_list(kind) else pa.list_(plain)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_list_view(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _ids(types: Iterator[pa.DataType]) -> frozenset[int]:

@@ -66,7 +66,7 @@ def shared_lists() -> pa.Array:
         (lambda: column(pa.FixedSizeListArray.from_arrays(pa.nulls(2**28), 2**28)), "unpacks to 2,147,48"),
         (
             lambda: column(pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), [LONG])),
-            "1,073,741,824 reco",
+            "1,073,741,824 rec",
         ),
         (lambda: stream(*[pa.record_batch({"a": [1] * 600})] * 7), "4,200 records, a request may have 4,096"),
         (lambda: stream(*[pa.record_batch({"a": pa.array([], pa.int8())})] * 1025), "more than 1,024 record batches"),

@@ -1,20 +1,31 @@
 """Clients that want to take the server down, or are just broken: each is told so, and the others are served."""
 
 import asyncio
+import datetime
+import decimal
 import json
 import logging
 import os
 import resource
+import shutil
 import socket
+from collections.abc import Callable
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+import uvicorn
 
 from tests.support.hostile import Bench, serve_to
-from tests.support.served import json_body, records_of, write_package
+from tests.support.served import ARROW_TYPE, COLUMNS, SCHEMA, json_body, records_of, write_package
+from trainer.inference.package import MANIFEST, TABLES
 from trainer.inference.sample_check import load_checked_scorer
-from trainer.inference.serving.connections import possible_connections
+from trainer.inference.serving.connections import Acceptor, possible_connections
 from trainer.inference.serving.main import bind
+from trainer.inference.serving.metrics import Metrics
+from trainer.inference.serving.package_swap import PackageSwap
 from trainer.inference.serving.serve_options import ServeError, ServeOptions
+from trainer.inference.serving.server import _Server
 
 QUICK = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "send_timeout_s": 0.3, "max_body_bytes": 20_000}
 POST = b"POST /predict HTTP/1.1\r\ncontent-type: application/json\r\n"
@@ -200,3 +211,163 @@ def test_requests_never_take_all_connections() -> None:
 def test_a_host_that_cannot_be_listened_on_is_told_in_a_line(host) -> None:
     with pytest.raises(ServeError, match=r"^cannot listen on .* port 8123: .*; choose another --port .*, or --host$"):
         bind(host, 8123)
+
+
+DAY = datetime.datetime(2026, 1, 2, 3, 4, 5)
+VALUES = [
+    pa.array([True, None]),
+    pa.array([0.5, float("nan")], pa.float16()),
+    pa.array([0.5, 1e30]),
+    pa.array([2**64 - 1, 1], pa.uint64()),
+    pa.array([-1, None], pa.int8()),
+    pa.array([decimal.Decimal("1.5"), None]),
+    pa.array([decimal.Decimal(10) ** 60, None], pa.decimal256(70, 2)),
+    pa.array([DAY, None], pa.timestamp("ns")),
+    pa.array([DAY, None], pa.timestamp("s", "Europe/Rome")),
+    pa.array([DAY.date(), None]),
+    pa.array([DAY.date(), None], pa.date64()),
+    pa.array([DAY.time(), None]),
+    pa.array([datetime.timedelta(1), None]),
+    pa.array([(1, 2, 3), None], pa.month_day_nano_interval()),
+    pa.array([b"\xff\xfe", b"\0"]),
+    pa.array([b"ab", None], pa.binary(2)),
+    pa.array([b"ab", None], pa.binary_view()),
+    pa.array(["x" * 90_000, "\n\x1b[31m"]),
+    pa.array(["", None], pa.string_view()),
+    pa.nulls(2),
+    pa.array([[None], None], pa.list_(pa.null())),
+    pa.array([["a"], None]),
+    pa.array([[0.5], [DAY.timestamp()]]),
+    pa.array([[DAY], None]),
+    pa.array([[True], None]),
+    pa.array([[1, 2], [3, 4]], pa.list_(pa.int8(), 2)),
+    pa.array([[[1]], None]),
+    pa.array([{"a": 1}, None]),
+    pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int8())),
+    pa.array([["a"], None], pa.list_view(pa.string())),
+    pa.UnionArray.from_dense(pa.array([0, 0], pa.int8()), pa.array([0, 1], pa.int32()), [pa.array([1, 2])]),
+    pa.RunEndEncodedArray.from_arrays([2], ["x"]),
+    pa.array([b"0" * 16, None], pa.uuid()),
+    pa.array(["{}", None], pa.json_()),
+    pa.array(["a", None]).dictionary_encode(),
+    pa.array([DAY, None]).dictionary_encode(),
+]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_any_type_are_scored_or_refused_in_a_line(scorer, caplog, name) -> None:
+    sound = pa.Table.from_pylist(records_of(1, 2))
+
+    async def scenario(bench: Bench) -> None:
+        for values in VALUES:
+            sink = pa.BufferOutputStream()
+            table = sound.set_column(sound.column_names.index(name), name, values)
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            body = sink.getvalue().to_pybytes()
+            head = b"POST /predict HTTP/1.1\r\nconnection: close\r\ncontent-type: " + ARROW_TYPE.encode() + b"\r\n"
+            answer = await bench.answer(head + length(len(body)) + b"\r\n" + body)
+            status, content = int(answer[9:12]), answer.partition(b"\r\n\r\n")[2]
+            assert status in {200, 400}, (values.type, content)
+            if status == 400:
+                error = json.loads(content)["error"]
+                assert f"column {name}" in error or "its score is not a finite number" in error
+                assert error.isprintable()
+                assert len(error) <= 500
+
+    serve_to(scenario, scorer)
+    assert caplog.text == ""
+
+
+class Watched:
+    """A watch over a folder, whose packages are loaded by a function of the test."""
+
+    def __init__(self, folder: str, load: Callable[[], object]) -> None:
+        self.batcher = SimpleNamespace(scorer=named("first"))
+        self.swap = PackageSwap(ServeOptions(package=folder), self.batcher, Metrics())
+        self.swap._load = load
+        self._task = asyncio.get_running_loop().create_task(self.swap.watch(0.005))
+
+    async def wait_for(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds():
+                assert not self._task.done()
+                await asyncio.sleep(0.005)
+
+
+def named(label: str) -> SimpleNamespace:
+    return SimpleNamespace(label=label, encoder=SimpleNamespace(schema=SCHEMA))
+
+
+class Panic(BaseException):
+    """What safetensors raises, and no `except Exception` catches."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(KeyError("a"), RuntimeError("b"), MemoryError(), TypeError("x\ny" * 1000), OSError(5, "Input/output error")),
+        *(RecursionError(), UnicodeDecodeError("utf-8", b"", 0, 1, "c"), SystemExit(3), Panic("d"), AssertionError()),
+    ],
+    ids=repr,
+)
+def test_a_watch_survives_whatever_a_package_makes_its_reader_raise(tmp_path, caplog, error) -> None:
+    outcomes: list[BaseException | object] = [error, named("second")]
+
+    def load() -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    async def scenario() -> None:
+        (tmp_path / MANIFEST).write_text("1")
+        watched = Watched(str(tmp_path), load)
+        (tmp_path / MANIFEST).write_text("22")
+        os.utime(tmp_path / MANIFEST, ns=(1, 1))
+        await watched.wait_for(lambda: "package refused, first goes on: " in caplog.text)
+        assert watched.batcher.scorer.label == "first"
+        (tmp_path / TABLES).write_text("the rest of it")  # the manifest stays: it was there first
+        await watched.wait_for(lambda: watched.batcher.scorer.label == "second")
+
+    asyncio.run(scenario())
+    (line,) = (record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert line.isprintable()
+    assert len(line) < 600
+    assert "Traceback" not in caplog.text
+
+
+def test_a_watch_survives_a_folder_that_goes_and_comes(tmp_path, caplog) -> None:
+    async def scenario() -> None:
+        folder = tmp_path / "package"
+        folder.mkdir()
+        (folder / MANIFEST).write_text("1")
+        looks = []
+        watched = Watched(str(folder), lambda: looks.append(1) or named("second"))
+        shutil.rmtree(folder)
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        assert looks == []
+        folder.mkdir()
+        (folder / MANIFEST).write_text("1")
+        os.utime(folder / MANIFEST, ns=(1, 1))
+        await watched.wait_for(lambda: watched.batcher.scorer.label == "second")
+
+    asyncio.run(scenario())
+
+
+def test_two_servers_that_bound_a_port_at_once_are_told_apart_in_a_line() -> None:
+    async def scenario() -> None:
+        first = bind("127.0.0.1", 0)
+        port = first.getsockname()[1]
+        second = bind("127.0.0.1", port)  # possible while nobody listens: both were loading their packages
+        Acceptor(first, asyncio.Protocol).start()
+        server = _Server(uvicorn.Config("none"), SimpleNamespace(), second, 0, lambda: None)
+        server.lifespan = SimpleNamespace(startup=lambda: asyncio.sleep(0), should_exit=False, state={})
+        with pytest.raises(ServeError, match=rf"^cannot listen on http://127.0.0.1:{port}: Address already in use; "):
+            await server.startup()
+        asyncio.get_running_loop().remove_reader(first)
+        first.close()
+        second.close()
+
+    asyncio.run(scenario())

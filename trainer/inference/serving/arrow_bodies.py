@@ -255,8 +255,13 @@ def _plain_type(field: pa.Field) -> pa.DataType:
     shown = element.value_type if is_dictionary else element
     plain = _TEXT_OF_VIEWS.get(shown.id, shown)
     # Of list views, too: pyarrow 26 turns those with nulls into lists of other values.
-    is_composed = pa.types.is_nested(plain) or isinstance(plain, pa.BaseExtensionType)
-    if is_composed or (is_dictionary and plain.id not in _PLAIN):
+    is_no_value = (
+        pa.types.is_nested(plain)
+        or pa.types.is_temporal(plain)
+        or (pa.types.is_fixed_size_binary(plain) and not pa.types.is_decimal(plain))
+        or isinstance(plain, pa.BaseExtensionType)
+    )
+    if is_no_value or (is_dictionary and plain.id not in _PLAIN):
         raise RequestError(f"column {field.name} is of type {kind}, must hold text or numbers, or lists of these")
     if not is_list or plain == element:
         return kind if is_list else plain

@@ -266,12 +266,16 @@ def _encode(batch: list[_Waiting]) -> tuple[_Outcomes, list[EncodedBatch], list[
 
 
 def _encode_tables(group: Sequence[_Waiting]) -> EncodedBatch:
+    encoder = group[0].scorer.encoder
     try:
-        return group[0].scorer.encoder.encode_table(pa.concat_tables([waiting.content for waiting in group]))
+        return encoder.encode_table(pa.concat_tables([waiting.content for waiting in group]))
     except (pa.ArrowException, UnicodeDecodeError) as error:
         if len(group) > 1:
             raise  # to be split: another table may be the cause
         # What Arrow cannot convert is the client's doing, whichever of its many types it is.
+        for field in group[0].content.schema:
+            if field.name in encoder.schema.dense_names and pa.types.is_nested(field.type):
+                raise RequestError(f"column {field.name} is of type {field.type}, must hold numbers") from None
         raise RequestError(f"a column has values that no column of the model can have: {error}") from None
 
 

@@ -83,6 +83,7 @@ def serve_to(scenario: Callable[[Bench], Awaitable[None]], scorer: Scorer, **opt
         config.load()
         state = ServerState()
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)  # so that it is soon full
         acceptor = Acceptor(listener, partial(BoundedProtocol, limits, config=config, server_state=state, app_state={}))
         acceptor.start()
         try:

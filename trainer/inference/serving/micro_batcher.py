@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -273,7 +273,8 @@ def _encode_tables(group: Sequence[_Waiting]) -> EncodedBatch:
         if len(group) > 1:
             raise  # to be split: another table may be the cause
         # What Arrow cannot convert is the client's doing, whichever of its many types it is.
-        for field in group[0].content.schema:
+        table: Any = group[0].content
+        for field in table.schema:
             if field.name in encoder.schema.dense_names and pa.types.is_nested(field.type):
                 raise RequestError(f"column {field.name} is of type {field.type}, must hold numbers") from None
         raise RequestError(f"a column has values that no column of the model can have: {error}") from None

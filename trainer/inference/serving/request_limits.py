@@ -13,7 +13,8 @@ from trainer.inference.serving.serve_options import ServeOptions
 # A body may become so many times larger in memory. Columns that compress this well hold next to nothing: 4,096 records
 # of Criteo's 39 columns are 1.3 MB, and the JSON of small records grows eight times as Python objects.
 MAX_EXPANSION = 16
-BYTES_PER_VALUE = 8
+# What a value counts at least, whatever its type: with it a body may hold one for each 4 of the bytes that it may have.
+BYTES_PER_VALUE = 64
 # All requests that wait may hold so many times what one of them may.
 _MAX_WAITING_REQUESTS = 16
 
@@ -29,7 +30,7 @@ class RequestLimits:
     Attributes:
         max_records: in a request.
         max_bag_ids: ids of one record in one multi-hot column.
-        max_bytes: in memory, when nothing is compressed or shared any more; each value counts 8 bytes or more.
+        max_bytes: in memory, when nothing is compressed or shared any more; each value counts 64 or more.
         max_waiting_bytes: of all requests of a process that wait to be scored.
     """
 
@@ -63,8 +64,8 @@ class RequestLimits:
         """
         if num_bytes > self.max_bytes:
             raise TooLargeError(
-                f"the body unpacks to {num_bytes:,} bytes, at most {self.max_bytes:,} are allowed "
-                f"({MAX_EXPANSION} times --max-body-bytes); send fewer records in a request"
+                f"the body would take {num_bytes:,} bytes in memory (a value counts {BYTES_PER_VALUE} at least), at most "
+                f"{self.max_bytes:,} are allowed ({MAX_EXPANSION} times --max-body-bytes); send fewer records"
             )
 
     def check_bag(self, column: str, num_ids: int, row: int | None = None) -> None:
@@ -87,10 +88,14 @@ class RequestLimits:
         """
         if num_bytes < 2 * self.max_bag_ids:  # an id takes a digit and a comma: none can be too long
             return
+        total = 0
         for column in schema.categorical:
             if column.multi_hot:
                 for row, record in enumerate(records):
-                    self.check_bag(column.name, _num_ids(record.get(column.name), column.separator), row)
+                    num_ids = _num_ids(record.get(column.name), column.separator)
+                    self.check_bag(column.name, num_ids, row)
+                    total += num_ids
+        self.check_bytes(total * BYTES_PER_VALUE)
 
 
 def _num_ids(value: Any, separator: str) -> int:

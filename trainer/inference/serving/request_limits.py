@@ -64,7 +64,7 @@ class RequestLimits:
         """
         if num_bytes > self.max_bytes:
             raise TooLargeError(
-                f"the body would take {num_bytes:,} bytes in memory (a value counts {BYTES_PER_VALUE} at least), at most "
+                f"the body would take {num_bytes:,} bytes in memory ({BYTES_PER_VALUE} a value at least), at most "
                 f"{self.max_bytes:,} are allowed ({MAX_EXPANSION} times --max-body-bytes); send fewer records"
             )
 

@@ -17,6 +17,7 @@ Record = Mapping[str, Any]
 _NUMBER_TYPES = frozenset({int, float, type(None)})
 _ID_TYPES = frozenset({int, str, type(None)})
 _KINDS = {"hex": "up to 8 hexadecimal digits", "string": "a string", "integer": "a whole number"}
+_SHOWN_CHARACTERS = 60
 _JSON_NAMES = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", float: "a fraction"}
 
 
@@ -34,7 +35,7 @@ def check_records(payload: Any, schema: Schema) -> list[Record]:
         raise RequestError('the body must be {"records": [{"<column>": <value>, ...}, ...]}; GET / shows an example')
     others = sorted(payload.keys() - {"records"})
     if others:
-        raise RequestError(f'{others[0]!r} is not a key of a request; "records" is the only one')
+        raise RequestError(f'{_shown(others[0])} is not a key of a request; "records" is the only one')
     records: list[Record] = payload["records"]
     allowed = {schema.label, *schema.dense_names, *schema.categorical_names}
     for index, record in enumerate(records):
@@ -48,9 +49,11 @@ def check_records(payload: Any, schema: Schema) -> list[Record]:
 def unknown_column(name: str, schema: Schema) -> str:
     """Say that the model has no such column, and which one may be meant."""
     names = [*schema.dense_names, *schema.categorical_names]
-    nearest = difflib.get_close_matches(name, names, n=1)
+    # What is much longer is near to none, and comparing it takes long.
+    is_comparable = len(name) <= 2 * max(map(len, names), default=0)
+    nearest = difflib.get_close_matches(name, names, n=1) if is_comparable else []
     mend = f"did you mean {nearest[0]}?" if nearest else f"columns: {', '.join(names)}"
-    return f"there is no column {name!r}; {mend}"
+    return f"there is no column {_shown(name)}; {mend}"
 
 
 def dense_matrix(records: Sequence[Record], names: Sequence[str], faults: Faults) -> NDArray[np.float64]:
@@ -144,5 +147,9 @@ def _json_name(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    # Of a long value only the beginning is written out.
+    try:
+        text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
+    except RecursionError:
+        text = "[[[..." if isinstance(value, list) else "{{{..."
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

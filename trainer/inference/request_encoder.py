@@ -65,6 +65,7 @@ class RequestEncoder:
     def __init__(self, schema: Schema, mappers: dict[str, IdMapper]) -> None:
         """Make an encoder; `mappers` has one for each categorical feature."""
         self.schema = schema
+        self.separators = {column.name: column.separator for column in schema.categorical if column.multi_hot}
         self._mappers = [mappers[name] for name in schema.categorical_names]
         self._dense_groups = _group_by_transform(schema.dense)
         self._open_columns = [_without_limit(column) for column in schema.categorical]

@@ -224,6 +224,50 @@ def test_requests_of_before_a_swap_are_answered_by_the_package_of_before() -> No
     drive(old, steps)
 
 
+def test_a_batch_that_does_not_end_is_noticed_and_nobody_waits_for_it() -> None:
+    model = SteppedModel()
+
+    async def steps(batcher: MicroBatcher) -> None:
+        assert not batcher.is_stalled
+        held = batcher.submit(records(1), 1)
+        await model.wait_until_busy()
+        waiting = batcher.submit(records(2), 1)
+        while not batcher.is_stalled:
+            assert not batcher.refuse_if_stalled() or batcher.is_stalled
+            await asyncio.sleep(0.005)
+        assert batcher.refuse_if_stalled()
+        for answer in (held, waiting):
+            with pytest.raises(OverloadError, match="one batch is being scored for more than "):
+                await answer
+        with pytest.raises(OverloadError, match="one batch is being scored"):
+            batcher.submit(records(3), 1)
+        model.step(10)
+        while batcher.is_stalled:
+            await asyncio.sleep(0.005)
+        assert (await batcher.submit(records(4), 1)).tolist() == pytest.approx([0.04])
+        assert model.sizes == [1, 1]
+
+    drive(model, steps, stall_timeout_s=0.05)
+
+
+def test_the_bytes_that_wait_are_bounded_and_so_are_those_of_a_batch() -> None:
+    model = SteppedModel()
+    most = 16 * 16 * 2**20  # 16 requests of 16 times the default --max-body-bytes
+
+    async def steps(batcher: MicroBatcher) -> None:
+        first = batcher.submit(records(1), 1)
+        await model.wait_until_busy()
+        others = [batcher.submit(records(20), 1, most // 16) for _ in range(16)]
+        with pytest.raises(OverloadError, match=f"requests of {most:,} bytes wait already; try again later"):
+            batcher.submit(records(2), 1, 1)
+        model.step(20)
+        await asyncio.gather(first, *others)
+        assert model.sizes == [1] * 17
+        assert len(await batcher.submit(records(3), 1, most)) == 1
+
+    drive(model, steps, max_delay_ms=60_000)
+
+
 def test_processes_add_up_their_figures() -> None:
     cells = make_shared_cells(3)
     each = [Metrics(cells, process) for process in range(3)]

@@ -17,6 +17,7 @@ from typing import Any
 from trainer.inference.json_records import RequestError
 from trainer.inference.package import SAMPLE
 from trainer.inference.scorer import Scorer
+from trainer.inference.serving.arrow_bodies import read_arrow
 from trainer.inference.serving.http_messages import (
     ARROW_TYPE,
     JSON_TYPE,
@@ -29,12 +30,12 @@ from trainer.inference.serving.http_messages import (
     header,
     http_error_of,
     json_scores,
-    read_arrow,
     read_body,
     read_json,
 )
 from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.micro_batcher import Content, MicroBatcher, OverloadError
+from trainer.inference.serving.request_limits import MAX_EXPANSION, RequestLimits
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class ServingApp:
     def __init__(self, batcher: MicroBatcher, options: ServeOptions, metrics: Metrics) -> None:
         self.is_draining = False
         self._batcher, self._options, self._metrics = batcher, options, metrics
+        self._limits = RequestLimits.of(options)
         self._num_in_flight = 0
         self._pages = {
             "/": self._about,
@@ -92,11 +94,8 @@ class ServingApp:
             )
             self._batcher.require_room()
             scorer = self._batcher.scorer
-            content: Content = read_json(body, scorer.encoder.schema) if kind == "json" else read_arrow(body)
-            num_records = len(content)
-            if num_records > self._options.max_queue:
-                raise HttpError(413, f"{num_records:,} records, a request may have {self._options.max_queue:,}")
-            scores = await self._batcher.submit(content, num_records)
+            content, num_bytes = self._content(body, kind, scorer)
+            scores = await self._batcher.submit(content, len(content), num_bytes)
         except RequestError as error:
             return Answer.of_error(http_error_of(error))
         except HttpError as error:
@@ -113,9 +112,18 @@ class ServingApp:
             return Answer(200, JSON_TYPE, json_scores(scores), headers)
         return Answer(200, ARROW_TYPE, arrow_scores(scores), headers)
 
+    def _content(self, body: bytes, kind: str, scorer: Scorer) -> tuple[Content, int]:
+        """Return what a body says, and the bytes that it takes in memory at most."""
+        encoder = scorer.encoder
+        if kind == "arrow":
+            return read_arrow(body, self._limits, encoder.separators)
+        return read_json(body, encoder.schema, self._limits), MAX_EXPANSION * len(body)
+
     async def _send(self, answer: Answer, scope: dict[str, Any], send: Send) -> None:
         # A client that is told so closes the connection itself, and meets no closed one with its next request.
-        closing = [("connection", "close")] if self.is_draining else []
+        # So does one that asked whether to send its body and was answered without it.
+        is_unsent = answer.status != 200 and header(scope["headers"], b"expect") != ""
+        closing = [("connection", "close")] if self.is_draining or is_unsent else []
         await send(answer.start_message(closing))
         body = b"" if scope["method"] == "HEAD" else answer.body
         await send({"type": "http.response.body", "body": body})
@@ -142,7 +150,12 @@ class ServingApp:
                 "precisions": {table.name: table.precision for table in manifest.tables},
                 "certified": manifest.certified,
                 "columns": {"dense": list(manifest.dense_features), "categorical": manifest.features},
-                "limits": {"body_bytes": options.max_body_bytes, "records": options.max_queue},
+                "limits": {
+                    "body_bytes": options.max_body_bytes,
+                    "unpacked_bytes": self._limits.max_bytes,
+                    "records": self._limits.max_records,
+                    "ids_of_a_bag": self._limits.max_bag_ids,
+                },
                 "formats": [JSON_TYPE, ARROW_TYPE],
                 "example": {
                     "POST /predict": {"records": sample["request"]["records"][:1]},
@@ -152,13 +165,22 @@ class ServingApp:
         )
 
     def _health(self) -> Answer:
-        if self._batcher.is_alive:
-            return Answer.json(200, {"status": "ok"})
-        return Answer.json(503, {"status": "the scoring thread has ended; restart this process"})
+        problem = self._problem()
+        return Answer.json(503 if problem else 200, {"status": problem or "ok"})
+
+    def _problem(self) -> str | None:
+        if not self._batcher.is_alive:
+            return "the scoring thread has ended; restart this process"
+        if self._batcher.is_stalled:
+            limit_s = self._options.stall_timeout_s
+            return f"one batch is being scored for more than {limit_s:g} s (--stall-timeout-s); restart this process"
+        return None
 
     def _readiness(self) -> Answer:
         if self.is_draining:
             return Answer.json(503, {"status": "stopping"})
+        if (problem := self._problem()) is not None:
+            return Answer.json(503, {"status": problem})
         return Answer.json(200, {"status": "ready", "package": self._batcher.scorer.label})
 
     def _figures(self) -> Answer:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from data_pipeline.schema import Schema
 from trainer.inference.json_records import Record, RequestError, check_records
 from trainer.inference.serving.micro_batcher import RecordError, Scores
+from trainer.inference.serving.request_limits import RequestLimits, TooLargeError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Headers = list[tuple[bytes, bytes]]
@@ -20,6 +21,9 @@ JSON_TYPE = "application/json"
 ARROW_TYPE = "application/vnd.apache.arrow.stream"
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _CONTENT_LENGTH = b"content-length"
+_CONTENT_ENCODING = b"content-encoding"
+# Of an error, in an answer and in the log: clients send what they like, and some of it is quoted.
+_MAX_ERROR_CHARACTERS = 500
 # Digits that tell any two float32 numbers apart.
 _SCORE_FORMAT = "{:.9g}"
 
@@ -30,7 +34,7 @@ class HttpError(Exception):
     def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), **details: Any) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.body = {"error": message} | {key: value for key, value in details.items() if value is not None}
+        self.body = {"error": one_line(message)} | {key: value for key, value in details.items() if value is not None}
 
 
 class ClientGoneError(Exception):
@@ -76,17 +80,20 @@ async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, timeo
         HttpError: it is too large (413) or too slow (408).
         ClientGoneError: the client left.
     """
+    coding = header(headers, _CONTENT_ENCODING).strip().lower()
+    if coding not in {"", "identity"}:
+        raise HttpError(415, f"the body is encoded as {coding!r}; send it without a content-encoding")
     length = header(headers, _CONTENT_LENGTH)
     if length.isdigit() and int(length) > max_bytes:
         _refuse_size(f"{int(length):,}", max_bytes)
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + timeout_s
     message = await _next_message(receive, timeout_s)
     if not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > max_bytes:
             _refuse_size("more", max_bytes)
         return body
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + timeout_s
     parts = [message["body"]]
     num_bytes = len(parts[0])
     while message.get("more_body", False):
@@ -122,11 +129,12 @@ def _refuse_constant(word: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def read_json(body: bytes, schema: Schema) -> list[Record]:
+def read_json(body: bytes, schema: Schema, limits: RequestLimits) -> list[Record]:
     """Read `{"records": [...]}`.
 
     Raises:
         RequestError: it is not JSON, or not of this form.
+        TooLargeError: there are too many records, or ids in a bag.
     """
     try:
         payload = _DECODER.decode(body.decode())
@@ -140,22 +148,11 @@ def read_json(body: bytes, schema: Schema) -> list[Record]:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"the body holds a number that is too long: {error}") from None
-    return check_records(payload, schema)
-
-
-def read_arrow(body: bytes) -> pa.Table:
-    """Read an Arrow IPC stream; nothing in it is trusted before it is checked.
-
-    Raises:
-        RequestError: it is none, or is damaged.
-    """
-    try:
-        with pa.ipc.open_stream(body) as reader:
-            table = reader.read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the body is not an Arrow IPC stream: {error}") from None
-    return table
+    if isinstance(payload, dict) and isinstance(payload.get("records"), list):
+        limits.check_records(len(payload["records"]))
+    records = check_records(payload, schema)
+    limits.check_json_bags(records, schema, len(body))
+    return records
 
 
 def json_scores(scores: Scores) -> bytes:
@@ -177,4 +174,12 @@ def http_error_of(error: RequestError) -> HttpError:
     """Say what is wrong with a request as HTTP does."""
     if isinstance(error, RecordError):
         return HttpError(400, str(error), record=error.record, column=error.column)
-    return HttpError(400, str(error))
+    return HttpError(413 if isinstance(error, TooLargeError) else 400, str(error))
+
+
+def one_line(text: str, max_characters: int = _MAX_ERROR_CHARACTERS) -> str:
+    """Return text as one printable line of bounded length."""
+    # Cut first, for what follows looks at each character.
+    cut = " ".join(text[: 4 * max_characters].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return line if len(line) <= max_characters else line[: max_characters - 3] + "..."

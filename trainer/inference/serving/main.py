@@ -14,14 +14,10 @@ from collections.abc import Sequence
 
 from trainer.inference.package import PackageError, read_package
 from trainer.inference.serving.metrics import Metrics, make_shared_cells
-from trainer.inference.serving.serve_options import PASSIVE_WAITS, ServeOptions
+from trainer.inference.serving.serve_options import OTHER_PORT, PASSIVE_WAITS, ServeError, ServeOptions
 from trainer.inference.serving.worker_group import Worker, run_workers
 
 INSTALL_HINT = 'the server is not installed: pip install "papilio[serve]"'
-
-
-class ServeError(ValueError):
-    """A server that cannot start; the message says why."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     except (ServeError, PackageError) as error:
         print(f"papilio serve: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while the package is loaded; later, the server takes it
+        return 128 + signal.SIGINT
 
 
 def _run(options: ServeOptions) -> int:
@@ -71,11 +69,9 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ServeError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port (0 takes a free "
-            "one), or --host"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a host that no name can be, as one with a label of 70 letters
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ServeError(f"cannot listen on {host} port {port}: {reason}; {OTHER_PORT}") from None
     return listener
 
 

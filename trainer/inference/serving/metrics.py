@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMATS = ("json", "arrow", "other")
-STATUSES = (200, 400, 404, 405, 408, 413, 415, 500, 503)
+STATUSES = (200, 400, 404, 405, 408, 413, 415, 431, 500, 503)
 SWAP_RESULTS = ("done", "refused")
 # Bounds of the latency cells: 24 a decade from 0.1 ms to 10 s, so that a percentile is known to 5 % or better.
 _CELLS_PER_DECADE, _FIRST_S, _NUM_DECADES = 24, 1e-4, 5

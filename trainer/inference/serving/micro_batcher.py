@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from trainer.inference.json_records import Record, RequestError
 from trainer.inference.request_encoder import EncodedBatch, merge_batches
 from trainer.inference.scorer import Scorer
 from trainer.inference.serving.metrics import Metrics
+from trainer.inference.serving.request_limits import RequestLimits
 from trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class _Waiting:
     scorer: Scorer
     content: Content
     num_records: int
+    num_bytes: int
     answer: asyncio.Future[Scores]
     begin_s: float = field(default_factory=time.monotonic)
 
@@ -67,9 +69,13 @@ class MicroBatcher:
     def __init__(self, scorer: Scorer, options: ServeOptions, metrics: Metrics) -> None:
         self.scorer = scorer
         self._options, self._metrics = options, metrics
+        self._limits = RequestLimits.of(options)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Waiting] = deque()
         self._num_waiting = 0
+        self._num_waiting_bytes = 0
+        self._busy_since_s: float | None = None  # None while nothing is scored
+        self._in_hand: list[_Waiting] = []
         self._record_s = 0.0  # that a record takes, lately
         self._is_closed = False
         self._changed = threading.Condition()
@@ -81,30 +87,53 @@ class MicroBatcher:
         """Whether requests are still being scored."""
         return self._thread.is_alive()
 
-    def submit(self, content: Content, num_records: int) -> asyncio.Future[Scores]:
-        """Queue records; the future gives their probabilities.
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the scoring thread is at one batch for longer than is allowed."""
+        begin_s = self._busy_since_s
+        return begin_s is not None and time.monotonic() - begin_s > self._options.stall_timeout_s
+
+    def refuse_if_stalled(self) -> bool:
+        """Refuse what waits if nothing is scored any more; to be called now and then. Return whether that is so."""
+        if not self.is_stalled:
+            return False
+        with self._changed:
+            waiting = list(self._queue)
+            self._queue.clear()
+            for each in waiting:
+                self._count(-each.num_records, -each.num_bytes)
+        _deliver([(each, OverloadError(self._stall_text())) for each in [*self._in_hand, *waiting]])
+        return True
+
+    def submit(self, content: Content, num_records: int, num_bytes: int = 0) -> asyncio.Future[Scores]:
+        """Queue records, which take so many bytes in memory; the future gives their probabilities.
 
         Raises:
             OverloadError: the queue is full; from the future: the request waited too long.
             RecordError, RequestError: from the future: a record is malformed.
         """
-        self.require_room(num_records)
+        self.require_room(num_records, num_bytes)
         with self._changed:
-            waiting = _Waiting(self.scorer, content, num_records, self._loop.create_future())
+            waiting = _Waiting(self.scorer, content, num_records, num_bytes, self._loop.create_future())
             self._queue.append(waiting)
-            self._count(num_records)
+            self._count(num_records, num_bytes)
             # The thread that waits for a batch to fill needs no waking for each request.
             if len(self._queue) == 1 or self._num_waiting >= self._options.max_batch:
                 self._changed.notify()
         return waiting.answer
 
-    def require_room(self, num_records: int = 1) -> None:
+    def require_room(self, num_records: int = 1, num_bytes: int = 0) -> None:
         """Make sure that records may be queued; asked before a body is parsed, it keeps refusals cheap.
 
         Raises:
-            OverloadError: the queue is full, or so long that they would wait for more than is allowed.
+            OverloadError: the queue is full, or so long that they would wait for more than is allowed, or nothing is
+                scored any more.
         """
         options = self._options
+        if self.is_stalled:
+            raise OverloadError(self._stall_text())
+        if self._num_waiting_bytes + num_bytes > self._limits.max_waiting_bytes:
+            raise OverloadError(f"requests of {self._num_waiting_bytes:,} bytes wait already; try again later")
         if self._num_waiting + num_records > options.max_queue:
             raise OverloadError(f"{self._num_waiting} records wait already, {options.max_queue} may; try again later")
         expected_ms = self._num_waiting * self._record_s * 1e3
@@ -121,7 +150,8 @@ class MicroBatcher:
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
             begin_s = time.monotonic()
-            outcomes = _score_or_split(batch, self._metrics)
+            outcomes = self._score_or_split(batch)
+            self._busy_since_s, self._in_hand = None, []
             num_records = sum(waiting.num_records for waiting in batch)
             if num_records:
                 self._record_s += _NEWEST_SHARE * ((time.monotonic() - begin_s) / num_records - self._record_s)
@@ -147,27 +177,46 @@ class MicroBatcher:
         batch: list[_Waiting] = []
         late: _Outcomes = []
         oldest_s = time.monotonic() - self._options.max_delay_ms / 1e3
-        num_records = 0
+        num_records = num_bytes = 0
         while self._queue:
             first = self._queue[0]
             is_late = first.begin_s < oldest_s
-            is_too_much = num_records + first.num_records > self._options.max_batch
+            is_too_much = (
+                num_records + first.num_records > self._options.max_batch
+                or num_bytes + first.num_bytes > self._limits.max_bytes
+            )
             if batch and not is_late and (is_too_much or first.scorer is not batch[0].scorer):
                 break
             self._queue.popleft()
-            self._count(-first.num_records)
+            self._count(-first.num_records, -first.num_bytes)
             if is_late:
                 late.append((first, OverloadError(f"waited {self._options.max_delay_ms:g} ms; try again later")))
                 continue
             batch.append(first)
             num_records += first.num_records
+            num_bytes += first.num_bytes
         if late:
             self._loop.call_soon_threadsafe(_deliver, late)
         return batch
 
-    def _count(self, num_records: int) -> None:
+    def _count(self, num_records: int, num_bytes: int) -> None:
         self._num_waiting += num_records
+        self._num_waiting_bytes += num_bytes
         self._metrics.set_gauge("waiting_records", self._num_waiting)
+
+    def _stall_text(self) -> str:
+        return f"one batch is being scored for more than {self._options.stall_timeout_s:g} s; ask another server"
+
+    def _score_or_split(self, batch: list[_Waiting]) -> _Outcomes:
+        """Score a batch; if that fails in a way we did not foresee, score its requests singly: one is the cause."""
+        self._in_hand, self._busy_since_s = batch, time.monotonic()
+        try:
+            return _score(batch, self._metrics)
+        except Exception as error:
+            if len(batch) == 1:
+                logger.exception("a request of %d records could not be scored", batch[0].num_records)
+                return [(batch[0], error)]
+            return [outcome for waiting in batch for outcome in self._score_or_split([waiting])]
 
 
 def _deliver(outcomes: _Outcomes) -> None:
@@ -178,17 +227,6 @@ def _deliver(outcomes: _Outcomes) -> None:
             waiting.answer.set_exception(outcome)
         else:
             waiting.answer.set_result(outcome)
-
-
-def _score_or_split(batch: list[_Waiting], metrics: Metrics) -> _Outcomes:
-    """Score a batch; if that fails in a way we did not foresee, score its requests singly: one of them is the cause."""
-    try:
-        return _score(batch, metrics)
-    except Exception as error:
-        if len(batch) == 1:
-            logger.exception("a request of %d records could not be scored", batch[0].num_records)
-            return [(batch[0], error)]
-        return [outcome for waiting in batch for outcome in _score_or_split([waiting], metrics)]
 
 
 def _score(batch: list[_Waiting], metrics: Metrics) -> _Outcomes:
@@ -220,11 +258,26 @@ def _encode(batch: list[_Waiting]) -> tuple[_Outcomes, list[EncodedBatch], list[
         encoded.append(encoder.encode_records([record for waiting in order for record in waiting.content]))
     for group in _groups_of_tables(batch):
         try:
-            encoded.append(encoder.encode_table(pa.concat_tables([waiting.content for waiting in group])))
+            encoded.append(_encode_tables(group))
             order += group
         except RequestError as error:  # columns are lacking or of another type, in all tables of a group alike
             refused += [(waiting, error) for waiting in group]
     return refused, encoded, order
+
+
+def _encode_tables(group: Sequence[_Waiting]) -> EncodedBatch:
+    encoder = group[0].scorer.encoder
+    try:
+        return encoder.encode_table(pa.concat_tables([waiting.content for waiting in group]))
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        if len(group) > 1:
+            raise  # to be split: another table may be the cause
+        # What Arrow cannot convert is the client's doing, whichever of its many types it is.
+        table: Any = group[0].content
+        for field in table.schema:
+            if field.name in encoder.schema.dense_names and pa.types.is_nested(field.type):
+                raise RequestError(f"column {field.name} is of type {field.type}, must hold numbers") from None
+        raise RequestError(f"a column has values that no column of the model can have: {error}") from None
 
 
 def _groups_of_tables(batch: Sequence[_Waiting]) -> list[list[_Waiting]]:

@@ -10,6 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
+OTHER_PORT = "choose another --port (0 takes a free one), or --host"
+
+
+class ServeError(ValueError):
+    """A server that cannot start; the message says why."""
+
+
 class ServeOptions(BaseModel):
     """A server and its limits."""
 
@@ -39,7 +46,22 @@ class ServeOptions(BaseModel):
     )
     max_requests: int = Field(512, ge=1, description="Requests of a process under way at once; beyond, a 503.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Size of a request's body at most; beyond, a 413.")
+    max_bag_ids: int = Field(
+        16384, ge=1, description="Ids of one record in one multi-hot column at most; beyond, a 413."
+    )
+    max_connections: int = Field(
+        1024, ge=2, description="Connections of a process at most: the one that is idle longest makes room, else a 503."
+    )
+    head_timeout_s: float = Field(
+        10.0, gt=0, description="A connection whose first request, or the rest of its head, takes longer is closed."
+    )
     body_timeout_s: float = Field(10.0, gt=0, description="A body that takes longer to arrive gets a 408.")
+    send_timeout_s: float = Field(
+        10.0, gt=0, description="A client that takes longer to receive its answer is cut off."
+    )
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="If a batch is scored for longer, /healthz says 503 and requests are refused."
+    )
     drain_s: float = Field(
         1.0, ge=0, description="After SIGTERM: how long /readyz says no before the port is closed, for load balancers."
     )
@@ -54,4 +76,9 @@ class ServeOptions(BaseModel):
             raise ValueError("--exact uses no format, so there is none to trust: leave out --trust-formats or --exact")
         if self.max_batch > self.max_queue:
             raise ValueError(f"max_queue ({self.max_queue}) must be at least max_batch ({self.max_batch})")
+        if self.max_connections <= self.max_requests:
+            raise ValueError(
+                f"max_connections ({self.max_connections}) must be more than max_requests ({self.max_requests}), or "
+                "nobody could ask for /healthz while all requests are under way"
+            )
         return self

@@ -9,24 +9,33 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import torch
 import uvicorn
 
+from trainer.inference.package import PackageError
 from trainer.inference.sample_check import load_checked_scorer
 from trainer.inference.scorer import Scorer
 from trainer.inference.serving.app import ServingApp
+from trainer.inference.serving.connections import Acceptor, BoundedProtocol, ConnectionLimits, possible_connections
+from trainer.inference.serving.http_messages import one_line
 from trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
+<<<<<<< HEAD
 from trainer.inference.serving.package_swap import PackageSwap, formats_of
 from trainer.inference.serving.serve_options import ServeOptions
+=======
+from trainer.inference.serving.package_swap import PackageSwap
+from trainer.inference.serving.serve_options import OTHER_PORT, ServeError, ServeOptions
+>>>>>>> server
 
 logger = logging.getLogger(__name__)
 # Longer than the idle time of common load balancers and clients, so that it is they who close idle connections.
 KEEP_ALIVE_S = 75
-BACKLOG = 2048
+# Ticks of the watch over the scoring thread.
+_STALL_CHECK_S = 1.0
 # Under overload the thread that answers HTTP never rests, and the one that scores, which gives up the interpreter's
 # lock in every operator, would wait Python's default of 5 ms to get it back each time.
 GIL_SWITCH_S = 2e-4
@@ -53,7 +62,12 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
-        await super().startup(sockets)
+        await super().startup([])
+        self._acceptor = Acceptor(self._listener, self._make_protocol)
+        try:
+            self._acceptor.start()
+        except OSError as error:
+            raise ServeError(f"cannot listen on {address_of(self._listener)}: {error.strerror}; {OTHER_PORT}") from None
         self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -72,21 +86,8 @@ class _Server(uvicorn.Server):
 
     async def _run_drain(self) -> None:
         await asyncio.sleep(self._drain_s)
-        await self._close_port()
+        await self._acceptor.stop()
         self.should_exit = True
-
-    async def _close_port(self) -> None:
-        """Stop accepting, without losing those who are connected already but not accepted yet."""
-        own = self._listener.dup()
-        for server in self.servers:
-            server.close()
-        self._listener.close()
-        own.setblocking(False)
-        with own, suppress(BlockingIOError):
-            while True:
-                connection, _ = own.accept()
-                connection.setblocking(False)
-                await asyncio.get_running_loop().connect_accepted_socket(self._make_protocol, connection)
 
     def _make_protocol(self) -> asyncio.Protocol:
         protocol = self.config.http_protocol_class
@@ -104,11 +105,18 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
 
     Raises:
         PackageError: the package cannot be served.
+        ServeError: another process listens on the port by now.
     """
     metrics.clear_gauges()
+    # It logs a line for each client that sends no HTTP, at any rate that this client likes.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     torch.set_num_threads(options.threads)
     sys.setswitchinterval(GIL_SWITCH_S)
+<<<<<<< HEAD
     scorer = load_checked_scorer(options.package, formats=formats_of(options))
+=======
+    scorer = _load(options)
+>>>>>>> server
     config = uvicorn.Config(
         "set below, when there is an event loop",
         ws="none",
@@ -116,7 +124,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=BACKLOG,
+        proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(options.stop_timeout_s)),
     )
@@ -124,6 +132,18 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
         runner.run(_run(config, scorer, options, listener, metrics, parent))
     _log_summary(metrics)
     return 0
+
+
+def _load(options: ServeOptions) -> Scorer:
+    try:
+        return load_checked_scorer(options.package, is_exact=options.exact)
+    except PackageError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise ServeError(
+            f"{options.package} cannot be served: {reason}; `papilio package verify` looks at it"
+        ) from None
 
 
 async def _run(
@@ -136,6 +156,12 @@ async def _run(
 ) -> None:
     batcher = MicroBatcher(scorer, options, metrics)
     config.app = app = ServingApp(batcher, options, metrics)
+    limits = ConnectionLimits(
+        options,
+        possible_connections(options.max_connections),
+        on_refused=lambda status: metrics.record_request("other", status, 0),
+    )
+    config.http = partial(BoundedProtocol, limits)  # type: ignore[assignment]
 
     def on_started() -> None:
         metrics.set_gauge("is_ready", 1)
@@ -170,7 +196,7 @@ def _begin_tasks(options: ServeOptions, batcher: MicroBatcher, metrics: Metrics)
         task.add_done_callback(swaps.discard)
 
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    tasks = [loop.create_task(_step_window(metrics))]
+    tasks = [loop.create_task(_step_window(metrics)), loop.create_task(_watch_scoring(batcher))]
     if options.watch_s is not None:
         tasks.append(loop.create_task(swap.watch(options.watch_s)))
     return tasks
@@ -180,6 +206,16 @@ async def _step_window(metrics: Metrics) -> None:
     while True:
         await asyncio.sleep(WINDOW_STEP_S)
         metrics.step_window()
+
+
+async def _watch_scoring(batcher: MicroBatcher) -> None:
+    was_stalled = False
+    while True:
+        await asyncio.sleep(_STALL_CHECK_S)
+        is_stalled = batcher.refuse_if_stalled()
+        if is_stalled and not was_stalled:
+            logger.error("the scoring thread does not get on with a batch: /healthz says 503, requests are refused")
+        was_stalled = is_stalled
 
 
 def _on_orphaned(server: _Server, parent: int) -> None:

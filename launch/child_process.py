@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
+
+from trainer.bootstrap import child_command
 
 # Ctrl-C on a terminal reaches the child by itself; these reach only the process that was told.
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module` to its end, passing on signals to end, and return its exit status as a shell tells it."""
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    """Run a module to its end, passing on signals to end, and return its exit status as a shell tells it."""
+    process = subprocess.Popen(child_command(module, *arguments))
     before = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGINT)}
     for number in PASSED_ON:
         if before[number] is not signal.SIG_IGN:  # as SIGHUP is under nohup

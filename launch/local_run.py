@@ -12,13 +12,14 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from torchx import specs
 from torchx.runner import Runner
-from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler, SignalException
+from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 
 from launch.first_error import ErrorWatch
+from trainer.bootstrap import bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
@@ -73,15 +74,21 @@ class LinePrinter:
 class _Stopper:
     """Passes the first signal to end on to the agent, which lets the ranks save; Ctrl-C after that means at once."""
 
-    def __init__(self, agent_pid: int) -> None:
-        self._agent_pid = agent_pid
+    def __init__(self) -> None:
+        self._agent_pid: int | None = None
         self.received: signal.Signals | None = None
 
     def watch(self) -> None:
-        """Take over TorchX's handlers, which would kill the agent after 10 s."""
+        """Take over TorchX's handlers: they would end this command while the agent starts, and kill it after 10 s."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._pass_on)
+
+    def agent_started(self, pid: int) -> None:
+        """Take note of the agent, and pass on the signal that came before it was known."""
+        self._agent_pid = pid
+        if self.received is not None:
+            self._send(signal.SIGTERM)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -91,8 +98,9 @@ class _Stopper:
         self.received = self.received or signal.Signals(number)
 
     def _send(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._agent_pid, number)
+        if self._agent_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._agent_pid, number)
 
 
 def run_locally(app: specs.AppDef) -> int:
@@ -107,12 +115,7 @@ def run_locally(app: specs.AppDef) -> int:
     errors = ErrorWatch()
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
     printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    try:
-        status = _follow(app, log_dir, printer, errors)
-    except SignalException as stopped:  # raised by TorchX's handlers; leaving the Runner has ended the ranks
-        printer.end_progress()
-        print(f"papilio: stopped by {stopped.sigval.name}; all ranks were ended", file=sys.stderr)
-        status = 128 + stopped.sigval
+    status = _follow(app, log_dir, printer, errors)
     if status in (1, NO_RESTART_EXIT_CODE):
         print(f"papilio: the job failed; the log of each rank is under {log_dir}", file=sys.stderr)
         if errors.found is not None:
@@ -123,7 +126,12 @@ def run_locally(app: specs.AppDef) -> int:
 
 
 class _Scheduler(LocalScheduler):  # type: ignore[misc]
-    """TorchX's, with a look at the process that it keeps to itself."""
+    """TorchX's, with a look at the process that it keeps to itself, which does not outlive this one."""
+
+    def run_local_job(self, args: list[str], **named: Any) -> subprocess.Popen[bytes]:
+        """Start a replica; TorchX calls this."""
+        process: subprocess.Popen[bytes] = super().run_local_job(args=bound(args), **named)
+        return process
 
     def agent(self) -> subprocess.Popen[bytes]:
         """Return the process of the only replica of the only job."""
@@ -135,11 +143,12 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
 
 def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter, errors: ErrorWatch) -> int:
     scheduler = _Scheduler("papilio", CWDImageProvider)
+    stopper = _Stopper()
     with Runner("papilio", {"local_cwd": lambda session_name: scheduler}) as runner:
+        stopper.watch()
         handle = runner.run(app, "local_cwd", cfg={"log_dir": log_dir})
         agent = scheduler.agent()
-        stopper = _Stopper(agent.pid)
-        stopper.watch()
+        stopper.agent_started(agent.pid)
         for line in _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True)):
             printer.print(line)
             errors.take(line)
@@ -153,7 +162,7 @@ def _exit_status(agent_status: int, received: signal.Signals | None) -> int:
     if received is None:
         if agent_status < 0:
             name = signal.Signals(-agent_status).name
-            print(f"papilio: the agent of the ranks was killed by {name}; they end by themselves", file=sys.stderr)
+            print(f"papilio: the agent of the ranks was killed by {name}; they ended with it", file=sys.stderr)
         return agent_status if has_saved or agent_status == NO_RESTART_EXIT_CODE else int(agent_status != 0)
     if agent_status == 0:  # the job had just ended
         return 0

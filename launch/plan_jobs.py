@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from launch.usage import UsageError, require_files
 from sharding.plan_file import read_plan_file
 from sharding.reports.diff import diff_plans, format_diff
+from trainer.bootstrap import child_command
 from trainer.config_file import load_config
 
 MIN_COLUMNS = 80
@@ -40,7 +40,7 @@ def _diff(words: list[str]) -> int:
 
 
 def _command(namespace: argparse.Namespace) -> list[str]:
-    command = [sys.executable, "-m", "trainer.plan", "--recipe", namespace.recipe]
+    command = child_command("trainer.plan", "--recipe", namespace.recipe)
     command += ["--num-nodes", str(namespace.num_nodes)]
     for flag in ("hardware", "ranks_per_node", "explain", "output", "html"):
         value = getattr(namespace, flag)

@@ -6,12 +6,12 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 import time
 
 from launch.hosts.request import request_host
 from launch.local_jobs import count_gpus
 from launch.usage import UsageError, require_files
+from trainer.bootstrap import child_command
 from trainer.config_file import load_config
 
 # The hosts of a preflight on this machine are processes: they are there at once, or not at all.
@@ -97,4 +97,4 @@ def _flags(namespace: argparse.Namespace) -> list[str]:
 
 
 def _worker() -> list[str]:
-    return [sys.executable, "-m", "launch.preflight.worker"]
+    return child_command("launch.preflight.worker")

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import signal
@@ -11,9 +12,7 @@ import pytest
 from launch.local_run import LinePrinter, _whole_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A package `trainer` in the working folder stands before ours, so the component runs this instead of a training job;
-# what it lacks is found in ours.
-STAND_IN_PACKAGE = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)"
+# Ranks run this instead of a training job.
 STAND_IN_JOB = """
 import os, signal, sys, time
 from pathlib import Path
@@ -34,21 +33,22 @@ DRIVER = """
 import sys
 from launch import components
 from launch.local_run import run_locally
-sys.exit(run_locally(components.train(*sys.argv[1:], recipe="r", nproc=2)))
+app = components.train(*sys.argv[1:], recipe="r", nproc=2)
+words = app.roles[0].args
+words[words.index("trainer.train")] = "stand_in"
+sys.exit(run_locally(app))
 """
 
 
 @pytest.fixture
 def job_folder(tmp_path: Path) -> Path:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").write_text(STAND_IN_PACKAGE)
-    (tmp_path / "trainer" / "train.py").write_text(STAND_IN_JOB)
+    (tmp_path / "stand_in.py").write_text(STAND_IN_JOB)
     (tmp_path / "tmp").mkdir()
     return tmp_path
 
 
 def start_job(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder / "tmp")}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}", "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-c", DRIVER, *overrides]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -56,7 +56,7 @@ def start_job(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -127,8 +127,40 @@ def test_a_killed_agent_is_reported(job_folder: Path) -> None:
     _, err = job.communicate(timeout=60)
     assert job.returncode == 1
     assert "papilio: the agent of the ranks was killed by SIGKILL" in err
-    for path in pid_files:  # real ranks watch for their agent's end; these do not
-        os.kill(int(path.read_text()), signal.SIGKILL)
+    wait_for(lambda: not any(is_alive(int(path.read_text())) for path in pid_files), "the end of both ranks")
+
+
+@pytest.mark.parametrize("moment", ["agent starts", "ranks start", "ranks run"])
+def test_nothing_outlives_a_killed_command(job_folder: Path, moment: str) -> None:
+    """SIGKILL leaves the command no time to end anything."""
+    job = start_job(job_folder, "--hang=1")
+    wait_for(lambda: descendants(job.pid), "the agent")
+    if moment != "agent starts":
+        wait_for(lambda: len(descendants(job.pid)) > 1, "a rank")
+    if moment == "ranks run":
+        wait_for(lambda: (job_folder / "pid_1").exists() and (job_folder / "pid_0").exists(), "both ranks")
+    started = descendants(job.pid)
+    job.kill()
+    job.communicate()
+    wait_for(lambda: not any(map(is_alive, started)) and not alive_in(job_folder), "the end of all")
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
+def alive_in(folder: Path) -> list[int]:
+    """Processes whose working directory is this folder, whoever started them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").readlink() == folder and is_alive(int(path.name)):
+                found.append(int(path.name))
+    return found
 
 
 def printed(lines: list[str], num_columns: int | None) -> str:

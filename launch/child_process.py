@@ -13,7 +13,11 @@ PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
-    """Run a module to its end, passing on signals to end, and return its exit status as a shell tells it."""
+    """Run a module to its end, passing on signals to end, and return its exit status as a shell tells it.
+
+    Raises:
+        KeyboardInterrupt: the child ended by it.
+    """
     process = subprocess.Popen(child_command(module, *arguments))
     before = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGINT)}
     for number in PASSED_ON:
@@ -25,4 +29,7 @@ def run_module(module: str, arguments: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    status = status if status >= 0 else 128 - status
+    if status == 128 + signal.SIGINT:  # which reached the child: say so in the words of all verbs
+        raise KeyboardInterrupt
+    return status

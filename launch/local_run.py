@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import locale
 import os
 import re
 import shutil
@@ -18,11 +19,12 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 
+from data_pipeline.terminal import can_draw_over, num_columns
 from launch.first_error import ErrorWatch
 from trainer.bootstrap import bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from trainer.progress import PROGRESS_BAR, fit_progress_line
 
-PROGRESS_BAR = re.compile(r"\|[ ▏▎▍▌▋▊▉█]{4,}\|")
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.
 RANK_PREFIX = re.compile(r"^\[(?:(0)\]:|(\d+)\]:(?=.))(?:\[rank\d+\]: ?)?")
@@ -56,7 +58,7 @@ class LinePrinter:
         line = RANK_PREFIX.sub(lambda match: "" if match[1] else f"rank {match[2]}: ", line)
         if self._num_columns is not None and PROGRESS_BAR.search(line):
             # A line that wraps cannot be drawn over.
-            self._stream.write(f"\r{line[: self._num_columns - 1]}{ERASE_TO_END_OF_LINE}")
+            self._stream.write(f"\r{fit_progress_line(line, self._num_columns - 1)}{ERASE_TO_END_OF_LINE}")
             self._in_progress_line = True
         else:
             self.end_progress()
@@ -90,6 +92,10 @@ class _Stopper:
         if self.received is not None:
             self._send(signal.SIGTERM)
 
+    def stop(self) -> None:
+        """Tell the agent to end, as a signal would."""
+        self._pass_on(signal.SIGTERM, None)
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self._send(signal.SIGTERM)
@@ -113,9 +119,15 @@ def run_locally(app: specs.AppDef) -> int:
         end (but not by Ctrl-C) and saved, so that it can be resumed; else 128 + the number of the signal that ended it.
     """
     errors = ErrorWatch()
+    # As TorchX and torch read the logs; what this process prints is another matter (data_pipeline/terminal.py).
+    app.roles[0].env["PYTHONIOENCODING"] = locale.getpreferredencoding(False)
     log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
-    printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    status = _follow(app, log_dir, printer, errors)
+    printer = LinePrinter(sys.stdout, num_columns() if can_draw_over() else None)
+    try:
+        status = _follow(app, log_dir, printer, errors)
+    except BaseException:
+        shutil.rmtree(log_dir, ignore_errors=True)
+        raise
     if status in (1, NO_RESTART_EXIT_CODE):
         print(f"papilio: the job failed; the log of each rank is under {log_dir}", file=sys.stderr)
         if errors.found is not None:
@@ -149,10 +161,15 @@ def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter, errors: Error
         handle = runner.run(app, "local_cwd", cfg={"log_dir": log_dir})
         agent = scheduler.agent()
         stopper.agent_started(agent.pid)
-        for line in _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True)):
-            printer.print(line)
-            errors.take(line)
-        printer.end_progress()
+        try:
+            for line in _whole_lines(runner.log_lines(handle, app.roles[0].name, should_tail=True)):
+                printer.print(line)
+                errors.take(line)
+            printer.end_progress()
+        except BrokenPipeError:  # nobody reads on: the ranks save and end
+            stopper.stop()
+            runner.wait(handle, wait_interval=0.1)
+            raise
         runner.wait(handle, wait_interval=0.1)
     return _exit_status(agent.returncode, stopper.received)
 

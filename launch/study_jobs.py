@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from launch.study_table import format_study
 from launch.usage import UsageError, require_files
 from sharding.hardware import load_hardware
 from sharding.plan_file import plan_from_json
+from trainer.bootstrap import child_command
 from trainer.config import Config
 from trainer.config_file import load_config
 

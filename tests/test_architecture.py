@@ -37,6 +37,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.paths",
     "data_pipeline.preprocess",
     "data_pipeline.progress",
+    "data_pipeline.terminal",
     "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",

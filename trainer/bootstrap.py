@@ -7,7 +7,7 @@ library, and our packages have generic names: `python -m trainer.agent` would im
 Entries of PYTHONPATH come last, so that they add modules but never replace installed ones.
 
 With --parent the process gets SIGNAL when the process PID is gone, from its first moment to its last: the kernel sees
-to it (PR_SET_PDEATHSIG), also while no Python code runs. This module imports nothing of ours but by name.
+to it (PR_SET_PDEATHSIG), also while no Python code runs. No other module of ours is imported at its top.
 """
 
 from __future__ import annotations
@@ -98,8 +98,12 @@ def main() -> None:
     if not sys.flags.safe_path:
         del sys.path[0]  # this file's folder, or with -m the working directory
     prefer_installed()
+    from data_pipeline.terminal import ends_quietly, make_streams_safe
+
+    make_streams_safe()
     module, sys.argv = words[1], [FILE, *words[2:]]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    with ends_quietly():
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

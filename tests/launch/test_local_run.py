@@ -198,8 +198,33 @@ def test_prefixes_of_ranks(line: str, expected: str) -> None:
     assert printed([line], num_columns=None) == expected + "\n"
 
 
-def test_a_progress_line_wider_than_the_terminal_is_cut() -> None:
-    assert printed(["|████|123456"], num_columns=10) == "\r|████|123\x1b[K\n"
+PARTS = {
+    "bar": "train      |█████████▌          |  48%",
+    "step": "step 12,000/25,000",
+    "loss": "logloss 0.4512 (train)",
+    "rate": "123,456 samples/s",
+    "wait": "data wait 10.0%",
+    "left": "3 min 05 s left",
+}
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "shown"),
+    [
+        (151, ["bar", "step", "loss", "rate", "wait", "left"]),
+        (125, ["step", "loss", "rate", "wait", "left"]),
+        (81, ["step", "rate", "left"]),
+        (61, ["rate", "left"]),
+    ],
+)
+def test_a_progress_line_fits_the_terminal(num_columns: int, shown: list[str]) -> None:
+    """Its bar shrinks, then the least important goes: how fast it is and how long it takes stay."""
+    text = printed(["[0]:" + "  ".join(PARTS.values())], num_columns).removeprefix("\r").removesuffix("\x1b[K\n")
+    assert len(text) < num_columns
+    assert [name for name, part in PARTS.items() if part in text] == shown
+    bar = text.split("|")[1]
+    assert len(bar) >= 6
+    assert abs(len(bar.strip()) - 0.48 * len(bar)) <= 1
 
 
 def test_tables_are_not_taken_for_progress() -> None:

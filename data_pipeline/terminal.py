@@ -54,12 +54,12 @@ def num_columns(stream: TextIO | None = None) -> int | None:
         is_terminal = stream.isatty()
     except ValueError:  # closed
         return None
-    return max(1, shutil.get_terminal_size((MIN_COLUMNS, 24)).columns) if is_terminal else None
+    return max(1, shutil.get_terminal_size().columns) if is_terminal else None
 
 
 def table_columns(fewest: int = MIN_COLUMNS) -> int:
     """Return the width for tables on stdout: COLUMNS or the terminal's, but not fewer than are readable."""
-    return max(fewest, shutil.get_terminal_size((MIN_COLUMNS, 24)).columns)
+    return max(fewest, shutil.get_terminal_size().columns)
 
 
 def can_draw_over(stream: TextIO | None = None) -> bool:

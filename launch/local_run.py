@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import locale
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -34,6 +36,7 @@ NATIVE_STACK = re.compile(
     r"(?:frame #\d+: |<omitting python frames>|Exception raised from |\[W\d+ \S+ (?:TCPStore|socket)\.cpp:\d+\] )"
 )
 BLANK = re.compile(r"(?:host \d+: )?(?:\[\d+\]:)?\s*")
+LOG_DIR_PREFIX, LOCK = "papilio_logs_", "running.lock"
 ERASE_TO_END_OF_LINE = "\x1b[K"
 
 
@@ -121,7 +124,7 @@ def run_locally(app: specs.AppDef) -> int:
     errors = ErrorWatch()
     # As TorchX and torch read the logs; what this process prints is another matter (data_pipeline/terminal.py).
     app.roles[0].env["PYTHONIOENCODING"] = locale.getpreferredencoding(False)
-    log_dir = tempfile.mkdtemp(prefix="papilio_logs_")
+    log_dir, lock = _make_log_dir()
     printer = LinePrinter(sys.stdout, num_columns() if can_draw_over() else None)
     try:
         status = _follow(app, log_dir, printer, errors)
@@ -129,12 +132,31 @@ def run_locally(app: specs.AppDef) -> int:
         shutil.rmtree(log_dir, ignore_errors=True)
         raise
     if status in (1, NO_RESTART_EXIT_CODE):
+        os.unlink(lock)
         print(f"papilio: the job failed; the log of each rank is under {log_dir}", file=sys.stderr)
         if errors.found is not None:
             print(f"papilio: first error: {errors.found}", file=sys.stderr)
     else:
         shutil.rmtree(log_dir, ignore_errors=True)
     return status
+
+
+def _make_log_dir() -> tuple[str, str]:
+    """Make the folder of the logs, and remove those that commands left which were killed; return it and its lock.
+
+    A command holds a lock in its folder while it lives; folders that are kept after a failure have none.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{LOG_DIR_PREFIX}*/{LOCK}"):
+        # It is another user's, or belongs to a command that lives.
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
+    log_dir = tempfile.mkdtemp(prefix=LOG_DIR_PREFIX)
+    # It gets its name when it is locked; the descriptor stays open, and the lock held, as long as this process lives.
+    descriptor, unnamed = tempfile.mkstemp(dir=log_dir)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(unnamed, os.path.join(log_dir, LOCK))
+    return log_dir, os.path.join(log_dir, LOCK)
 
 
 class _Scheduler(LocalScheduler):  # type: ignore[misc]

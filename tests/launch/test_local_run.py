@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.local_run import LinePrinter, _whole_lines
+from launch.local_run import LinePrinter, _make_log_dir, _whole_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Ranks run this instead of a training job.
@@ -143,6 +144,22 @@ def test_nothing_outlives_a_killed_command(job_folder: Path, moment: str) -> Non
     job.kill()
     job.communicate()
     wait_for(lambda: not any(map(is_alive, started)) and not alive_in(job_folder), "the end of all")
+
+
+def test_folders_of_logs_that_killed_commands_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("papilio_logs_kept", "papilio_logs_left", "another_left"):
+        (tmp_path / name).mkdir()
+    for name in ("papilio_logs_left", "another_left"):
+        (tmp_path / name / "running.lock").touch()
+    first, _ = _make_log_dir()
+    second, _ = _make_log_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "papilio_logs_kept",
+        "another_left",
+        Path(first).name,
+        Path(second).name,
+    }
 
 
 def descendants(pid: int) -> list[int]:

@@ -143,7 +143,7 @@ class LiveWriter:
         is_measured = num_steps > 0 and train_s > 0
         step_s = train_s / num_steps if is_measured else math.nan
         silent_s = {rank: now_s - seen_s for rank, (_, seen_s) in self._seen.items()}
-        return LiveView(
+        view = LiveView(
             unix_s=time.time(),
             interval_s=self.interval_s,
             name=self._run.name,
@@ -164,6 +164,8 @@ class LiveWriter:
             ranks=tuple(_rank_view(sign, earlier.get(rank), silent_s[rank]) for rank, sign in sorted(signs.items())),
             findings=tuple(FindingView(**asdict(finding)) for finding in self._judge.findings),
         )
+        # Nobody knows how long the others will wait.
+        return view.model_copy(update={"remaining_s": None}) if view.unresponsive() else view
 
 
 def remark_on(view: LiveView) -> str:

@@ -17,7 +17,7 @@ from importlib import metadata
 from data_pipeline.terminal import ends_quietly, make_streams_safe
 from launch.usage import UsageError
 from launch.verbs import VERBS, Verb
-from trainer.bootstrap import prefer_installed
+from trainer.bootstrap import name_user, prefer_installed
 
 # An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
 OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(list(argv))
     prefer_installed()
+    name_user()
     make_streams_safe()
     with ends_quietly():
         return _main(sys.argv[1:])

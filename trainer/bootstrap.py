@@ -13,6 +13,7 @@ to it (PR_SET_PDEATHSIG), also while no Python code runs. No other module of our
 from __future__ import annotations
 
 import os
+import pwd
 import runpy
 import signal
 import sys
@@ -57,6 +58,18 @@ def prefer_installed() -> None:
     sys.path[:] = arranged(sys.path, os.environ.get("PYTHONPATH", ""), HOME)
 
 
+def name_user() -> None:
+    """Give a user whom no passwd entry names, as in containers, a name and a home: libraries ask as they are imported.
+
+    The home is Docker's; what is there to be kept needs another one.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("USER", f"uid_{os.getuid()}")
+        os.environ.setdefault("HOME", "/")
+
+
 def arranged(path: Sequence[str], python_path: str, home: str) -> list[str]:
     """Return sys.path with `home` before the installed packages, and what PYTHONPATH added after them."""
     own = {os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -98,6 +111,7 @@ def main() -> None:
     if not sys.flags.safe_path:
         del sys.path[0]  # this file's folder, or with -m the working directory
     prefer_installed()
+    name_user()
     from data_pipeline.terminal import ends_quietly, make_streams_safe
 
     make_streams_safe()

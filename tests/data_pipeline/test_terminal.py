@@ -12,7 +12,7 @@ from data_pipeline import terminal
 from trainer.bootstrap import module_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TEXT = "|█▌ | ── 2 × 3 → 6 é …"
+TEXT = "|█▌ | ── 2 \u00d7 3 → 6 é …"
 
 
 class Screen(io.StringIO):
@@ -24,7 +24,7 @@ class Screen(io.StringIO):
     ("settings", "expected"),
     [
         ({"PYTHONIOENCODING": "ascii"}, "|## | -- 2 x 3 -> 6 ? ..."),
-        ({"PYTHONIOENCODING": "latin-1"}, "|## | -- 2 × 3 -> 6 é ..."),
+        ({"PYTHONIOENCODING": "latin-1"}, "|## | -- 2 \u00d7 3 -> 6 é ..."),
         ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "|## | -- 2 x 3 -> 6 ? ..."),
         ({"PYTHONIOENCODING": "utf-8"}, TEXT),
     ],

@@ -1,5 +1,6 @@
 """Where modules come from, and how long a process lives, whatever lies in the working directory."""
 
+import getpass
 import os
 import signal
 import subprocess
@@ -76,6 +77,16 @@ def test_the_order_of_the_path() -> None:
     assert bootstrap.arranged(["/p", "/q", lib, site, "/home"], "/p:/q", "/home") == [lib, "/home", site, "/p", "/q"]
     assert bootstrap.arranged(["/p", lib, site], "/p", site) == [lib, site, "/p"]
     assert bootstrap.arranged(["/home", lib, site], "/home", "/home") == [lib, "/home", site], "PYTHONPATH=home"
+
+
+def test_a_user_without_an_entry_has_a_name_and_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    bootstrap.name_user()
+    assert "USER" not in os.environ, "who has an entry needs nothing"
+    monkeypatch.setattr("os.getuid", lambda: 54_321)
+    bootstrap.name_user()
+    assert (getpass.getuser(), Path.home()) == ("uid_54321", Path("/"))
 
 
 def test_a_process_whose_parent_has_gone_before_it_looked_ends() -> None:

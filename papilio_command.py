@@ -13,12 +13,12 @@ import sys
 def main() -> int:
     """Put our packages before all others of their names, then run the command line."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trainer", "bootstrap.py")
-    spec = importlib.util.spec_from_file_location("papilio_bootstrap", path)
-    assert spec is not None and spec.loader is not None
-    bootstrap = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bootstrap)
-    bootstrap.prefer_installed()
     try:
+        spec = importlib.util.spec_from_file_location("papilio_bootstrap", path)
+        assert spec is not None and spec.loader is not None
+        bootstrap = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(bootstrap)
+        bootstrap.prefer_installed()
         from launch.cli import main as run
 
         return run()

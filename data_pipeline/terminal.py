@@ -73,8 +73,11 @@ def has_colors(stream: TextIO | None = None) -> bool:
 
 
 @contextmanager
-def ends_quietly() -> Iterator[None]:
+def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
     """End the process with a status and without a traceback when its reader has gone (`| head`), or on Ctrl-C.
+
+    Args:
+        is_child: its parent got the Ctrl-C, too, and says so.
 
     Raises:
         SystemExit: 141 or 130, as a shell has it.
@@ -91,6 +94,8 @@ def ends_quietly() -> Iterator[None]:
             raise
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
+        if not is_child:
+            print("papilio: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
 
 

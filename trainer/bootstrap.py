@@ -10,7 +10,15 @@ With --parent the process gets SIGNAL when the process PID is gone, from its fir
 to it (PR_SET_PDEATHSIG), also while no Python code runs. No other module of ours is imported at its top.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+# What `signal` is made of, but loaded already: importing that takes a moment, in which Ctrl-C may come.
+import _signal  # type: ignore[import-not-found]
+
+HEARS_CTRL_C = _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler  # not so in a shell's background
+if __name__ == "__main__" and HEARS_CTRL_C:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until main can end without a traceback
 
 import os
 import pwd
@@ -103,7 +111,8 @@ def _is_running(pid: int) -> bool:
 def main() -> None:
     """Start the module that the command line names."""
     words = sys.argv[1:]
-    if words and words[0].startswith(PARENT):
+    is_child = bool(words) and words[0].startswith(PARENT)
+    if is_child:
         pid, number = words.pop(0).removeprefix(PARENT).split(":")
         bind_to_parent(int(pid), int(number))
     if len(words) < 2 or words[0] != "-m":
@@ -116,7 +125,9 @@ def main() -> None:
 
     make_streams_safe()
     module, sys.argv = words[1], [FILE, *words[2:]]
-    with ends_quietly():
+    with ends_quietly(is_child=is_child):
+        if HEARS_CTRL_C:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

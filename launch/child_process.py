@@ -18,12 +18,15 @@ def run_module(module: str, arguments: Sequence[str]) -> int:
     Raises:
         KeyboardInterrupt: the child ended by it.
     """
+    # A child that starts answers Ctrl-C with a traceback of Python's own, so it unblocks it once it can do better.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process = subprocess.Popen(child_command(module, *arguments))
     before = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGINT)}
     for number in PASSED_ON:
         if before[number] is not signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, lambda received, _: process.send_signal(received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         status = process.wait()
     finally:

@@ -128,6 +128,7 @@ def main() -> None:
     with ends_quietly(is_child=is_child):
         if HEARS_CTRL_C:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as a parent may have started it
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

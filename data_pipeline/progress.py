@@ -8,6 +8,8 @@ import time
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from data_pipeline.terminal import can_draw_over, num_columns
+
 _LINE_EVERY_S = 10.0
 _logger = logging.getLogger(__name__)
 
@@ -24,9 +26,17 @@ class Progress:
         self._done = 0
         self._start_s = self._line_s = time.monotonic()
         # Asked once: a bar that is closed counts itself as disabled.
-        self._has_bar = is_shown and sys.stderr.isatty()
+        self._has_bar = is_shown and can_draw_over(sys.stderr)
         self._is_kept = is_kept
-        self._bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=not self._has_bar, leave=is_kept)
+        self._bar = tqdm(
+            total=total,
+            desc=name,
+            unit=unit,
+            unit_scale=True,
+            disable=not self._has_bar,
+            leave=is_kept,
+            ncols=num_columns(sys.stderr),
+        )
 
     def __enter__(self) -> Progress:
         return self

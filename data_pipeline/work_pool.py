@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from data_pipeline.bad_rows import PreprocessError
@@ -52,7 +54,8 @@ class WorkPool:
         waiting: deque[Future[_Result]] = deque()
         try:
             for task in tasks:
-                waiting.append(self._executor.submit(function, task))
+                with _without_sigint():
+                    waiting.append(self._executor.submit(function, task))
                 if len(waiting) >= tasks_ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -62,6 +65,16 @@ class WorkPool:
                 "a worker process was killed, most likely for want of memory; give the same command again with a "
                 "smaller --num-workers: it continues where it stopped"
             ) from None
+
+
+@contextmanager
+def _without_sigint() -> Iterator[None]:
+    """Start workers with Ctrl-C blocked, which on a terminal reaches them too: it is this process that ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with_parent() -> None:

@@ -6,13 +6,13 @@ import argparse
 import json
 import logging
 import math
-import shutil
 import time
 from dataclasses import asdict
 from typing import Any
 
 from data_pipeline.paths import join
 from data_pipeline.progress import Progress
+from data_pipeline.terminal import table_columns
 from launch import checkpoint_text as text
 from launch.checkpoint_verification import verify_checkpoint
 from launch.usage import UsageError
@@ -25,7 +25,6 @@ from trainer.checkpoint.format import MARKER, PLAN, CheckpointError, DamagedErro
 from trainer.checkpoint.places import NoRunError, complete_ones, find_checkpoint, find_folder
 from trainer.storage import StorageError, exists
 
-MIN_COLUMNS = 80
 INCOMPLETE, DAMAGED, OTHER_VERSION = "incomplete", "damaged", "other version"
 EXPLANATIONS = {
     INCOMPLETE: "being saved now, or cut off; the next start of the job removes what was cut off",
@@ -219,4 +218,4 @@ def _export(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
 
 
 def _columns() -> int:
-    return max(MIN_COLUMNS, shutil.get_terminal_size().columns)
+    return table_columns()

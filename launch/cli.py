@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from data_pipeline.local_path import PathError, check_local_path
+from data_pipeline.terminal import ends_quietly, make_streams_safe
 from launch.usage import OUR_PACKAGES, RefusedError, UsageError
 from launch.verbs import VERBS, Verb
+from trainer.bootstrap import name_user, prefer_installed
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
 # How help calls an argument that is a path; and those of them that may also be a URI: folders of checkpoints.
@@ -33,7 +33,16 @@ OVERRIDE = re.compile(r"--[A-Za-z]\w*(\.\w+)*=.*", re.DOTALL)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `papilio` with these arguments (default: the process's) and return the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _main(list(argv))
+    prefer_installed()
+    name_user()
+    make_streams_safe()
+    with ends_quietly():
+        return _main(sys.argv[1:])
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -108,9 +117,6 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
         if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
             importlib.import_module("trainer.install").check_install()
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
-    except BrokenPipeError:  # as under `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
             raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import textwrap
 from typing import Literal
 
+from data_pipeline.terminal import table_columns
 from launch.installation import Installation, inspect_installation
 from launch.trio import TRIOS, Trio
 
@@ -64,7 +64,7 @@ def report(checks: list[Check]) -> str:
     """The checks as a table, each mend below its check, and a verdict."""
     width = max(len(check.name) for check in checks)
     indent = " " * (width + 8)
-    num_columns = max(shutil.get_terminal_size().columns, 80)
+    num_columns = table_columns()
     lines = []
     for check in checks:
         head = f"{check.status:4}  {check.name:{width}}  "

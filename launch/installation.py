@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from trainer.bootstrap import child_command
+
 DISTRIBUTIONS = (
     "papilio",
     "torch",
@@ -70,7 +72,7 @@ def inspect_installation() -> Installation:
     return Installation(
         python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
         versions={name: _version(name) for name in DISTRIBUTIONS},
-        probe=run_probe([sys.executable, "-m", "launch.fbgemm_probe"]),
+        probe=run_probe(child_command("launch.fbgemm_probe")),
         intruder=_find_intruder(),
         gpus=_query_gpus("--list-gpus"),
         driver=next(iter(_query_gpus("--query-gpu=driver_version", "--format=csv,noheader")), None),
@@ -83,12 +85,8 @@ def inspect_installation() -> Installation:
 
 def run_probe(command: list[str]) -> Probe:
     """Run the probe and put together what it printed before it ended, well or not."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=PROBE_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         return Probe(error=f"loading torch, fbgemm and torchrec took more than {PROBE_TIMEOUT_S} s")
     facts: dict[str, object] = {}

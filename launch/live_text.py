@@ -15,7 +15,7 @@ MAX_HOST_LINES = 12
 NUM_SLOWEST = 5
 WIDE, BAR_WIDTH = 100, 24
 MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 40
-COLORS = {"running": "32", "done": "32", "saved": "33", "failed": "31", "old": "33"}
+COLORS = {"running": "32", "done": "32", "saved": "33", "failed": "31", "old": "33", "waiting": "33"}
 WARNING_COLOR, FAINT = "33", "2"
 
 
@@ -33,7 +33,8 @@ class Ink:
 def view_lines(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[str]:
     """Return the view, no line longer than `width` but for names that are."""
     lines = [*_head(view, width, now_unix_s, ink), ""]
-    marked = {rank for finding in view.findings for rank in finding.ranks}
+    unresponsive = view.unresponsive()
+    marked = {rank for finding in view.findings for rank in finding.ranks} | {rank.rank for rank in unresponsive}
     if len(view.ranks) <= MAX_RANK_LINES:
         lines += _rank_table(view, view.ranks, marked, width, ink)
     else:
@@ -43,6 +44,8 @@ def view_lines(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[
     missing = view.world_size - len(view.ranks)
     if missing:
         lines.append(f"{missing} of {view.world_size} ranks gave no sign of life yet")
+    if unresponsive:
+        lines += ["", *_wrapped(_unresponsive_text(unresponsive), width, ink, WARNING_COLOR)]
     for finding in view.findings:
         lines += ["", *_wrapped(finding.text, width, ink, WARNING_COLOR)]
     return lines
@@ -50,10 +53,12 @@ def view_lines(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[
 
 def _head(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[str]:
     is_old = view.is_stale(now_unix_s)
-    state = "old" if is_old else view.state
+    is_waiting = bool(view.unresponsive())
+    state = "old" if is_old else "waiting" if is_waiting else view.state
     ended = "" if view.state == "running" and not is_old else f" {ago(view.age_s(now_unix_s))}"
     words = [view.name, f"{state}{ended}", f"step {view.step:,} of {view.num_steps:,}"]
-    left = f"  {duration(view.remaining_s)} left" if view.state == "running" and view.remaining_s is not None else ""
+    has_end = view.state == "running" and view.remaining_s is not None and not is_old and not is_waiting
+    left = f"  {duration(view.remaining_s or 0.0)} left" if has_end else ""
     room = width - len("  ".join(words)) - len(left) - len("  || 100%")
     bar = progress_bar(view.step, view.num_steps, min(MAX_BAR_WIDTH, room)) if room >= MIN_BAR_WIDTH else ""
     words[1] = ink.paint(state, COLORS[state]) + ended
@@ -64,6 +69,13 @@ def _head(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[str]:
     if view.error is not None:
         lines += _wrapped(view.error, width, ink, COLORS["failed"])
     return lines
+
+
+def _unresponsive_text(ranks: Sequence[RankView]) -> str:
+    longest = sorted(ranks, key=lambda rank: -rank.silent_s)
+    named = [f"rank {rank.rank} (host {rank.host}) for {_seconds(rank.silent_s)}" for rank in longest[:NUM_SLOWEST]]
+    others = f" and {len(ranks) - NUM_SLOWEST} more" if len(ranks) > NUM_SLOWEST else ""
+    return f"unresponsive: {', '.join(named)}{others}; the others wait, so nothing can be said of the time left"
 
 
 def _facts(view: LiveView, now_unix_s: float) -> list[str]:

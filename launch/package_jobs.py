@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import time
 
 from data_pipeline.progress import Progress
+from data_pipeline.terminal import table_columns
 from launch import package_text as text
 from launch.child_process import run_module
 from launch.usage import UsageError
@@ -16,8 +16,6 @@ from trainer.inference.export_options import options_of
 from trainer.inference.formats.format_folder import verify_formats
 from trainer.inference.package import PackageError, PackageManifest, read_manifest, read_package, verify_package
 from trainer.inference.serving.serve_options import PASSIVE_WAITS
-
-MIN_COLUMNS = 80
 
 
 def run_export(namespace: argparse.Namespace) -> int:
@@ -100,4 +98,4 @@ def _build(namespace: argparse.Namespace) -> int:
 
 
 def _columns() -> int:
-    return max(MIN_COLUMNS, shutil.get_terminal_size().columns)
+    return table_columns()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+from data_pipeline.terminal import table_columns
 from launch.usage import UsageError, require_files
 from sharding.plan_file import read_plan_file
 from sharding.reports.diff import diff_plans, format_diff
+from trainer.bootstrap import child_command
 from trainer.config_file import load_config
-
-MIN_COLUMNS = 80
 
 
 def run_plan(namespace: argparse.Namespace) -> int:
@@ -35,12 +33,12 @@ def _diff(words: list[str]) -> int:
         if not Path(path).is_file():
             raise UsageError(f"plan file {path} does not exist; papilio plan --recipe R --output {path} makes one")
     old, new = (read_plan_file(path) for path in words[1:])
-    print(format_diff(diff_plans(old, new), max(MIN_COLUMNS, shutil.get_terminal_size().columns)))
+    print(format_diff(diff_plans(old, new), table_columns()))
     return 0
 
 
 def _command(namespace: argparse.Namespace) -> list[str]:
-    command = [sys.executable, "-m", "trainer.plan", "--recipe", namespace.recipe]
+    command = child_command("trainer.plan", "--recipe", namespace.recipe)
     command += ["--num-nodes", str(namespace.num_nodes)]
     for flag in ("hardware", "ranks_per_node", "explain", "output", "html"):
         value = getattr(namespace, flag)

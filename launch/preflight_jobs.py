@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
-import sys
 import time
 
+from data_pipeline.terminal import table_columns
 from launch.hosts.request import request_host
 from launch.local_jobs import count_gpus
 from launch.usage import UsageError, require_files
+from trainer.bootstrap import child_command
 from trainer.config_file import load_config
 
 # The hosts of a preflight on this machine are processes: they are there at once, or not at all.
@@ -72,7 +72,7 @@ def _submit(namespace: argparse.Namespace) -> int:
             f"--rdzv-endpoint and --index are for hosts without a scheduler; leave out -s {namespace.scheduler}"
         )
     words = ["--recipe", namespace.recipe, "--nnodes", str(namespace.nnodes)]
-    words += ["--env", f"COLUMNS={shutil.get_terminal_size().columns}"]
+    words += ["--env", f"COLUMNS={table_columns()}"]
     given = {"host": namespace.host, "nproc": namespace.nproc, "wait_s": namespace.wait_s}
     given["rdzv_port"] = namespace.rdzv_port
     words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", str(value))]
@@ -97,4 +97,4 @@ def _flags(namespace: argparse.Namespace) -> list[str]:
 
 
 def _worker() -> list[str]:
-    return [sys.executable, "-m", "launch.preflight.worker"]
+    return child_command("launch.preflight.worker")

@@ -13,6 +13,7 @@ from torchx.specs.overlays import JOIN, set_overlay
 
 from launch.hosts.request import HostRequest
 from launch.usage import UsageError
+from trainer import bootstrap
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
@@ -152,7 +153,7 @@ def make_app(
         surroundings.image or NO_IMAGE,
         # An image has an interpreter of its own, at another place than the machine that submits.
         entrypoint=surroundings.python or (sys.executable if surroundings.image is None else "python3"),
-        args=["-m", "launch.start", *first, "--", *command] if first else ["-m", *command],
+        args=[*_bootstrap(surroundings), *(["launch.start", *first, "--", *command] if first else command)],
         env={"OMP_NUM_THREADS": str(surroundings.omp_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **plain},
         num_replicas=most,
         min_replicas=fewest if fewest < most else None,
@@ -163,6 +164,16 @@ def make_app(
     )
     set_overlay(role, "kubernetes", "V1Pod", {"spec": _pod_settings(request, grace_s)})
     return specs.AppDef(name=name, roles=[role])
+
+
+def _bootstrap(surroundings: Surroundings) -> list[str]:
+    """Return what starts a module (trainer/bootstrap.py): by its file where this machine's interpreter runs the job.
+
+    Another interpreter finds Papilio where it is installed there, and not in the working directory (-P).
+    """
+    if surroundings.python is None and surroundings.image is None:
+        return [escape_macros(bootstrap.FILE), "-m"]
+    return ["-P", "-m", "trainer.bootstrap", "-m"]
 
 
 def bounds(nnodes: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.api import Stream
 
+from data_pipeline.terminal import can_draw_over, num_columns
 from launch.component_arguments import build_app
 from launch.job_status import exit_status, handle_of, log_paths, record_of, status_lines, status_of
 from launch.live_text import table
@@ -136,7 +137,7 @@ def _log_streams(runner: Runner, handle: str) -> tuple[Stream | None, ...]:
 
 def _follow(runner: Runner, handle: str, only_host: int | None = None) -> int:
     """Print the output of all hosts, or of one, as it comes; return the job's exit status at its end."""
-    printer = LinePrinter(sys.stdout, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    printer = LinePrinter(sys.stdout, num_columns() if can_draw_over() else None)
     status = status_of(runner, handle)
     hosts = [replica.id for role in status.roles for replica in role.replicas] or [0]
     lines: queue.Queue[str | None] = queue.Queue()

@@ -9,6 +9,7 @@ import sys
 from launch.child_process import run_module
 from launch.given_options import build_options, given_options
 from launch.usage import require_files, require_folder
+from trainer.bootstrap import module_command
 from trainer.inference.formats.format_folder import read_format
 from trainer.inference.package import read_package
 from trainer.inference.predict_options import PredictOptions
@@ -34,5 +35,5 @@ def run_serve(namespace: argparse.Namespace) -> int:
     options = build_options(ServeOptions, given_options(namespace), {})
     read_package(options.package)
     sys.stdout.flush()
-    command = [sys.executable, "-m", "trainer.inference.serving.main", options.model_dump_json()]
+    command = module_command("trainer.inference.serving.main", options.model_dump_json())
     os.execv(sys.executable, command)

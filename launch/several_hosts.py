@@ -16,6 +16,7 @@ from launch.hosts.request import request_host
 from launch.preflight.reach import gloo_address, interface_of
 from launch.usage import UsageError
 from trainer.addresses import addresses_of, is_loopback, own_address_towards
+from trainer.bootstrap import module_command
 
 
 def meeting_of(namespace: argparse.Namespace, run_dir: str | None) -> roles.Meeting | None:
@@ -60,7 +61,7 @@ def run_rendezvous(namespace: argparse.Namespace) -> int:
     if not 0 <= namespace.port < 1 << 16:
         raise UsageError(f"--port {namespace.port}: a port is 1 to 65535, or 0 for any that is free")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "trainer.hold_store", "--port", str(namespace.port)])
+    os.execv(sys.executable, module_command("trainer.hold_store", "--port", str(namespace.port)))
 
 
 def _host_and_port(endpoint: str) -> tuple[str, int]:

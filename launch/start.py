@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from trainer.bootstrap import child_command, module_command
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
 MOUNTS = "/proc/self/mountinfo"
@@ -52,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = "the checks before the job failed, the log of host 0 says why; nothing was started"
         print(f"papilio: error: {why}", file=sys.stderr, flush=True)
         return status
-    return os.execv(sys.executable, [sys.executable, "-m", module, *endpoint, *rest])
+    return os.execv(sys.executable, module_command(module, *endpoint, *rest))
 
 
 def run_module(words: Sequence[str]) -> int:
     """Run a module to its end and return its status; it ends with this process, if that is told to."""
-    process = subprocess.Popen([sys.executable, "-m", *words])
+    process = subprocess.Popen(child_command(*words))
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     status = process.wait()
     signal.signal(signal.SIGTERM, before)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from torchx.runner import Runner
 from torchx.specs import AppStatus
 
+from data_pipeline.terminal import can_draw_over, has_colors, num_columns
 from launch.job_status import handle_of, run_folder_of, status_lines, status_of, status_tree
 from launch.live_text import Ink, view_lines
 from launch.schedulers.runner import SCHEDULERS, make_runner
@@ -31,7 +32,7 @@ HOME, CLEAR, TO_END_OF_LINE, BELOW = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 def run_status(namespace: argparse.Namespace) -> int:
     """Print the state of a job, its ranks, and, if it failed, the first error; with --watch, again and again."""
-    if namespace.watch and (namespace.json or not sys.stdout.isatty()):
+    if namespace.watch and (namespace.json or not can_draw_over()):
         raise UsageError("--watch draws on a terminal; elsewhere use papilio status --json, or papilio logs -f")
     if _is_run_folder(namespace.job):
         return _show_run(namespace)
@@ -104,12 +105,11 @@ def _view_of_job(handle: str) -> LiveView | None:
 
 def _picture(view: LiveView, *, has_ended: bool) -> list[str]:
     """Draw the view; of a job that has ended, whoever noticed, it is no news that nothing is written anew."""
-    is_terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else NO_TERMINAL_WIDTH
+    width = num_columns() or NO_TERMINAL_WIDTH
     if has_ended:
         state = "failed" if view.state == "running" else view.state
         view = view.model_copy(update={"state": state, "error": None})  # the job's first error is told last
-    return view_lines(view, width, time.time(), Ink(has_colors=is_terminal))
+    return view_lines(view, width, time.time(), Ink(has_colors=has_colors()))
 
 
 def _watch(draw: Callable[[], tuple[list[str], bool]]) -> int:

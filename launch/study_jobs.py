@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from launch.study_table import format_study
 from launch.usage import UsageError, require_files
 from sharding.hardware import load_hardware
 from sharding.plan_file import plan_from_json
+from trainer.bootstrap import child_command
 from trainer.config import Config
 from trainer.config_file import load_config
 
@@ -168,7 +168,7 @@ def _predict(namespace: argparse.Namespace, config: Config, num_hosts: int) -> S
     assert hardware is not None  # _check
     num_ranks = num_hosts * load_hardware(hardware).ranks_per_host
     batch_size = _batch_size(namespace, config, num_ranks)
-    command = [sys.executable, "-m", "trainer.plan", "--recipe", namespace.recipe, "--json", "--hardware", hardware]
+    command = child_command("trainer.plan", "--recipe", namespace.recipe, "--json", "--hardware", hardware)
     command += ["--num-nodes", str(num_hosts), *namespace.overrides, f"--train.global_batch_size={batch_size}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

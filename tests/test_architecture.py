@@ -38,6 +38,7 @@ JOBS_OF_LAUNCH = {
     "data_pipeline.paths",
     "data_pipeline.preprocess",
     "data_pipeline.progress",
+    "data_pipeline.terminal",
     "data_pipeline.verification",
     "sharding.reports.diff",
     "sharding.reports.figures",
@@ -127,7 +128,7 @@ def test_launch_reaches_no_torch(module: str) -> None:
     heavy = {name for name in reached if name.partition(".")[0] in ("torch", "torchrec", "fbgemm_gpu")}
     assert heavy == set()
     direct = {name for name in IMPORTS[module] if name.partition(".")[0] in ("data_pipeline", "sharding", "trainer")}
-    allowed = ("config", "config_file", "exit_codes", "hardware", "install", "manifest", "plan_file")
+    allowed = ("bootstrap", "config", "config_file", "exit_codes", "hardware", "install", "manifest", "plan_file")
     assert all(n.rpartition(".")[2] in allowed or n.endswith("_options") or n in JOBS_OF_LAUNCH for n in direct)
 
 

@@ -1,13 +1,14 @@
 """One host's agent: torchrun's, with exit codes that mean something and messages in one line.
 
-`python -m trainer.agent` takes the arguments of torchrun (with the c10d rendezvous) and does what it does, but:
+The module trainer.agent takes the arguments of torchrun (with the c10d rendezvous) and does what it does, but:
 
 - ranks that leave with status 75 after SIGTERM have saved: nothing failed. This host's agent leaves with 75 too if it
   was told to end, or if the job needs all hosts; in an elastic job the others go on, and count no restart;
 - the rank that failed first is noted where the other ranks look for it, and named before each restart;
 - a rank that leaves with status 78 made a mistake that it would make again: the job is not restarted, and the agents
   of all hosts leave with 78 too, so that no scheduler tries again;
-- after a failure the other ranks get some seconds to say what they saw, before they are ended.
+- after a failure the other ranks get some seconds to say what they saw, before they are ended;
+- no rank outlives it: the kernel kills them with it (trainer/bootstrap.py), from their first moment on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
+from trainer.bootstrap import FILE, bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import last_error
 from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
@@ -58,28 +60,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     parsed = parse_args(sys.argv[1:] if arguments is None else list(arguments))  # type: ignore[no-untyped-call]
     config, command, command_arguments = config_from_args(parsed)
-    for number in SIGNALS:  # torch does so once the first ranks run
-        signal.signal(number, _raise)
+    stop = StopRequest()
     try:
+        stop.watch()
         rendezvous = open_rendezvous(config, [str(command), *map(str, command_arguments)], say)
+        os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
+        words = rank_arguments(command_arguments) if parsed.module else command_arguments
+        return Agent(config, rendezvous, str(command), words, stop).run_to_the_end()
     except SignalException as stopped:
         say(f"told to end by {stopped.sigval.name}; no rank had started")
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         say(f"error: {error}")
         return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError) else 1
-    os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
-    return Agent(config, rendezvous, str(command), command_arguments).run_to_the_end()
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise SignalException("told to end", sigval=signal.Signals(number))
+class StopRequest:
+    """The first signal to end, as an exception wherever the agent is; and a note, for where an exception gets lost.
+
+    Torch's own handlers, which it sets whenever ranks are started, only raise: in a destructor, or under an `except
+    Exception`, that is the end of the signal, and agent and ranks run on.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+
+    def watch(self) -> None:
+        """Take the signals from here on."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def check(self) -> None:
+        """Raise the signal again if it did not end the agent."""
+        if self._received is not None:
+            raise SignalException("told to end", sigval=self._received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or signal.Signals(number)
+        self.check()
+
+
+def rank_arguments(arguments: Sequence[Any]) -> list[Any]:
+    """Let a rank, `-u -m MODULE ...` in torchrun's words, start as this agent did, and be killed if it dies."""
+    place = list(arguments).index("-m")
+    return [*arguments[:place], *bound([FILE], signal.SIGKILL), *arguments[place:]]
 
 
 class Agent(LocalElasticAgent):
     """Starts and watches this host's ranks, as torchrun does; see the module for what is different."""
 
-    def __init__(self, config: LaunchConfig, rendezvous: Rendezvous, command: str, arguments: Sequence[Any]) -> None:
+    def __init__(
+        self, config: LaunchConfig, rendezvous: Rendezvous, command: str, arguments: Sequence[Any], stop: StopRequest
+    ) -> None:
         """`command` with `arguments` starts one rank."""
         spec = WorkerSpec(
             role=config.role,
@@ -95,7 +127,7 @@ class Agent(LocalElasticAgent):
         assert config.logs_specs is not None
         # The rank of the whole job: torch's own prefix has the number within the host.
         super().__init__(spec, config.logs_specs, config.start_method, log_line_prefix_template="[${rank}]:")
-        self._place = rendezvous
+        self._place, self._stop = rendezvous, stop
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._channel = SideChannel(None)
@@ -146,10 +178,13 @@ class Agent(LocalElasticAgent):
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
         self._has_started, self._failure, self._were_saved = True, "", False
         self._started_s = time.monotonic()
+        self._stop.check()
         started: dict[int, Any] = super()._start_workers(worker_group)
+        self._stop.watch()
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._stop.check()
         first = self._first_to_fail(worker_group)
         if first is not None:
             self._let_ranks_end(*first)

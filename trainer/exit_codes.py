@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ def leave(status: int) -> NoReturn:
     be after an error, and as it is whenever something still refers to the process group (torch 2.13, Python 3.11).
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or there is none
+            stream.flush()
     os._exit(status)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.expected import expected_dataset
 from data_pipeline.manifest import MANIFEST_NAME, DatasetError
 from data_pipeline.paths import join, path_manager
+from data_pipeline.terminal import table_columns
 from data_pipeline.version import papilio_version
 from sharding.hardware import HardwareError, load_hardware
 from sharding.plan_conversion import check_plan
@@ -110,7 +110,7 @@ def _dataset_or_shape(config: Config) -> Dataset:
 
 def _show(options: argparse.Namespace, planning: Planning, solution: Solution, plan: PlanFile) -> None:
     """Print what was asked for and write the files."""
-    num_columns = max(80, shutil.get_terminal_size().columns)
+    num_columns = table_columns()
     if options.json:
         print(plan.to_json(), end="")
     elif options.explain:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TextIO
 
 BAR_WIDTH = 20
+MIN_BAR_WIDTH = 6
+# A progress line, wherever it was printed: "#" is what a stream without block characters shows.
+PROGRESS_BAR = re.compile(r"\|([ ▏▎▍▌▋▊▉█#]{4,})\|")
+# What a line can do without when it does not fit: the first goes first. How fast and how long stay to the end.
+DROPPED = (r"data wait ", r"(?!.*(samples/s|left$|^step |logloss|batches$))", r"logloss ", r"step |.*batches$")
 
 
 def progress_bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
@@ -14,6 +20,25 @@ def progress_bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
     share = min(1.0, done / total) if total else 1.0
     filled = round(width * share)
     return f"|{'█' * filled}{' ' * (width - filled)}| {share:4.0%}"
+
+
+def fit_progress_line(line: str, num_columns: int) -> str:
+    """Return a progress line no longer than this: first its bar shrinks, then its least important parts go."""
+    found = PROGRESS_BAR.search(line)
+    if found is None or len(line) <= num_columns:
+        return line
+    label, bar = line[: found.start()].rstrip(), found[1]
+    percent, *parts = re.split(r" {2,}", line[found.end() :].strip())
+    for pattern in ("", *DROPPED):
+        if pattern:
+            parts = [part for part in parts if not re.match(pattern, part)]
+        fixed = "  ".join([f"{label} || {percent}", *parts])
+        room = num_columns - len(fixed)
+        if room >= MIN_BAR_WIDTH:
+            width = min(len(bar), room)
+            filled = round(width * len(bar.rstrip()) / len(bar))
+            return fixed.replace("||", f"|{bar[:1] * filled}{' ' * (width - filled)}|", 1)
+    return "  ".join([f"{label} {percent}", *parts])[:num_columns]
 
 
 class ProgressPrinter:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
 from launch.preflight.facts import LinkFacts, RankSpeed
-
-HOME = Path(__file__).resolve().parents[2]
+from trainer.bootstrap import bound, module_command
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class _Rank:
         self._phase = "starting"
         self._last_words: list[str] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.link_speed"],
+            bound(module_command("trainer.link_speed"), signal.SIGKILL),
             env={**os.environ, **_environment(job, local_rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -110,5 +108,4 @@ def _environment(job: LinkJob, local_rank: int) -> Mapping[str, str]:
         "MASTER_ADDR": job.master_address,
         "MASTER_PORT": str(job.master_port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.preflight.facts import PlanFacts
 from sharding.plan_file import PlanFileError, plan_from_json
+from trainer.bootstrap import child_command
 
-HOME = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
 PREFIX = "papilio plan: error: "
 
 
 def plan_job(recipe: str, overrides: Sequence[str], hardware: str | None, num_hosts: int, nproc: int) -> PlanFacts:
     """Plan the job as `papilio plan` does."""
-    command = [sys.executable, "-m", "trainer.plan", "--recipe", recipe, "--json"]
+    command = child_command("trainer.plan", "--recipe", recipe, "--json")
     command += ["--num-nodes", str(num_hosts), "--ranks-per-node", str(nproc)]
     command += [*(["--hardware", hardware] if hardware else []), *overrides]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         if done.returncode:
             return PlanFacts(error=_last_words(done.stderr) or f"papilio plan ended with status {done.returncode}")
         plan = plan_from_json(done.stdout, "the plan")

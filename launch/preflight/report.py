@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import textwrap
 from collections.abc import Sequence
 
+from data_pipeline.terminal import table_columns
 from launch.preflight.finding import Evidence, Finding, named
 
-MIN_COLUMNS = 80
 MAX_HOST_WIDTH = 24
 
 
@@ -21,7 +20,7 @@ def format_report(evidence: Evidence, findings: Sequence[Finding], took_s: float
     host_width = min(MAX_HOST_WIDTH, max(map(len, hosts)))
     indent = " " * (6 + check_width + 2 + host_width + 2)
     shallow = " " * (6 + check_width + 2)  # commands should break as little as can be
-    columns = max(MIN_COLUMNS, shutil.get_terminal_size().columns)
+    columns = table_columns()
     lines = [_title(evidence, took_s), ""]
     for finding, host in zip(findings, hosts, strict=True):
         head = f"{finding.status:4}  {finding.check:{check_width}}  {host:{host_width}}  "

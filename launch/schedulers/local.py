@@ -39,6 +39,7 @@ from launch.schedulers.job_folder import (
     write_record,
 )
 from launch.schedulers.local_supervisor import CANCELLED, PID, PROCESSES, is_supervised
+from trainer.bootstrap import module_command
 
 START_TIMEOUT_S = 20.0
 POLL_S = 0.02
@@ -109,12 +110,11 @@ class LocalJobs(Scheduler[LocalSettings]):  # type: ignore[misc]
         (request.folder / PROCESSES).write_text(json.dumps(plan, indent=1), encoding="utf-8")
         with (request.folder / "job.log").open("ab") as log:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "launch.schedulers.local_supervisor", str(request.folder)],
+                module_command("launch.schedulers.local_supervisor", str(request.folder)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         _wait_for_start(request.folder, supervisor)
         write_record(

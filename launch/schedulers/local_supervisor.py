@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trainer.bootstrap import bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 PROCESSES, PID = "processes.json", "supervisor.pid"
@@ -97,7 +98,7 @@ class Supervisor:
         with (self._folder / f"host_{host}.log").open("ab", buffering=0) as log:
             log.write(f"papilio: attempt {self._attempt} on host {host} of {len(self._hosts)}\n".encode())
             return subprocess.Popen(
-                command,
+                bound(command),
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

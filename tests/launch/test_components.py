@@ -13,6 +13,7 @@ from launch.cli import parse_arguments
 from launch.preflight.worker import read_options
 from launch.usage import UsageError
 from launch.verbs import VERBS
+from trainer import bootstrap
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_NODE_VARIABLE = "HEAD_NODE_OF_THIS_TEST"
@@ -32,6 +33,7 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
     role = resolve(components.train("--train.epochs=2", "--name=$HOME", recipe="quickstart", nproc=3))
     assert role.entrypoint == sys.executable
     assert role.args == [
+        bootstrap.FILE,
         "-m",
         "trainer.agent",
         "--nnodes=1",
@@ -76,14 +78,16 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
 
 def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the role's command with a stand-in for trainer.agent that prints its arguments and its environment."""
-    for name in ("launch/__init__.py", "launch/start.py", "trainer/__init__.py", "trainer/exit_codes.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for package in ("launch", "trainer", "data_pipeline"):
+        (tmp_path / package).mkdir(exist_ok=True)
+        (tmp_path / package / "__init__.py").touch()
+    for name in ("launch/start.py", "trainer/bootstrap.py", "trainer/exit_codes.py", "data_pipeline/terminal.py"):
         (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
     agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
     (tmp_path / "trainer/agent.py").write_text(agent)
     role = resolve(app)
     return subprocess.run(
-        [role.entrypoint, *role.args],
+        [role.entrypoint, str(tmp_path / "trainer/bootstrap.py"), *role.args[1:]],
         capture_output=True,
         text=True,
         env={**role.env, **environment},
@@ -178,7 +182,9 @@ def test_mount_points_are_read_as_the_kernel_writes_them() -> None:
 
 def test_an_image_has_its_own_interpreter() -> None:
     assert components.train(recipe="r").roles[0].entrypoint == sys.executable
-    assert components.train(recipe="r", image="registry/papilio:1").roles[0].entrypoint == "python3"
+    role = components.train(recipe="r", image="registry/papilio:1").roles[0]
+    assert role.entrypoint == "python3"
+    assert role.args[:5] == ["-P", "-m", "trainer.bootstrap", "-m", "trainer.agent"], "where the image has it"
     assert components.train(recipe="r", image="registry/papilio:1", python="/py").roles[0].entrypoint == "/py"
 
 

@@ -65,6 +65,19 @@ def test_a_small_job_has_a_line_for_each_rank():
     ]
 
 
+def test_a_rank_without_a_heartbeat_is_named_and_no_time_left_is_promised():
+    lines = lines_of(view_of([rank_of(0), rank_of(1, silent_s=16.2), rank_of(2, silent_s=4.0)]))
+    assert lines[0].startswith("terabyte  waiting  step 1,240 of 4,960")
+    assert "left" not in lines[0]
+    assert [line.split()[:2] for line in lines if line.startswith("!  ")] == [["!", "1"]]
+    assert "! unresponsive: rank 1 (host n0) for 16 s; the others wait, so nothing can be" in lines
+    many = " ".join(lines_of(view_of([rank_of(rank, silent_s=20.0 + rank) for rank in range(7)]), width=400))
+    assert "unresponsive: rank 6 (host n3) for 26 s, rank 5" in many
+    assert "rank 2 (host n1) for 22 s and 2 more; the others wait" in many
+    ended = lines_of(view_of([rank_of(0, silent_s=16.0)], state="failed"))
+    assert "unresponsive" not in " ".join(ended)
+
+
 def test_a_wide_terminal_shows_each_ranks_own_work():
     lines = lines_of(
         view_of([rank_of(0, dense_ms=8.0, wait_share=0.0), rank_of(1, dense_ms=20.0, wait_share=0.0)]), 120

@@ -1,19 +1,19 @@
+import contextlib
 import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.local_run import LinePrinter, _whole_lines
+from launch.local_run import LinePrinter, _make_log_dir, _whole_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# A package `trainer` in the working folder stands before ours, so the component runs this instead of a training job;
-# what it lacks is found in ours.
-STAND_IN_PACKAGE = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)"
+# Ranks run this instead of a training job.
 STAND_IN_JOB = """
 import os, signal, sys, time
 from pathlib import Path
@@ -34,21 +34,22 @@ DRIVER = """
 import sys
 from launch import components
 from launch.local_run import run_locally
-sys.exit(run_locally(components.train(*sys.argv[1:], recipe="r", nproc=2)))
+app = components.train(*sys.argv[1:], recipe="r", nproc=2)
+words = app.roles[0].args
+words[words.index("trainer.train")] = "stand_in"
+sys.exit(run_locally(app))
 """
 
 
 @pytest.fixture
 def job_folder(tmp_path: Path) -> Path:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__init__.py").write_text(STAND_IN_PACKAGE)
-    (tmp_path / "trainer" / "train.py").write_text(STAND_IN_JOB)
+    (tmp_path / "stand_in.py").write_text(STAND_IN_JOB)
     (tmp_path / "tmp").mkdir()
     return tmp_path
 
 
 def start_job(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder / "tmp")}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}", "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-c", DRIVER, *overrides]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -56,7 +57,7 @@ def start_job(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -127,8 +128,56 @@ def test_a_killed_agent_is_reported(job_folder: Path) -> None:
     _, err = job.communicate(timeout=60)
     assert job.returncode == 1
     assert "papilio: the agent of the ranks was killed by SIGKILL" in err
-    for path in pid_files:  # real ranks watch for their agent's end; these do not
-        os.kill(int(path.read_text()), signal.SIGKILL)
+    wait_for(lambda: not any(is_alive(int(path.read_text())) for path in pid_files), "the end of both ranks")
+
+
+@pytest.mark.parametrize("moment", ["agent starts", "ranks start", "ranks run"])
+def test_nothing_outlives_a_killed_command(job_folder: Path, moment: str) -> None:
+    """SIGKILL leaves the command no time to end anything."""
+    job = start_job(job_folder, "--hang=1")
+    wait_for(lambda: descendants(job.pid), "the agent")
+    if moment != "agent starts":
+        wait_for(lambda: len(descendants(job.pid)) > 1, "a rank")
+    if moment == "ranks run":
+        wait_for(lambda: (job_folder / "pid_1").exists() and (job_folder / "pid_0").exists(), "both ranks")
+    started = descendants(job.pid)
+    job.kill()
+    job.communicate()
+    wait_for(lambda: not any(map(is_alive, started)) and not alive_in(job_folder), "the end of all")
+
+
+def test_folders_of_logs_that_killed_commands_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("papilio_logs_kept", "papilio_logs_left", "another_left"):
+        (tmp_path / name).mkdir()
+    for name in ("papilio_logs_left", "another_left"):
+        (tmp_path / name / "running.lock").touch()
+    first, _ = _make_log_dir()
+    second, _ = _make_log_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "papilio_logs_kept",
+        "another_left",
+        Path(first).name,
+        Path(second).name,
+    }
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
+def alive_in(folder: Path) -> list[int]:
+    """Processes whose working directory is this folder, whoever started them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cwd").readlink() == folder and is_alive(int(path.name)):
+                found.append(int(path.name))
+    return found
 
 
 def printed(lines: list[str], num_columns: int | None) -> str:
@@ -166,8 +215,33 @@ def test_prefixes_of_ranks(line: str, expected: str) -> None:
     assert printed([line], num_columns=None) == expected + "\n"
 
 
-def test_a_progress_line_wider_than_the_terminal_is_cut() -> None:
-    assert printed(["|████|123456"], num_columns=10) == "\r|████|123\x1b[K\n"
+PARTS = {
+    "bar": "train      |█████████▌          |  48%",
+    "step": "step 12,000/25,000",
+    "loss": "logloss 0.4512 (train)",
+    "rate": "123,456 samples/s",
+    "wait": "data wait 10.0%",
+    "left": "3 min 05 s left",
+}
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "shown"),
+    [
+        (151, ["bar", "step", "loss", "rate", "wait", "left"]),
+        (125, ["step", "loss", "rate", "wait", "left"]),
+        (81, ["step", "rate", "left"]),
+        (61, ["rate", "left"]),
+    ],
+)
+def test_a_progress_line_fits_the_terminal(num_columns: int, shown: list[str]) -> None:
+    """Its bar shrinks, then the least important goes: how fast it is and how long it takes stay."""
+    text = printed(["[0]:" + "  ".join(PARTS.values())], num_columns).removeprefix("\r").removesuffix("\x1b[K\n")
+    assert len(text) < num_columns
+    assert [name for name, part in PARTS.items() if part in text] == shown
+    bar = text.split("|")[1]
+    assert len(bar) >= 6
+    assert abs(len(bar.strip()) - 0.48 * len(bar)) <= 1
 
 
 def test_tables_are_not_taken_for_progress() -> None:

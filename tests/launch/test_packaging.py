@@ -9,6 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
+COMMAND = "papilio_command.py"
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built from a copy of the checkout, where the build may leave its folders."""
     copy = tmp_path_factory.mktemp("checkout")
     sources = [path for package in PACKAGES for path in (REPOSITORY / package).rglob("*") if path.is_file()]
-    projects = [REPOSITORY / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")]
+    projects = [REPOSITORY / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", COMMAND)]
     for path in [*sources, *(path for path in projects if path.exists())]:
         if "__pycache__" not in path.parts:
             target = copy / path.relative_to(REPOSITORY)
@@ -36,14 +37,14 @@ def test_the_wheel_has_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
         if path.suffix in {".py", ".toml", ".html", ".css", ".js"}
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected
+    assert found == expected | {COMMAND}
 
 
 def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> None:
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{folder}/entry_points.txt").decode())
-    assert dict(entry_points["console_scripts"]) == {"papilio": "launch.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"papilio": "papilio_command:main"}
     assert dict(entry_points["torchx.components"]) == {
         "papilio": "launch.components",
         "dist": "torchx.components.dist",

@@ -118,6 +118,7 @@ def test_watch_draws_over_what_was_drawn_until_the_end(
 ) -> None:
     write_view(tmp_path / "run")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(status_jobs.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
     monkeypatch.setattr(status_jobs.time, "sleep", lambda seconds: write_view(tmp_path / "run", state="done", step=100))
     assert cli.main(["status", "-w", "run"]) == 0

@@ -17,6 +17,9 @@ STALE_AFTER_INTERVALS = 3
 # Beyond that, for writing, and for clocks of hosts that differ.
 STALE_MARGIN_S = 5.0
 
+# Ranks send a heartbeat a second; a busy store or host delays some.
+UNRESPONSIVE_AFTER_S = 5.0
+
 JobState = Literal["running", "done", "saved", "failed"]
 
 
@@ -97,6 +100,12 @@ class LiveView(_Section):
     def own_ms(self, rank: RankView) -> float:
         """Return what a rank does of a step without the others, as far as it is measured."""
         return (rank.lookup_ms or 0.0) + (rank.dense_ms or 0.0) + (rank.wait_share or 0.0) * (self.step_ms or 0.0)
+
+    def unresponsive(self) -> list[RankView]:
+        """Return the ranks of a running job without a heartbeat for several seconds, for which all others wait."""
+        longest_s = max(UNRESPONSIVE_AFTER_S, 2 * self.interval_s)
+        is_running = self.state == "running"
+        return [rank for rank in self.ranks if is_running and rank.phase != "done" and rank.silent_s >= longest_s]
 
     def age_s(self, now_unix_s: float | None = None) -> float:
         """Seconds since it was written."""

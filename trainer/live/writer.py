@@ -146,7 +146,7 @@ class LiveWriter:
         is_measured = num_steps > 0 and train_s > 0
         step_s = train_s / num_steps if is_measured else math.nan
         silent_s = {rank: now_s - seen_s for rank, (_, seen_s) in self._seen.items()}
-        return LiveView(
+        view = LiveView(
             unix_s=time.time(),
             interval_s=self.interval_s,
             name=self._run.name,
@@ -170,6 +170,8 @@ class LiveWriter:
                 *(FindingView(kind=MODEL, ranks=(), host="", text=text) for text in standing.findings),
             ),
         )
+        # Nobody knows how long the others will wait.
+        return view.model_copy(update={"remaining_s": None}) if view.unresponsive() else view
 
 
 def remark_on(view: LiveView) -> str:

@@ -243,7 +243,7 @@ def test_the_component_gives_every_host_its_number_and_the_meeting_place(monkeyp
     assert role.num_replicas == 3
     values = specs.macros.Values(img_root="", app_id="job_7", replica_id="2", rank0_env="HEAD")
     words = values.apply(role).args
-    assert words[:2] == ["-m", "launch.start"]
+    assert words[1:3] == ["-m", "launch.start"]
     module = words.index("launch.preflight.worker")
     options = read_options(["--rdzv-endpoint=n1:1234", *words[module + 1 :]])
     assert (options.index, options.job, options.nnodes, options.nproc, options.as_json) == (2, "job_7", 3, 2, True)

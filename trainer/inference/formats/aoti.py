@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import fbgemm_gpu
 import torch
@@ -85,14 +88,31 @@ def load_graph(path: str, table_bytes: torch.Tensor) -> RunGraph:
 
     Calls from several threads wait for each other: running at once, each would need weights of its own.
     """
-    # By torch's own loader below `torch._inductor`, whose import takes 4 s (2 vCPU, 2026-11-21) and brings no more.
-    loader = torch._C._aoti.AOTIModelPackageLoader(path, _MODEL_NAME, False, 1, -1)
+    with _fleeting_folder():
+        # By torch's own loader below `torch._inductor`, whose import takes 4 s (2 vCPU, 2026-11-21) and brings no more.
+        loader = torch._C._aoti.AOTIModelPackageLoader(path, _MODEL_NAME, False, 1, -1)
 
     def run(dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probabilities, num_unknown = loader.boxed_run([table_bytes, dense, ids, lengths])
         return probabilities, num_unknown
 
     return run
+
+
+@contextmanager
+def _fleeting_folder() -> Iterator[None]:
+    """Let torch unpack its archive into a folder that is gone after the block: the code is mapped by then.
+
+    Torch removes its own folder (aotinductor_*) in a destructor, which no process reaches that is ended by a signal.
+    """
+    with tempfile.TemporaryDirectory(prefix="papilio_aoti_") as folder:
+        before = os.environ.get("TMPDIR")
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TMPDIR"]
+            os.environ.update({} if before is None else {"TMPDIR": before})
 
 
 def versions_needed() -> dict[str, str]:

@@ -23,13 +23,8 @@ from trainer.inference.serving.connections import Acceptor, BoundedProtocol, Con
 from trainer.inference.serving.http_messages import one_line
 from trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
 from trainer.inference.serving.micro_batcher import MicroBatcher
-<<<<<<< HEAD
 from trainer.inference.serving.package_swap import PackageSwap, formats_of
-from trainer.inference.serving.serve_options import ServeOptions
-=======
-from trainer.inference.serving.package_swap import PackageSwap
 from trainer.inference.serving.serve_options import OTHER_PORT, ServeError, ServeOptions
->>>>>>> server
 
 logger = logging.getLogger(__name__)
 # Longer than the idle time of common load balancers and clients, so that it is they who close idle connections.
@@ -112,11 +107,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     torch.set_num_threads(options.threads)
     sys.setswitchinterval(GIL_SWITCH_S)
-<<<<<<< HEAD
-    scorer = load_checked_scorer(options.package, formats=formats_of(options))
-=======
     scorer = _load(options)
->>>>>>> server
     config = uvicorn.Config(
         "set below, when there is an event loop",
         ws="none",
@@ -136,7 +127,7 @@ def serve(options: ServeOptions, listener: socket.socket, metrics: Metrics, pare
 
 def _load(options: ServeOptions) -> Scorer:
     try:
-        return load_checked_scorer(options.package, is_exact=options.exact)
+        return load_checked_scorer(options.package, formats=formats_of(options))
     except PackageError:
         raise
     except Exception as error:  # whatever a damaged file makes its reader raise

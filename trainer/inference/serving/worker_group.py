@@ -11,11 +11,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from trainer.bootstrap import child_command
 from trainer.inference.serving.metrics import Metrics
 from trainer.inference.serving.serve_options import ServeOptions
 
@@ -60,7 +60,7 @@ class _Group:
     def start(self, number: int) -> None:
         """Start a worker."""
         worker = Worker(number, self._listener.fileno(), self._cells, self._parent)
-        command = [sys.executable, "-m", _MODULE, self._options.model_dump_json(), worker.to_argument()]
+        command = child_command(_MODULE, self._options.model_dump_json(), worker.to_argument())
         descriptors = (worker.listener, worker.cells, worker.parent)
         # In a session of its own: Ctrl-C on a terminal reaches this process alone, which passes it on.
         self.processes[number] = subprocess.Popen(command, pass_fds=descriptors, start_new_session=True)

@@ -1,0 +1,112 @@
+"""What the terminal can show: its width, colors, and characters. All processes of ours ask here."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+# People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
+MIN_COLUMNS = 80
+# What stands for characters that a stream's encoding does not have, where another says the same.
+PLAIN = str.maketrans(
+    dict.fromkeys("█▉▊▋▌▍▐■▓", "#")
+    | dict.fromkeys("▎▏▒", "=")
+    | dict.fromkeys("░·", ".")
+    | dict.fromkeys("─━\u2013\u2014\u2010\u2011\u2212", "-")  # rules, dashes, hyphens, minus
+    | dict.fromkeys("│┃", "|")
+    | dict.fromkeys("┌┐└┘├┤┬┴┼", "+")
+    | dict.fromkeys("\u201c\u201d\u201e", '"')
+    | dict.fromkeys("\u2018\u2019", "'")
+    | {"\u00d7": "x", "→": "->", "←": "<-", "…": "...", "≥": ">=", "≤": "<=", "µ": "u", "μ": "u", "✓": "+", "✗": "x"}
+)
+
+
+def make_streams_safe() -> None:
+    """Let stdout and stderr replace what their encoding cannot show, instead of ending the process."""
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None where it was closed, another object in tests
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(PLAIN)
+    return "".join(char if char.isascii() else "?" for char in text), error.end
+
+
+def num_columns(stream: TextIO | None = None) -> int | None:
+    """Return the width of the terminal that a stream is, None where it is none (a file, a pipe).
+
+    COLUMNS comes before what the terminal says, as for other programs.
+    """
+    stream = stream or sys.stdout
+    try:
+        is_terminal = stream.isatty()
+    except ValueError:  # closed
+        return None
+    return max(1, shutil.get_terminal_size().columns) if is_terminal else None
+
+
+def table_columns(fewest: int = MIN_COLUMNS) -> int:
+    """Return the width for tables on stdout: COLUMNS or the terminal's, but not fewer than are readable."""
+    return max(fewest, shutil.get_terminal_size().columns)
+
+
+def can_draw_over(stream: TextIO | None = None) -> bool:
+    """Whether a line can be drawn over the one before: on a terminal that knows more than plain text."""
+    return num_columns(stream) is not None and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+def has_colors(stream: TextIO | None = None) -> bool:
+    """Whether a stream shows colors: a terminal that knows them, unless NO_COLOR says that its reader wants none."""
+    return can_draw_over(stream) and not os.environ.get("NO_COLOR")
+
+
+@contextmanager
+def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
+    """End the process with a status and without a traceback when its reader has gone (`| head`), or on Ctrl-C.
+
+    Args:
+        is_child: its parent got the Ctrl-C, too, and says so.
+
+    Raises:
+        SystemExit: 141 or 130, as a shell has it.
+    """
+    try:
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+    except BrokenPipeError:
+        if not discard_unread():  # another pipe or connection broke
+            raise
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        if not is_child:
+            print("papilio: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def discard_unread() -> bool:
+    """Let stdout and stderr that nobody reads any more lead nowhere; whether there are any."""
+    has_found = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, none, or no file
+            poll = select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                has_found = True
+    return has_found

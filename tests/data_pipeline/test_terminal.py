@@ -1,0 +1,93 @@
+"""What is shown where characters, colors, a terminal, or a reader are missing."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import terminal
+from trainer.bootstrap import module_command
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEXT = "|█▌ | ── 2 \u00d7 3 → 6 é …"
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "|## | -- 2 x 3 -> 6 ? ..."),
+        ({"PYTHONIOENCODING": "latin-1"}, "|## | -- 2 \u00d7 3 -> 6 é ..."),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "|## | -- 2 x 3 -> 6 ? ..."),
+        ({"PYTHONIOENCODING": "utf-8"}, TEXT),
+    ],
+)
+def test_characters_that_a_stream_does_not_have_are_replaced(settings: dict[str, str], expected: str) -> None:
+    command = module_command(
+        "tests.support.statement", f"import sys; print({TEXT!a}); print('\\udcff', file=sys.stderr)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_"))}
+    done = subprocess.run(command, env=environment | settings, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    encoding = settings.get("PYTHONIOENCODING", "ascii")
+    assert done.stdout.decode(encoding) == expected + "\n"
+    assert done.stderr == b"?\n"
+
+
+def test_a_reader_that_goes_ends_a_process_without_a_traceback() -> None:
+    for words in (["-m", "launch.cli", "--help"], [*module_command("launch.cli", "--help")[1:]]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_no_reader_that_goes() -> None:
+    with pytest.raises(BrokenPipeError), terminal.ends_quietly():
+        raise BrokenPipeError
+
+
+def test_ctrl_c_ends_a_process_with_its_status() -> None:
+    with pytest.raises(SystemExit) as ended, terminal.ends_quietly():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("settings", "draws", "colors"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ({"TERM": "dumb"}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_colors_and_drawing_follow_the_environment(
+    settings: dict[str, str], draws: bool, colors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert (terminal.can_draw_over(Screen()), terminal.has_colors(Screen())) == (draws, colors)
+    assert not terminal.can_draw_over(io.StringIO())
+
+
+def test_columns_come_before_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "61")
+    assert terminal.num_columns(Screen()) == 61
+    assert terminal.num_columns(io.StringIO()) is None
+    assert terminal.table_columns() == 80
+    monkeypatch.setenv("COLUMNS", "123")
+    assert terminal.table_columns() == 123

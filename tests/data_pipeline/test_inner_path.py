@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import pytest
 
@@ -25,8 +26,11 @@ def test_a_manifest_with_a_path_of_another_folder_is_refused(tmp_path):
     folder = write_dataset(tmp_path / "data")
     path = tmp_path / "data" / "manifest.json"
     tree = json.loads(path.read_text())
+    del tree["crc32"]
     tree["splits"]["train"]["shards"][0]["file"] = "../other/0.arrow"
-    path.write_text(json.dumps(tree))
+    # As whoever means harm would write it: with the checksum of the changed content.
+    crc32 = zlib.crc32(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
+    path.write_text(json.dumps({"crc32": crc32, **tree}))
     with pytest.raises(
         DatasetError, match=r"is damaged \(splits.train.shards.0.file: .*'../other/0.arrow' leads out of"
     ):

@@ -12,7 +12,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_pipeline.schema import CategoricalColumn, Schema
+from data_pipeline.schema import TRANSFORM_VERSION, CategoricalColumn, Schema
 
 
 def _manifest() -> Manifest:
@@ -63,7 +63,8 @@ def test_other_versions_are_refused_with_both_numbers(tmp_path: Path, key: str) 
     found[key] = 99
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(
-        DatasetError, match=r"version 99.*this Papilio reads 1 or 2 and 1.*the Papilio that wrote it \(1\.2\.3"
+        DatasetError,
+        match=rf"version 99.*this Papilio reads 1 or 2 and {TRANSFORM_VERSION}.*the Papilio that wrote it \(1\.2\.3",
     ):
         read_manifest(str(tmp_path))
 
@@ -73,7 +74,10 @@ def test_other_versions_are_refused_with_both_numbers(tmp_path: Path, key: str) 
     [
         (b"{", "Expecting property name"),
         (b"[]", "it holds a JSON list, must be an object"),
-        (b'{"format_version": 1, "transform_version": 1, "splits": {}}', "papilio_version: Field required"),
+        (
+            b'{"format_version": 1, "transform_version": %d, "splits": {}}' % TRANSFORM_VERSION,
+            "papilio_version: Field req",
+        ),
         (b"\xff\xfe{}", "can't decode byte 0xff"),
         (b"[" * 100_000 + b"]" * 100_000, "nested far too deep"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested far too deep"),

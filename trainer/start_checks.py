@@ -51,6 +51,7 @@ def open_run_data(config: Config) -> Dataset:
     try:
         dataset = open_dataset(config.data.path, verify_checksums=config.data.verify_checksums)
         dataset.open_split("train")
+        dataset.require_dense_columns()
         for split in filter(dataset.has_rows, dataset.manifest.splits):
             _check_shards(dataset, split)
     except DatasetError as error:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.schedulers.errors import SchedulerError
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 JOB, EVENTS = "job.json", "job.events"
@@ -59,7 +60,17 @@ class Event:
 
 
 def new_folder(jobs_dir: str, name: str) -> Path:
-    """Return the name of a folder for one job, which is not made yet."""
+    """Return the name of a folder for one job, which is not made yet.
+
+    Raises:
+        SchedulerError: jobs cannot be noted where they are found again; told before one is started.
+    """
+    index = _index()
+    nearest = next(folder for folder in (index, *index.parents) if folder.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SchedulerError(
+            f"jobs are noted in {index}, and {nearest} cannot be written; set XDG_STATE_HOME to a folder that can be"
+        )
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return Path(jobs_dir).absolute() / f"{name.replace('/', '-')}-{moment}-{secrets.token_hex(3)}"
 

@@ -83,7 +83,7 @@ def test_the_status_is_that_of_the_host_that_failed_first(runner: Runner, capsys
     app = make_app("[ $$SLURM_NODEID = 1 ] && echo 'papilio: error: no disk' && exit 3; sleep 1; exit 9")
     handle, status, _ = run(runner, app)
     assert (status.state, status.msg) == (AppState.FAILED, "FAILED, status 3")
-    assert cli.main(["status", handle, "--json"]) == 0
+    assert cli.main(["status", handle, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["exit_status"], told["state"], told["first_error"]) == (3, "FAILED", "host 1: no disk")
     assert cli.main(["logs", "-f", handle]) == 3
@@ -178,7 +178,7 @@ def test_what_slurm_has_forgotten_its_folder_knows(
     monkeypatch.setattr(slurm_queries, "query_job", lambda job_id: [])
     monkeypatch.setattr(slurm_queries, "query_jobs", list)
     for handle, state, ending in ((good, "SUCCEEDED", "0"), (bad, "FAILED", "4")):
-        assert cli.main(["status", handle]) == 0
+        assert cli.main(["status", handle]) == (0 if handle == good else 1)
         line = capsys.readouterr().out.splitlines()[0]
         assert line == f"{handle}  small  {state}  (Slurm has forgotten it; it ended with status {ending})"
     assert cli.main(["list", "-s", "slurm", "--json"]) == 0
@@ -186,7 +186,7 @@ def test_what_slurm_has_forgotten_its_folder_knows(
     assert (states[good], states[bad]) == ("SUCCEEDED", "FAILED")
     with pytest.raises(SchedulerError, match="slurm job 99999 has no log of host 0 yet"):
         next(iter(runner._scheduler("slurm").log_iter("99999", "small")))
-    assert cli.main(["status", "99999"]) == 1
+    assert cli.main(["status", "99999"]) == 3
     assert "slurm knows no job slurm://papilio/99999" in capsys.readouterr().err
 
 

@@ -112,6 +112,7 @@ def evaluate(
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    roles.require_split(split)
     words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)

@@ -116,9 +116,10 @@ def _is_wanted(handle: str, status: AppStatus, namespace: argparse.Namespace) ->
     if namespace.yes:
         return True
     if not sys.stdin.isatty():
+        word = "" if namespace.job is None else f" {namespace.job}"
         raise UsageError(
-            f"{'without a job' if namespace.job is None else namespace.job} this may be another job than you want, and "
-            f"there is no terminal to ask on: it would be {handle} ({known}); add --yes, or give its own handle"
+            f"papilio cancel{word} may end another job than you want, and there is no terminal to ask on: it is "
+            f"{handle} ({known}); add --yes" + (f", or say papilio cancel {handle}" if record is not None else "")
         )
     print(f"cancel {handle} ({known}; {status.state.name})? [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

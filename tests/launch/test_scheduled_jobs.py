@@ -94,7 +94,7 @@ def test_a_cancelled_job_ends_in_its_own_way(runner: Runner, papilio: Papilio) -
     assert json.loads(papilio("status", "--json")[1])["state"] == "RUNNING"
     status, out, err = papilio("cancel")
     assert (status, out) == (2, "")
-    assert f"it would be {handle} (small, started " in err and "add --yes, or give its own handle" in err
+    assert f"it is {handle} (small, started " in err and f"add --yes, or say papilio cancel {handle}" in err
     assert papilio("cancel", "--yes")[1].startswith(f"{handle} was told to end; its ranks save first")
     assert runner.wait(handle, wait_interval=0.05).state == AppState.CANCELLED
     told = json.loads(papilio("status", handle, "--json")[1])

@@ -135,7 +135,7 @@ def test_a_number_that_was_not_launched_from_here_is_not_cancelled_unasked(slurm
     for word in ("16", "slurm://papilio/16"):
         status, _, err = papilio("cancel", word)
         assert (status, slurm.cancelled) == (2, [])
-        assert f"{word} this may be another job than you want" in err and "was not launched from here" in err
+        assert f"papilio cancel {word} may end another job than you want" in err and "was not launched from here" in err
     assert papilio("cancel", "16", "--yes")[0] == 0
     assert slurm.cancelled == ["16"]
 

@@ -13,7 +13,16 @@ from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
 from launch.cli import parse_arguments
-from launch.hosts.request import MAX_HOSTS, MAX_RANKS, MAX_RETRIES, HostRequest, check_request, require_number
+from launch.hosts.request import (
+    MAX_HOSTS,
+    MAX_PORT,
+    MAX_RANKS,
+    MAX_RETRIES,
+    MAX_WAIT_S,
+    HostRequest,
+    check_request,
+    require_number,
+)
 from launch.usage import UsageError
 from launch.verbs import VERBS
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
@@ -37,8 +46,7 @@ PLAIN_VALUE = re.compile(r"[A-Za-z0-9_./:=@%+-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # bash sets these itself, and host.sh of Slurm could not.
 OF_BASH = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "RANDOM", "SECONDS", "LINENO", "GROUPS")
-MAX_PORT = (1 << 16) - 1
-MAX_GRACE_S, MAX_WAIT_S = 86_400, 7 * 86_400
+MAX_GRACE_S = 86_400
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 SPLITS = ("train", "validation", "test")
 MAX_NAME_LENGTH = 200

@@ -20,7 +20,7 @@ JOB_MEMORY_SHARE = 0.9
 MIB = 1 << 20
 # Above these a number is a slip of the finger, and would make a manifest of millions of lines.
 MAX_RANKS, MAX_CORES, MAX_HOSTS, MAX_RETRIES = 1_024, 100_000, 10_000, 10_000
-MAX_MEMORY_MB = 1 << 30
+MAX_MEMORY_MB, MAX_PORT, MAX_WAIT_S = 1 << 30, (1 << 16) - 1, 7 * 86_400
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 # Without a profile: enough for a recipe of the quick start's size.
 DEFAULT_NUM_RANKS = 2
@@ -112,7 +112,7 @@ def require_number(flag: str, value: float, least: float, most: float = float("i
     """
     if not least <= value <= most:
         allowed = f"of at least {least:,}" if most == float("inf") else f"from {least:,} to {most:,}"
-        raise UsageError(f"{flag} {value:,}: a number {allowed} is needed")
+        raise UsageError(f"{flag} {value}: a number {allowed} is needed")
 
 
 def check_request(request: HostRequest, omp_threads: int, max_retries: int) -> None:

@@ -317,6 +317,12 @@ POD = "spec.tasks.0.template.spec"
         ),
         (put(("metadata", "name"), "Train_1"), "metadata.name: String should match pattern"),
         (put(("apiVersion",), "batch/v1"), "apiVersion: "),
+        (put((*TEMPLATE, "metadata", "labels", "team"), "a b"), "template.metadata.labels.team: 'a b' is no label"),
+        (put((*TEMPLATE, "metadata", "labels", "x"), "a" * 64), "is no label: up to 63 letters"),
+        (put((*TEMPLATE, "metadata", "labels", "a b"), "x"), "template.metadata.labels: 'a b' is no name"),
+        (put((*TEMPLATE, "metadata", "annotations", "ü/x"), "any\ntext"), "metadata.annotations: 'ü/x' is no name"),
+        (put(("metadata", "labels"), {"x": "-"}), "metadata.labels.x: '-' is no label"),
+        (put(("metadata", "namespace"), "My_Space"), "metadata.namespace: String should match pattern"),
     ],
 )
 def test_a_wrong_field_or_type_is_found(made_by_us: Manifest, change: Callable[[Manifest], None], problem: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from torchx import specs
+from torchx.schedulers.slurm_scheduler import SlurmOpts
 from torchx.specs import AppState
 
 from launch import cli
@@ -22,6 +23,7 @@ from launch.schedulers.runner import make_runner
 from launch.schedulers.slurm import SlurmJobs
 from launch.schedulers.slurm_options import SlurmSettings, limit_s, pattern_of, sbatch_options
 from launch.schedulers.slurm_scripts import render, resolve_role
+from launch.schedulers.torchx_slurm import TorchxSlurm
 
 Papilio = Callable[..., tuple[int, str, str]]
 NO_CONTROLLER = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
@@ -277,6 +279,20 @@ def test_a_name_with_a_line_end_is_refused_before_anything_is_made(slurm: Slurm,
     with pytest.raises(SchedulerError, match=r"--name 'x\\n#SBATCH --begin=now\+1hour': the character '\\n'"):
         SlurmJobs("papilio")._submit_dryrun(app, SlurmSettings())
     assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("x --begin=now+1hour", {}, "--name 'x --begin=now\\+1hour': only letters of English"),
+        ("x", {"comment": "a\nb"}, r"-cfg comment 'a\\nb': only letters .* or use papilio launch -s slurm"),
+        ("x", {"partition": "a b"}, "-cfg partition 'a b': only letters"),
+    ],
+)
+def test_torchxs_own_submission_takes_words_only(name: str, settings: dict[str, str], message: str) -> None:
+    app = specs.AppDef(name, roles=[make_role(resource=specs.Resource(cpu=1, gpu=0, memMB=10))])
+    with pytest.raises(SchedulerError, match=message):
+        TorchxSlurm("torchx")._submit_dryrun(app, SlurmOpts(**settings))
 
 
 @pytest.mark.parametrize(

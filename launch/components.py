@@ -13,6 +13,9 @@ from torchx import specs
 from launch import roles
 from launch.hosts import request as hosts
 from launch.roles import Surroundings
+from launch.torchx_errors import OneLineErrors
+
+OneLineErrors.install()
 
 # What a training job gets, to save: below the 30 s that Slurm (KillWait) and Kubernetes give by default.
 # `papilio train` waits for it; under `torchx run -s local_cwd`, which does not, ranks without an agent end themselves.

@@ -246,6 +246,11 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description}\n\nExit status: 0 the job waits, runs or succeeded; 1 it failed; 4 it was cancelled;\n"
+        "3 nobody knows (the scheduler does not answer, or has forgotten it); 2 there is no such job, or the\n"
+        "command line is wrong."
+    )
     parser.add_argument(
         "job",
         nargs="?",

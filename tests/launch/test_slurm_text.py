@@ -16,6 +16,7 @@ from torchx.schedulers.slurm_scheduler import SlurmOpts
 from torchx.specs import AppState
 
 from launch import cli
+from launch.schedulers import job_folder
 from launch.schedulers import slurm_queries as queries
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, make_folder, write_record
@@ -206,13 +207,17 @@ def test_what_slurm_says_of_a_host_that_never_started_is_shown_while_the_others_
     assert message in papilio("status", "16")[1]
 
 
-def test_list_asks_slurm_once_however_many_jobs_there_are(slurm: Slurm, papilio: Papilio, tmp_path: Path) -> None:
+def test_list_asks_slurm_once_however_many_jobs_there_are(
+    slurm: Slurm, papilio: Papilio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = [submitted(tmp_path, str(number)) for number in range(1, 61)]
     slurm.squeue = [row(record, "RUNNING") for record in records[40:]]
     slurm.sacct = [row(record, "COMPLETED")[:-1] for record in records[20:]]
     slurm.squeue.append(("61", "odd\x1fname", "RUNNING", "", "", "1", "1", "/x"))
+    index, reads = job_folder._index(), []
+    monkeypatch.setattr(job_folder, "_index", lambda: reads.append(1) or index)
     rows = json.loads(papilio("list", "-s", "slurm", "--json")[1])
-    assert len(slurm.asked) <= 3
+    assert len(slurm.asked) <= 3 and len(reads) <= 3
     states = ["UNKNOWN"] * 20 + ["SUCCEEDED"] * 20 + ["RUNNING"] * 20
     assert [(job["job"], job["state"], job["folder"]) for job in rows] == [
         (record.handle, state, record.folder) for record, state in zip(records, states, strict=True)

@@ -19,6 +19,7 @@ from torchx.schedulers.api import Stream
 from torchx.specs import AppStatus
 
 from launch.component_arguments import build_app
+from launch.first_error import slurm_error
 from launch.job_status import (
     exit_status,
     find_job,
@@ -71,7 +72,9 @@ def run_logs(namespace: argparse.Namespace) -> int:
         scheduler = specs.parse_app_handle(handle)[0]
         paths = log_paths(runner, handle)
         if not paths and scheduler != "kubernetes":
-            raise SchedulerError(f"no host of {handle} has printed anything yet; papilio status {handle} says why")
+            record = record_of(handle)
+            reason = slurm_error(record.folder if record else None) or f"papilio status {handle} says why"
+            raise SchedulerError(f"no host of {handle} has printed anything yet; {reason}")
         hosts = sorted(paths) or [replica.id for role in status.roles for replica in role.replicas]
         for host in hosts if namespace.host is None else [namespace.host]:
             for stream in _log_streams(runner, handle):

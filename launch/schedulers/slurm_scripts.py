@@ -54,6 +54,9 @@ first_status() {{  # of the hosts that did not end well in this attempt, the one
         awk -F'\t' '$4 != 0 && (!status || $4 == {no_restart}) {{ status = $4 }} END {{ print status }}'
 }}
 one_succeeded() {{ grep -qs $'\t'"$attempt"$'\tended\t0$' "$folder"/host_*.events; }}
+all_started() {{
+    ! sed -n "/^papilio: attempt $attempt on /,\\$p" "$folder/job.log" 2> /dev/null | grep -q 'launch failed'
+}}
 note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
 state_of_job() {{  # asked for a minute, as slurmctld may be starting anew
     local try state
@@ -90,6 +93,8 @@ while true; do
     status=$? sruns=$?
     [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)
+    # srun leaves with 0 when it could not start a host's task and the others did well.
+    [ {is_elastic} = 1 ] || [ "$sruns" -ne 0 ] || all_started || sruns=1 status=${{status#0}}
     status=${{status:-$sruns}}  # where hosts could note nothing, as on a full disk
     note ended $status
     [ $status -eq 0 ] && exit 0

@@ -194,13 +194,11 @@ def test_what_slurm_says_of_a_host_that_never_started_is_shown_while_the_others_
     record = submitted(tmp_path)
     slurm.squeue = [row(record, "RUNNING")]
     log = Path(record.folder, "job.log")
-    log.write_text(
-        "papilio: attempt 1 on n1 n2\nslurmstepd: error: Could not open stdout file /j/host_1.log: No such file\n"
-    )
-    assert (
-        f"  Slurm says: Could not open stdout file /j/host_1.log: No such file ({log})\n" in papilio("status", "16")[1]
-    )
+    reason = "Could not open stdout file /j/host_1.log: No such file"
+    log.write_text(f"papilio: attempt 1 on n1 n2\nslurmstepd: error: {reason}\n")
+    assert f"  Slurm says: {reason} ({log})\n" in papilio("status", "16")[1]
     assert json.loads(papilio("status", "16", "--json")[1])["slurm_error"].startswith("Slurm says: Could not open")
+    assert f"has printed anything yet; Slurm says: {reason} ({log})" in papilio("logs", "16")[2]
     log.unlink()
     slurm.squeue = [row(record, "FAILED", "NonZeroExitCode")]
     message = "FAILED, its first host wrote nothing into its folder: do all hosts see it? -cfg jobs_dir=FOLDER"
@@ -376,6 +374,15 @@ def test_the_scripts_need_no_notes(tmp_path: Path) -> None:
     done = host.run(make_role("exit 5", max_retries=0))
     assert "integer expression" not in done.stderr
     assert done.returncode == 5
+
+
+def test_a_job_of_which_a_host_never_started_has_not_succeeded(tmp_path: Path) -> None:
+    """srun leaves with 0, as Slurm 22.05 does when a host cannot open the log."""
+    host = Host(tmp_path / "job")
+    (host.folder / "job.log").write_text("papilio: attempt 1 on n1 n2\nsrun: error: task 1 launch failed: no IO\n")
+    assert host.run(make_role("exit 0")).returncode == 1
+    assert host.events()[1] == ("ended", "1")
+    assert host.run(make_role("exit 0")).returncode == 0  # another attempt
 
 
 def test_a_job_notes_how_slurm_ended_it(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
                     f"the job {app.name} names no image: give --image REGISTRY/NAME:TAG, a container image that holds "
                     "Papilio"
                 )
+            if not role.image.isascii() or re.search(r"\s", role.image):
+                raise SchedulerError(f"--image {role.image!r}: an image is as REGISTRY/NAME:TAG, without white space")
             _check_name(app.name, role)
         app = replace(app, roles=[replace(role, args=with_local_files(role)) for role in app.roles])
         info = super()._submit_dryrun(app, cfg)

@@ -11,6 +11,7 @@ from torchx.specs import finder
 from launch import components, start
 from launch.cli import parse_arguments
 from launch.preflight.worker import read_options
+from launch.schedulers.kubernetes import with_local_files
 from launch.usage import UsageError
 from launch.verbs import VERBS
 
@@ -177,6 +178,20 @@ def test_a_dollar_arrives_as_it_was_written_without_being_sent(tmp_path: Path) -
     told = json.loads(done.stdout)
     assert told["words"][-1] == f"--name={text}"
     assert (told["env"]["TEXT"], told["env"]["UID"]) == (text, "7")
+
+
+def test_a_recipe_that_came_along_is_there_for_the_job_and_its_checks(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("name = 'it is $x'\n")
+    worker = "import sys\nprint(sys.argv[sys.argv.index('--recipe') + 1], file=sys.stderr)\n"
+    (tmp_path / "job/launch/preflight").mkdir(parents=True)
+    (tmp_path / "job/launch/preflight/worker.py").write_text(worker)
+    app = components.train("--name=$x", recipe=str(tmp_path / "a.toml"), nnodes="2", preflight=True)
+    app.roles[0].args = with_local_files(app.roles[0])
+    (tmp_path / "a.toml").rename(tmp_path / "gone.toml")
+    done = run_role(tmp_path / "job", app, {HEAD_NODE_VARIABLE: "h", "TMPDIR": str(tmp_path)})
+    path, override = json.loads(done.stdout)["words"][-2:]
+    assert (done.stderr.strip(), override) == (path, "--name=$x")
+    assert Path(path).read_text() == "name = 'it is $x'\n"
 
 
 def test_a_file_that_came_along_is_named_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

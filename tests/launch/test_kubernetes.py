@@ -205,6 +205,12 @@ def test_a_name_that_kubernetes_does_not_take_is_refused(name: str, message: str
         dry_run(runner, image="papilio:1", name=name)
 
 
+@pytest.mark.parametrize("image", ["papilio :1", "pàpilio:1", "a\nb"])
+def test_an_image_that_is_none_is_refused(image: str) -> None:
+    with make_runner() as runner, pytest.raises(SchedulerError, match="an image is as REGISTRY/NAME:TAG"):
+        dry_run(runner, image=image)
+
+
 def test_the_longest_name_makes_a_manifest() -> None:
     with make_runner() as runner:
         made = dry_run(runner, image="papilio:1", name="A_" + "a" * 36)

@@ -88,7 +88,7 @@ class _Job:
 
 
 def _show_run(namespace: argparse.Namespace) -> int:
-    """A run that failed is told by the exit status, too; one that is only old may be anything."""
+    """Show a run folder; the exit status is that of a job in this state, and 3 where nothing writes any more."""
     if namespace.json:
         print(read_view(namespace.job).model_dump_json(indent=1))
     else:
@@ -101,7 +101,10 @@ def _show_run(namespace: argparse.Namespace) -> int:
             _watch(draw)
         else:
             print("\n".join(draw()[0]))
-    return STATUS_CODES[AppState.FAILED] if read_view(namespace.job).state == "failed" else 0
+    view = read_view(namespace.job)
+    if view.state == "failed":
+        return STATUS_CODES[AppState.FAILED]
+    return UNKNOWN_CODE if view.is_stale(time.time()) else 0
 
 
 def _is_run_folder(word: str | None) -> bool:

@@ -43,6 +43,8 @@ MAX_SUFFIX = 14
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 # Files that are read where the job runs; others are data, for which there are mounts.
 FILE_OPTIONS = ("--recipe", "--host", "--hardware", "--sharding.plan", "--sharding.hardware")
+# What the words of our components run (launch/roles.py).
+OUR_MODULES = ("launch.start", "trainer.agent", "launch.cli", "launch.preflight.worker")
 FILE_SUFFIXES = (".toml", ".json")
 MAX_FILE_BYTES = 256 << 10  # of a manifest, which may have 1.5 MiB, for each of its hosts
 
@@ -152,7 +154,8 @@ def with_local_files(role: specs.Role) -> list[str]:
         SchedulerError: one is too large for that.
     """
     args = list(role.args)
-    if args[:1] != ["-m"]:
+    module = next((index for index, word in enumerate(args) if word in OUR_MODULES), None)
+    if module is None:
         return args
     mounted = [Path(mount.dst_path) for mount in role.mounts if not isinstance(mount, specs.DeviceMount)]
     files: dict[str, str] = {}
@@ -166,9 +169,9 @@ def with_local_files(role: specs.Role) -> list[str]:
     shipped = [f"--file={path}:{text}" for path, text in files.items()]
     if not shipped:
         return args
-    if args[1] == "launch.start":
-        return [*args[:2], *shipped, *args[2:]]
-    return ["-m", "launch.start", *shipped, "--", *args[1:]]
+    if args[module] == "launch.start":
+        return [*args[: module + 1], *shipped, *args[module + 1 :]]
+    return [*args[:module], "launch.start", *shipped, "--", *args[module:]]
 
 
 def _content(path: str) -> bytes | None:

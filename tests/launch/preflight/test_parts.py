@@ -244,7 +244,7 @@ def test_the_component_gives_every_host_its_number_and_the_meeting_place(monkeyp
     values = specs.macros.Values(img_root="", app_id="job_7", replica_id="2", rank0_env="HEAD")
     words = values.apply(role).args
     assert words[:2] == ["-m", "launch.start"]
-    mark = words[2].removeprefix("--dollar=")
+    mark = next(word.removeprefix("--dollar=") for word in words if word.startswith("--dollar="))
     words = [word.replace(mark, "$") for word in words]
     module = words.index("launch.preflight.worker")
     options = read_options(["--rdzv-endpoint=n1:1234", *words[module + 1 :]])

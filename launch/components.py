@@ -13,6 +13,9 @@ from torchx import specs
 from launch import roles
 from launch.hosts import request as hosts
 from launch.roles import Surroundings
+from launch.torchx_errors import OneLineErrors
+
+OneLineErrors.install()
 
 # What a training job gets, to save: below the 30 s that Slurm (KillWait) and Kubernetes give by default.
 # `papilio train` waits for it; under `torchx run -s local_cwd`, which does not, ranks without an agent end themselves.
@@ -114,6 +117,7 @@ def evaluate(
         rdzv_port: port on the first node where the nodes meet; unused with one node
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
+    roles.require_split(split)
     words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
     words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)

@@ -15,6 +15,13 @@ RANK_PREFIX = re.compile(r"^\[\d+\]:(?:\[rank\d+\]: ?)?")
 # What an agent says before its ranks start anew.
 AGAIN = re.compile(r"^papilio: starting again on ")
 ATTEMPT = "papilio: attempt "
+# What Slurm itself says, in the job's own log: of hosts that it could not start anything on.
+SLURM_ERROR = re.compile(r"^(?:srun|slurmstepd|slurmd|sbatch)\S*: (?:error|fatal): (.*)")
+# What Slurm says of every job that ends with a failure, or is told to end.
+NO_REASON = re.compile(r"\*\*\*|Exited with exit code|^_slurm|Terminated|Killed|Force Terminated|Aborted")
+# Scripts that cannot compare a number say so; whatever ended the job, this did not.
+SCRIPT_WORDS = re.compile(r": line \d+: \[: ")
+JOB_LOG = "job.log"
 # Of a log, from its end: enough for a traceback of each of eight ranks.
 MAX_BYTES = 256 * 1024
 
@@ -45,14 +52,26 @@ def find_first_error(folder: str | None, logs: Mapping[int, Path]) -> str | None
 
     `folder` is the job's, None for a job that another wrote the logs of; hosts that failed earlier are asked first.
     """
-    lines = {host: _last_attempt(path) for host, path in logs.items()}
+    lines = {host: _readable(path) for host, path in logs.items()}
     order = sorted(lines, key=lambda host: (_failed_s(folder, host), host))
     for pattern, part in ((FAILED_FIRST, 0), (ERROR, 1)):
         for host in order:
             found = next((match for match in map(pattern.search, lines[host]) if match is not None), None)
             if found is not None:
                 return found[part] if pattern is FAILED_FIRST else f"host {host}: {found[part]}"
-    return _last_words(order, lines)
+    return slurm_error(folder) or _last_words(order, lines)
+
+
+def slurm_error(folder: str | None) -> str | None:
+    """Return what Slurm says of the last attempt in the job's own log, such as a host on which nothing could start."""
+    path = Path(folder or "", JOB_LOG)
+    try:
+        lines = _last_attempt(path) if folder is not None else []
+    except OSError:
+        return None
+    said = [match[1] for match in map(SLURM_ERROR.match, lines) if match is not None]
+    reason = next((words for words in said if not NO_REASON.search(words)), None)
+    return f"Slurm says: {reason} ({path})" if reason is not None else None
 
 
 def _last_words(order: list[int], lines: Mapping[int, list[str]]) -> str | None:
@@ -68,10 +87,18 @@ def _failed_s(folder: str | None, host: int) -> float:
     return ended.time_s if ended is not None and ended.details[0] != "0" else float("inf")
 
 
+def _readable(path: Path) -> list[str]:
+    try:
+        return _last_attempt(path)
+    except OSError as error:
+        return [f"papilio: error: {path} cannot be read: {error.strerror}"]
+
+
 def _last_attempt(path: Path) -> list[str]:
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - MAX_BYTES))
         lines = log.read().decode(errors="replace").splitlines()
     begins = [index for index, line in enumerate(lines) if line.startswith(ATTEMPT)]
     lines = lines[begins[-1] + 1 :] if begins else lines
-    return [text for line in lines if (text := RANK_PREFIX.sub("", line).strip())]
+    texts = (RANK_PREFIX.sub("", line).strip() for line in lines)
+    return [text for text in texts if text and not SCRIPT_WORDS.search(text)]

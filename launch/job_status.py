@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +14,66 @@ from torchx.runner import Runner
 from torchx.schedulers.api import Stream
 from torchx.specs import AppState, AppStatus
 
-from launch.first_error import find_first_error
+from launch.first_error import find_first_error, slurm_error
 from launch.live_text import table
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record, host_logs, last_event, read_events, read_records
 from launch.schedulers.runner import SCHEDULERS, scheduler_of
+from launch.schedulers.slurm_identity import record_here
 from launch.usage import UsageError
 
+# What `papilio status` leaves with; 2 is a wrong command line.
+STATUS_CODES: Mapping[AppState, int] = {
+    AppState.SUBMITTED: 0,
+    AppState.PENDING: 0,
+    AppState.RUNNING: 0,
+    AppState.SUCCEEDED: 0,
+    AppState.FAILED: 1,
+    AppState.CANCELLED: 4,
+}
+UNKNOWN_CODE = 3
 # What training prints when it begins (trainer/train.py), in the log of the first host.
 RUN_FOLDER = re.compile(r"^(?:\[0\]:)?run folder: (.+)$")
 
 
 def handle_of(word: str | None) -> str:
-    """Return the handle that a word means: itself, the id of a job, the name of its folder, or the newest.
+    """Return the handle that a word means: itself, the id of a job, the name of its folder, or the newest of this one.
+
+    Raises:
+        UsageError: it means none.
+    """
+    return find_job(word)[0]
+
+
+def find_job(word: str | None) -> tuple[str, bool]:
+    """Return the handle that a word means, and whether the word is that job's own and no other's.
+
+    A name, or no word at all, means the newest job that was started from this folder, or else from any.
 
     Raises:
         UsageError: it means none.
     """
     if word is not None and "://" in word:
-        return word
+        # Numbers come again, other schedulers' names do not.
+        return word, _parts(word)[0] != "slurm" or record_of(word) is not None
     records = read_records()
+    exact = [record for record in records if word in (record.app_id, Path(record.folder).name)]
+    if exact:
+        handle = exact[-1].handle
+        return handle, len({record.handle for record in exact}) == 1
+    named = [record for record in records if word in (None, record.name)]
+    if named:
+        return next(reversed(list(filter(is_from_here, named)) or named)).handle, False
     if word is None:
-        if not records:
-            raise UsageError("no job was started from this machine; give a job, as in slurm://papilio/12")
-        return records[-1].handle
-    found = [record for record in records if word in (record.app_id, record.name) or word == Path(record.folder).name]
-    if found:
-        return found[-1].handle
-    if word.isdigit():
-        return f"slurm://papilio/{word}"
+        raise UsageError("no job was started from this machine; give a job, as in slurm://papilio/12")
+    if word.isascii() and word.isdecimal():
+        return f"slurm://papilio/{word}", False
     raise UsageError(f"there is no job {word}; `papilio list` lists them")
+
+
+def is_from_here(record: JobRecord) -> bool:
+    """Whether a job was started from the folder in which this process is."""
+    return os.path.realpath(record.submitted_from) == os.path.realpath(os.getcwd())
 
 
 def status_of(runner: Runner, handle: str) -> AppStatus:
@@ -51,7 +83,9 @@ def status_of(runner: Runner, handle: str) -> AppStatus:
         UsageError: Papilio has no such scheduler.
         SchedulerError: it does not know the job.
     """
-    scheduler = specs.parse_app_handle(handle)[0]
+    scheduler, app_id = _parts(handle)
+    if scheduler == "slurm" and not (app_id.isascii() and app_id.isdecimal()):
+        raise UsageError(f"{handle}: a job on Slurm has a number, as in slurm://papilio/12")
     if scheduler not in SCHEDULERS:
         raise UsageError(f"{handle}: Papilio has no scheduler {scheduler}; it has {', '.join(SCHEDULERS)}")
     status = runner.status(handle)
@@ -63,10 +97,23 @@ def status_of(runner: Runner, handle: str) -> AppStatus:
     return status
 
 
+def _parts(handle: str) -> tuple[str, str]:
+    """Part a handle into scheduler and id.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        scheduler, _, app_id = specs.parse_app_handle(handle)
+    except specs.MalformedAppHandleException:
+        raise UsageError(f"{handle} is no job; a handle is as slurm://papilio/12, `papilio list` lists them") from None
+    return scheduler, app_id
+
+
 def record_of(handle: str) -> JobRecord | None:
     """Return what was noted when a job was started, if it was from here."""
-    scheduler, _, app_id = specs.parse_app_handle(handle)
-    return find_record(scheduler, app_id)
+    scheduler, app_id = _parts(handle)
+    return record_here(app_id) if scheduler == "slurm" else find_record(scheduler, app_id)
 
 
 def log_paths(runner: Runner, handle: str, stream: Stream | None = None) -> dict[int, Path]:
@@ -90,7 +137,7 @@ def run_folder_of(handle: str) -> str | None:
     if record is None or log is None:
         return None
     found = None
-    with log.open(encoding="utf-8", errors="replace") as lines:
+    with suppress(OSError), log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             match = RUN_FOLDER.match(line)
             found = match[1].strip() if match else found
@@ -115,6 +162,8 @@ def status_lines(
     if record is not None:
         yield f"  logs: {record.folder}"
     yield from ("", *picture) if picture else ()
+    if status.state == AppState.RUNNING and record is not None and (reason := slurm_error(record.folder)):
+        yield f"  {reason}"
     if status.state == AppState.FAILED:
         error = first_error(runner, handle) or told
         yield f"  first error: {error}" if error else "  the logs do not say why"
@@ -134,6 +183,8 @@ def status_tree(runner: Runner, handle: str, status: AppStatus) -> dict[str, Any
     tree["folder"] = record.folder if record else None
     if status.state == AppState.FAILED:
         tree["first_error"] = first_error(runner, handle)
+    if status.state == AppState.RUNNING and record is not None:
+        tree["slurm_error"] = slurm_error(record.folder)
     return tree
 
 
@@ -143,4 +194,5 @@ def exit_status(handle: str, status: AppStatus) -> int:
         return 0
     record = record_of(handle)
     ended = last_event(read_events(record.folder), "ended", "begins") if record else None
-    return int(ended.details[0]) or 1 if ended is not None and ended.what == "ended" else 1
+    is_told = ended is not None and ended.what == "ended" and ended.details[0].isdecimal()
+    return int(ended.details[0]) or 1 if ended is not None and is_told else 1

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 from data_pipeline.terminal import table_columns
-from launch.hosts.request import request_host
+from launch.hosts.request import MAX_HOSTS, MAX_PORT, MAX_RANKS, MAX_WAIT_S, request_host, require_number
 from launch.local_jobs import count_gpus
 from launch.usage import UsageError, require_files
 from trainer.bootstrap import child_command
@@ -16,19 +16,40 @@ from trainer.config_file import load_config
 
 # The hosts of a preflight on this machine are processes: they are there at once, or not at all.
 LOCAL_WAIT_S = 30.0
+MAX_HOSTS_HERE = 64
+MAX_READ_GIB = 1 << 20
 
 
 def run_preflight(namespace: argparse.Namespace) -> int:
     """Print the table; 0 when nothing failed, else 1."""
     if namespace.recipe.endswith(".toml"):
         require_files("--recipe", [namespace.recipe])
-    if namespace.nnodes < 1 or (namespace.nproc is not None and namespace.nproc < 1):
-        raise UsageError(f"--nnodes {namespace.nnodes} --nproc {namespace.nproc}: at least one of each is needed")
+    _check_numbers(namespace)
     load_config(namespace.recipe, namespace.overrides)
     if namespace.scheduler not in (None, "local_cwd"):
         return _submit(namespace)
     nproc = request_host(namespace.host, nproc=namespace.nproc or (None if namespace.host else count_gpus() or None))
     return _run_workers(namespace, nproc.nproc)
+
+
+def _check_numbers(namespace: argparse.Namespace) -> None:
+    """Check every number of the command line, before a process starts or a job waits in a queue.
+
+    Raises:
+        UsageError: one is too small or too large.
+    """
+    is_here = namespace.scheduler in (None, "local_cwd") and namespace.rdzv_endpoint is None
+    require_number("--nnodes", namespace.nnodes, 1, MAX_HOSTS_HERE if is_here else MAX_HOSTS)
+    for flag, value, least, most in (
+        ("--nproc", namespace.nproc, 1, MAX_RANKS),
+        ("--index", None if namespace.rdzv_endpoint is None else namespace.index, 0, namespace.nnodes - 1),
+        ("--rdzv-port", namespace.rdzv_port, 1, MAX_PORT),
+        ("--data-port", namespace.data_port, 1, MAX_PORT),
+        ("--wait-s", namespace.wait_s, 1, MAX_WAIT_S),
+        ("--read-gib", namespace.read_gib, 0, MAX_READ_GIB),
+    ):
+        if value is not None:
+            require_number(flag, value, least, most)
 
 
 def _run_workers(namespace: argparse.Namespace, nproc: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -11,8 +12,19 @@ from dataclasses import dataclass
 from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
-from launch.hosts.request import HostRequest
+from launch.cli import parse_arguments
+from launch.hosts.request import (
+    MAX_HOSTS,
+    MAX_PORT,
+    MAX_RANKS,
+    MAX_RETRIES,
+    MAX_WAIT_S,
+    HostRequest,
+    check_request,
+    require_number,
+)
 from launch.usage import UsageError
+from launch.verbs import VERBS
 from trainer import bootstrap
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
 
@@ -33,6 +45,12 @@ NO_IMAGE = "no-image-was-named"
 # What no scheduler changes on the way. Slurm cuts at a comma, Kubernetes expands $(NAME), shells do more.
 PLAIN_VALUE = re.compile(r"[A-Za-z0-9_./:=@%+-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# bash sets these itself, and host.sh of Slurm could not.
+OF_BASH = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "RANDOM", "SECONDS", "LINENO", "GROUPS")
+MAX_GRACE_S = 86_400
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)
+SPLITS = ("train", "validation", "test")
+MAX_NAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,10 @@ def agent_command(
     On several hosts, without a `meeting`, the words leave out where they meet; `launch/start.py` knows it once the job
     runs.
     """
-    fewest, most = bounds(nnodes)
-    if nproc < 1 or fewest < 1:
-        raise UsageError(f"nproc and nnodes must be at least 1; got nproc = {nproc}, nnodes = {nnodes}")
-    if not 0 < rdzv_port < 1 << 16:
-        raise UsageError(f"rdzv_port is a port, 1 to 65535; got {rdzv_port}")
+    _, most = bounds(nnodes)
+    require_number("--nproc", nproc, 1, MAX_RANKS)
+    require_number("--max_restarts", max_restarts, 0, MAX_RETRIES)
+    require_number("--rdzv_port", rdzv_port, 1, MAX_PORT)
     join_timeout_s = LOCAL_JOIN_TIMEOUT_S if most == 1 else JOIN_TIMEOUT_S
     rendezvous = [f"join_timeout={meeting.wait_s if meeting else join_timeout_s}"]
     rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
@@ -90,7 +107,11 @@ def agent_command(
 
 
 def verb_command(verb: str, words: Sequence[str]) -> list[str]:
-    """Return the words of a verb of the command line, for a job of one process on one host."""
+    """Return the words of a verb of the command line, for a job of one process on one host.
+
+    The verb reads them here already; wrong ones end this process with status 2, before the job waits in a queue.
+    """
+    parse_arguments(next(known for known in VERBS if known.name == verb), words)
     return ["launch.cli", verb, *(escape_macros(word) for word in words)]
 
 
@@ -98,6 +119,7 @@ def preflight_command(
     recipe: str, overrides: Sequence[str], request: HostRequest, nnodes: int, wait_s: float
 ) -> list[str]:
     """Return the words of one host's part of a preflight (launch/preflight/worker.py), without where the hosts meet."""
+    require_number("--wait_s", wait_s, 1, MAX_WAIT_S)
     words = ["launch.preflight.worker", "--recipe", recipe, "--nnodes", str(nnodes), "--nproc", str(request.nproc)]
     words += ["--index", specs.macros.replica_id, "--job", specs.macros.app_id, "--wait-s", f"{wait_s:g}"]
     words += ["--host", request.hardware] if request.hardware else []
@@ -141,13 +163,19 @@ def make_app(
     Where there are `checks`, another module with its arguments, they come first, and must succeed.
     """
     fewest, most = bounds(nnodes)
+    _check_job(name, request, surroundings, rdzv_port, grace_s)
     plain, carried = _split_environment(surroundings.env or {})
     parsed_mounts = _parse_mounts(surroundings.mounts or ())
     first = [f"--env={name}={escape_macros(value)}" for name, value in carried.items()]
-    first += [f"--mounted={mount.dst_path}" for mount in parsed_mounts if not isinstance(mount, specs.DeviceMount)]
+    first += [
+        f"--mounted={escape_macros(mount.dst_path)}"
+        for mount in parsed_mounts
+        if not isinstance(mount, specs.DeviceMount)
+    ]
     if most > 1:
         first += [f"--head-node-in={specs.macros.rank0_env}", f"--rdzv-port={rdzv_port}"]
     first += [f"--checks={shlex.join(checks)}"] if checks else []
+    first, command = _without_dollars(first, command)
     role = specs.Role(
         role_name,
         surroundings.image or NO_IMAGE,
@@ -180,9 +208,21 @@ def bounds(nnodes: str) -> tuple[int, int]:
     """Read "4" or "2:4" as the fewest and the most."""
     fewest, colon, most = nnodes.partition(":")
     most = most if colon else fewest
-    if not (fewest.isdigit() and most.isdigit() and int(fewest) <= int(most)):
-        raise UsageError(f"nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
+    if not (NUMBER.fullmatch(fewest) and NUMBER.fullmatch(most) and int(fewest) <= int(most)):
+        raise UsageError(f"--nnodes is a number of nodes, or the fewest and the most, as in 4 or 2:4; got {nnodes}")
+    for count in (fewest, most):
+        require_number("--nnodes", int(count), 1, MAX_HOSTS)
     return int(fewest), int(most)
+
+
+def require_split(split: str) -> None:
+    """Check the name of a part of a data set.
+
+    Raises:
+        UsageError: there is no such part.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"--split {split}: one of {', '.join(SPLITS)} is needed")
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -193,6 +233,34 @@ def powers_of_two(most: int) -> list[int]:
 def escape_macros(word: str) -> str:
     """Keep TorchX from taking a `$` for the beginning of one of its macros."""
     return word.replace("$", "$$")
+
+
+def _check_job(
+    name: str, request: HostRequest, surroundings: Surroundings, rdzv_port: int | None, grace_s: int
+) -> None:
+    """Check what all components take, whatever scheduler gets the job; what only one of them refuses, it checks."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        raise UsageError(
+            f"--name {name[:MAX_NAME_LENGTH]!r}: 1 to {MAX_NAME_LENGTH} letters that can be printed are needed"
+        )
+    check_request(request, surroundings.omp_threads, surroundings.max_retries)
+    require_number("--grace_s", grace_s, 1, MAX_GRACE_S)
+    if rdzv_port is not None:
+        require_number("--rdzv_port", rdzv_port, 1, MAX_PORT)
+
+
+def _without_dollars(first: list[str], command: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    """Write a literal `$` as a mark that launch/start.py reads, if there is one.
+
+    Kubernetes puts the value of a variable in the place of $(NAME) in a command, and makes $ of $$.
+    """
+    escaped = escape_macros("$")
+    if not any(escaped in word for word in [*first, *command]):
+        return first, command
+    text = "\n".join([*first, *command])
+    mark = next(mark for mark in map("_DOLLAR{}_".format, itertools.count()) if mark not in text)
+    first, command = ([word.replace(escaped, mark) for word in words] for words in (first, command))
+    return [f"--dollar={mark}", *first], command
 
 
 def _pod_settings(request: HostRequest, grace_s: int) -> dict[object, object]:
@@ -223,5 +291,5 @@ def _split_environment(env: Mapping[str, str]) -> tuple[dict[str, str], dict[str
             raise UsageError("--env OMP_NUM_THREADS=...: say it with --omp_threads")
         if name == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
             raise UsageError(f"--env {name}=...: say it with --grace_s")
-    carried = {name: value for name, value in env.items() if not PLAIN_VALUE.fullmatch(value)}
+    carried = {name: value for name, value in env.items() if name in OF_BASH or not PLAIN_VALUE.fullmatch(value)}
     return {name: value for name, value in env.items() if name not in carried}, carried

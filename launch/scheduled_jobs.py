@@ -16,14 +16,25 @@ from typing import Any
 from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.api import Stream
+from torchx.specs import AppStatus
 
 from data_pipeline.terminal import can_draw_over, num_columns
 from launch.component_arguments import build_app
-from launch.job_status import exit_status, handle_of, log_paths, record_of, status_lines, status_of
+from launch.first_error import slurm_error
+from launch.job_status import (
+    exit_status,
+    find_job,
+    handle_of,
+    is_from_here,
+    log_paths,
+    record_of,
+    status_lines,
+    status_of,
+)
 from launch.live_text import table
 from launch.local_run import LinePrinter
 from launch.schedulers.errors import SchedulerError
-from launch.schedulers.job_folder import JobRecord, find_record
+from launch.schedulers.job_folder import JobRecord, ListedJob, read_index
 from launch.schedulers.runner import make_runner, scheduler_of
 from launch.usage import UsageError
 
@@ -62,7 +73,9 @@ def run_logs(namespace: argparse.Namespace) -> int:
         scheduler = specs.parse_app_handle(handle)[0]
         paths = log_paths(runner, handle)
         if not paths and scheduler != "kubernetes":
-            raise SchedulerError(f"no host of {handle} has printed anything yet; papilio status {handle} says why")
+            record = record_of(handle)
+            reason = slurm_error(record.folder if record else None) or f"papilio status {handle} says why"
+            raise SchedulerError(f"no host of {handle} has printed anything yet; {reason}")
         hosts = sorted(paths) or [replica.id for role in status.roles for replica in role.replicas]
         for host in hosts if namespace.host is None else [namespace.host]:
             for stream in _log_streams(runner, handle):
@@ -72,30 +85,69 @@ def run_logs(namespace: argparse.Namespace) -> int:
 
 
 def run_cancel(namespace: argparse.Namespace) -> int:
-    """Tell a job to end; its ranks save before."""
+    """Tell a job to end; its ranks save before. What may be another job than was meant is asked about first."""
+    handle, is_exact = find_job(namespace.job)
     with make_runner() as runner:
-        handle = handle_of(namespace.job)
         status = status_of(runner, handle)
         if status.is_terminal():
             print(f"{handle} has ended already: {status.state.name}")
+            return 0
+        if not is_exact and not _is_wanted(handle, status, namespace):
+            print(f"{handle} goes on")
             return 0
         runner.cancel(handle)
         print(f"{handle} was told to end; its ranks save first (papilio status {handle})")
     return 0
 
 
+def _is_wanted(handle: str, status: AppStatus, namespace: argparse.Namespace) -> bool:
+    """Ask on a terminal whether this is the job to cancel, unless --yes says so.
+
+    Raises:
+        UsageError: there is nobody to ask, or the newest job was started from another folder.
+    """
+    record = record_of(handle)
+    if record is None:
+        known = "which was not launched from here: another machine, user or program started it"
+    else:
+        moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.submitted_s))
+        known = f"{record.name}, started {moment} from {record.submitted_from}"
+        if not is_from_here(record):
+            raise UsageError(
+                f"no job {'was' if namespace.job is None else f'called {namespace.job} was'} started from this folder; "
+                f"papilio cancel {handle} ends the newest of all ({known})"
+            )
+    if namespace.yes:
+        return True
+    if not sys.stdin.isatty():
+        word = "" if namespace.job is None else f" {namespace.job}"
+        raise UsageError(
+            f"papilio cancel{word} may end another job than you want, and there is no terminal to ask on: it is "
+            f"{handle} ({known}); add --yes" + (f", or say papilio cancel {handle}" if record is not None else "")
+        )
+    print(f"cancel {handle} ({known}; {status.state.name})? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def run_list(namespace: argparse.Namespace) -> int:
     """Print this user's jobs, the newest last."""
     names = [namespace.scheduler] if namespace.scheduler else _schedulers_here()
+    all_records, damaged = read_index()
+    records = {(record.scheduler, record.app_id): record for record in all_records}
     rows = []
     with make_runner() as runner:
         for name in names:
             submitted_s = 0.0
             for job in runner.list(name):
-                record = find_record(name, job.app_id)
+                record = job.record if isinstance(job, ListedJob) else records.get((name, job.app_id))
                 # A job that another launched has no record; schedulers list theirs in order.
                 submitted_s = record.submitted_s if record else submitted_s
                 rows.append((submitted_s, job, record))
+            notice = getattr(scheduler_of(runner, name), "notice", None)
+            if notice:
+                print(f"papilio: {notice}; states are those that the jobs' folders know", file=sys.stderr)
+    for path in damaged:
+        print(f"papilio: {path} is no record of a job, and left out; remove it", file=sys.stderr)
     rows.sort(key=lambda row: row[0])
     if namespace.json:
         print(json.dumps([_row_json(job, record) for _, job, record in rows], indent=1))

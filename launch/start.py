@@ -9,11 +9,13 @@ preflight of all its hosts: they are another module, which meets where the job w
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -37,8 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-node-in", metavar="NAME", help="variable that names the first host")
     parser.add_argument("--rdzv-port", type=int, metavar="N", help="port on the first host where the hosts meet")
     parser.add_argument("--checks", default="", metavar="COMMAND", help="module with arguments that must succeed first")
+    parser.add_argument("--dollar", metavar="MARK", help="what stands for $ in all words")
+    parser.add_argument("--file", action="append", default=[], metavar="PATH:BASE64", help="a file that comes along")
     options = parser.parse_args(words[:end])
-    module, *rest = words[end + 1 :]
+    if options.dollar is not None:
+        words = [word if word.startswith("--dollar=") else word.replace(options.dollar, "$") for word in words]
+        options = parser.parse_args(words[:end])
+    there = write_files(options.file)
+    module, *rest = (with_files(word, there) for word in words[end + 1 :])
+    checks = [with_files(word, there) for word in shlex.split(options.checks)]
     endpoint = []
     try:
         check_mounts(options.mounted, Path(MOUNTS).read_text("utf-8") if options.mounted else "")
@@ -48,12 +57,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"papilio: error: {error}", file=sys.stderr, flush=True)
         return NO_RESTART_EXIT_CODE
     os.environ.update(word.split("=", 1) for word in options.env)
-    status = run_module([*shlex.split(options.checks), *endpoint]) if options.checks else 0
+    status = run_module([*checks, *endpoint]) if checks else 0
     if status:
         why = "the checks before the job failed, the log of host 0 says why; nothing was started"
         print(f"papilio: error: {why}", file=sys.stderr, flush=True)
         return status
     return os.execv(sys.executable, module_command(module, *endpoint, *rest))
+
+
+def write_files(files: Iterable[str]) -> dict[str, str]:
+    """Write the files that came in the command; return where each is now, by its path where the job was submitted."""
+    there: dict[str, str] = {}
+    for text in files:
+        path, _, content = text.rpartition(":")
+        target = Path(tempfile.mkdtemp(prefix="papilio_")) / Path(path).name
+        target.write_bytes(base64.b64decode(content))
+        there[path] = str(target)
+    return there
+
+
+def with_files(word: str, there: Mapping[str, str]) -> str:
+    """Name a file that came along by where it is here, as a word or as the value of an option."""
+    option, _, value = word.partition("=")
+    if option.startswith("-") and value in there:
+        return f"{option}={there[value]}"
+    return there.get(word, word)
 
 
 def run_module(words: Sequence[str]) -> int:

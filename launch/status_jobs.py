@@ -12,11 +12,20 @@ import time
 from collections.abc import Callable
 
 from torchx.runner import Runner
-from torchx.specs import AppStatus
+from torchx.specs import AppState, AppStatus
 
 from data_pipeline.terminal import can_draw_over, has_colors, num_columns
-from launch.job_status import handle_of, run_folder_of, status_lines, status_of, status_tree
+from launch.job_status import (
+    STATUS_CODES,
+    UNKNOWN_CODE,
+    handle_of,
+    run_folder_of,
+    status_lines,
+    status_of,
+    status_tree,
+)
 from launch.live_text import Ink, view_lines
+from launch.schedulers.errors import SchedulerError
 from launch.schedulers.runner import SCHEDULERS, make_runner
 from launch.usage import UsageError
 from trainer.live.view import LiveView, LiveViewError, read_view
@@ -36,6 +45,15 @@ def run_status(namespace: argparse.Namespace) -> int:
         raise UsageError("--watch draws on a terminal; elsewhere use papilio status --json, or papilio logs -f")
     if _is_run_folder(namespace.job):
         return _show_run(namespace)
+    try:
+        return _show_job(namespace)
+    except SchedulerError as error:
+        # Not the status of a job that failed.
+        print(f"papilio status: error: {error}", file=sys.stderr)
+        return UNKNOWN_CODE
+
+
+def _show_job(namespace: argparse.Namespace) -> int:
     with make_runner() as runner:
         handle = handle_of(namespace.job)
         shown = _Job(runner, handle)
@@ -45,10 +63,10 @@ def run_status(namespace: argparse.Namespace) -> int:
             tree["ranks"] = None if view is None else view.model_dump(mode="json")
             print(json.dumps(tree, indent=1))
         elif namespace.watch:
-            return _watch(shown.draw)
+            _watch(shown.draw)
         else:
             print("\n".join(shown.draw()[0]))
-    return 0
+        return STATUS_CODES.get(shown.status.state, UNKNOWN_CODE)
 
 
 class _Job:
@@ -71,18 +89,23 @@ class _Job:
 
 
 def _show_run(namespace: argparse.Namespace) -> int:
+    """Show a run folder; the exit status is that of a job in this state, and 3 where nothing writes any more."""
     if namespace.json:
         print(read_view(namespace.job).model_dump_json(indent=1))
-        return 0
+    else:
 
-    def draw() -> tuple[list[str], bool]:
-        view = read_view(namespace.job)
-        return _picture(view, has_ended=False), view.state != "running"
+        def draw() -> tuple[list[str], bool]:
+            view = read_view(namespace.job)
+            return _picture(view, has_ended=False), view.state != "running"
 
-    if namespace.watch:
-        return _watch(draw)
-    print("\n".join(draw()[0]))
-    return 0
+        if namespace.watch:
+            _watch(draw)
+        else:
+            print("\n".join(draw()[0]))
+    view = read_view(namespace.job)
+    if view.state == "failed":
+        return STATUS_CODES[AppState.FAILED]
+    return UNKNOWN_CODE if view.is_stale(time.time()) else 0
 
 
 def _is_run_folder(word: str | None) -> bool:
@@ -112,7 +135,7 @@ def _picture(view: LiveView, *, has_ended: bool) -> list[str]:
     return view_lines(view, width, time.time(), Ink(has_colors=has_colors()))
 
 
-def _watch(draw: Callable[[], tuple[list[str], bool]]) -> int:
+def _watch(draw: Callable[[], tuple[list[str], bool]]) -> None:
     """Draw over what was drawn before, until the job has ended or Ctrl-C."""
     sys.stdout.write(CLEAR)
     try:
@@ -122,7 +145,7 @@ def _watch(draw: Callable[[], tuple[list[str], bool]]) -> int:
             sys.stdout.write(HOME + "".join(f"{line}{TO_END_OF_LINE}\n" for line in lines) + BELOW)
             sys.stdout.flush()
             if has_ended:
-                return 0
+                return
             time.sleep(DRAW_EVERY_S)
     except KeyboardInterrupt:
-        return 0
+        return

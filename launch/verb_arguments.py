@@ -264,18 +264,23 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description}\n\nExit status: 0 the job waits, runs or succeeded; 1 it failed; 4 it was cancelled;\n"
+        "3 nobody knows (the scheduler does not answer, or has forgotten it); 2 there is no such job, or the\n"
+        "command line is wrong."
+    )
     parser.add_argument(
         "job",
         nargs="?",
         metavar="JOB",
-        help="a handle, as slurm://papilio/12, an id, or a run folder (default: the newest job)",
+        help="a handle, as slurm://papilio/12, an id, a name, or a run folder (default: the newest job of this folder)",
     )
     parser.add_argument("-w", "--watch", action="store_true", help="draw it anew every 2 s until the job ends")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
 
 
 def logs_arguments(parser: argparse.ArgumentParser) -> None:
-    cancel_arguments(parser)
+    _add_job(parser)
     parser.add_argument(
         "-f", "--follow", action="store_true", help="go on until the job ends, and leave with its status"
     )
@@ -321,8 +326,18 @@ def preflight_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_job(parser)
     parser.add_argument(
-        "job", nargs="?", metavar="JOB", help="a handle, as slurm://papilio/12, or an id (default: the newest job)"
+        "-y", "--yes", action="store_true", help="do not ask, where JOB is left out, a name, or not launched from here"
+    )
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "job",
+        nargs="?",
+        metavar="JOB",
+        help="a handle, as slurm://papilio/12, an id or a name (default: the newest job of this folder)",
     )
 
 

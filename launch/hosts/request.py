@@ -6,6 +6,7 @@ for other machines than its plan is made for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from sharding.hardware import Hardware, HardwareError, load_hardware
 # scheduler refuses, or never starts, a job that asks for all. The plan leaves as much free (sharding.reserve_fraction).
 JOB_MEMORY_SHARE = 0.9
 MIB = 1 << 20
+# Above these a number is a slip of the finger, and would make a manifest of millions of lines.
+MAX_RANKS, MAX_CORES, MAX_HOSTS, MAX_RETRIES = 1_024, 100_000, 10_000, 10_000
+MAX_MEMORY_MB, MAX_PORT, MAX_WAIT_S = 1 << 30, (1 << 16) - 1, 7 * 86_400
+WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 # Without a profile: enough for a recipe of the quick start's size.
 DEFAULT_NUM_RANKS = 2
 DEFAULT_MEMORY_MB = 4096
@@ -54,6 +59,9 @@ def request_host(
         _number(flag, value)
         for flag, value in (("--nproc", nproc), ("--cpu", cpu), ("--gpu", gpu), ("--memory_mb", memory_mb))
     )
+    require_number("--omp_threads", omp_threads, 1, MAX_CORES)
+    if nproc is not None:  # before cores are reckoned from it
+        require_number("--nproc", nproc, 1, MAX_RANKS)
     if host is None:
         nproc = DEFAULT_NUM_RANKS if nproc is None else nproc
         return HostRequest(
@@ -88,15 +96,43 @@ def largest(flag: str, counts: Sequence[str] | None) -> int | None:
     """Return the largest of numbers that TorchX gives as text; None without any.
 
     Raises:
-        UsageError: one is no number.
+        UsageError: one is no number of at least 1.
     """
-    return max((_number(flag, count) or 0 for count in counts), default=None) if counts else None
+    numbers = [_number(flag, count) or 0 for count in counts or ()]
+    for number in numbers:
+        require_number(flag, number, 1, MAX_RANKS)
+    return max(numbers, default=None)
+
+
+def require_number(flag: str, value: float, least: float, most: float = float("inf")) -> None:
+    """Check a number that a person gave; the one rule for all components and schedulers.
+
+    Raises:
+        UsageError: it is too small, too large, or none.
+    """
+    if not least <= value <= most:
+        allowed = f"of at least {least:,}" if most == float("inf") else f"from {least:,} to {most:,}"
+        raise UsageError(f"{flag} {value}: a number {allowed} is needed")
+
+
+def check_request(request: HostRequest, omp_threads: int, max_retries: int) -> None:
+    """Check what a job asks of each host, whoever filled it in.
+
+    Raises:
+        UsageError: a number is too small or too large.
+    """
+    require_number("--nproc", request.nproc, 1, MAX_RANKS)
+    require_number("--cpu", request.cpu, 1, MAX_CORES)
+    require_number("--gpu", request.gpu, 0, MAX_RANKS)
+    require_number("--memory_mb", request.memory_mb, 1, MAX_MEMORY_MB)
+    require_number("--omp_threads", omp_threads, 1, MAX_CORES)
+    require_number("--max_retries", max_retries, 0, MAX_RETRIES)
 
 
 def _number(flag: str, value: int | str | None) -> int | None:
     if value is None or isinstance(value, int):
         return value
-    if not value.isdigit():
+    if not WHOLE_NUMBER.fullmatch(value):
         raise UsageError(f"{flag} {value}: a whole number is needed")
     return int(value)
 

@@ -4,6 +4,8 @@
     host.sh        what each host runs; job.sh, what Slurm runs
     host_3.log     what the agent and the ranks of host 3 print, in all attempts
     job.events     attempts: their hosts, statuses, and why there was another; host_3.events, those of one host
+    cancel.events  when this user cancelled it, a file of its own, as another machine writes into job.events
+    job.log        what Slurm itself says about starting the hosts
 
 The scheduler forgets a job in minutes where it has no database; the folder does not. A line of an events file is a time
 (seconds since 1970), the attempt, a word and more words, with tabs between them.
@@ -20,16 +22,28 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+from torchx.schedulers.api import ListAppResponse
+
 from launch.schedulers.errors import SchedulerError
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
-JOB, EVENTS = "job.json", "job.events"
+JOB, EVENTS, CANCEL_EVENTS = "job.json", "job.events", "cancel.events"
+EVENT = re.compile(r"(\d+(?:\.\d+)?)\t(\d+)\t(\w+)\t(.*)", re.ASCII)
 HOST_LOG = re.compile(r"host_(\d+)\.log")
+# A folder's name ends with a moment and a random number, and a file's name has at most 255 bytes.
+MAX_STEM = 100
+# A line of a script, a pattern of Slurm's (in which a backslash turns all others off) and a path at once.
+NO_FOLDER_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What is known of a job from when it was started."""
+    """What is known of a job from when it was started.
+
+    A number is a job's name on one cluster only: on Slurm `cluster` and `accepted_s`, when Slurm accepted it by its own
+    clock, tell it from another job of that number; "" and 0 in records of older releases.
+    """
 
     scheduler: str
     app_id: str
@@ -42,6 +56,8 @@ class JobRecord:
     submitted_on: str
     submitted_from: str
     max_retries: int = 0
+    cluster: str = ""
+    accepted_s: float = 0.0
 
     @property
     def handle(self) -> str:
@@ -59,56 +75,125 @@ class Event:
     details: tuple[str, ...]
 
 
+@dataclass
+class ListedJob(ListAppResponse):  # type: ignore[misc]
+    """A job of `papilio list`, with what was noted when it was started."""
+
+    record: JobRecord | None = None
+
+
+_RECORD = TypeAdapter(JobRecord)
+
+
 def new_folder(jobs_dir: str, name: str) -> Path:
     """Return the name of a folder for one job, which is not made yet.
 
     Raises:
-        SchedulerError: jobs cannot be noted where they are found again; told before one is started.
+        SchedulerError: scripts cannot name it.
     """
-    index = _index()
-    nearest = next(folder for folder in (index, *index.parents) if folder.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise SchedulerError(
-            f"jobs are noted in {index}, and {nearest} cannot be written; set XDG_STATE_HOME to a folder that can be"
-        )
+    parent = Path(jobs_dir).absolute()
+    found = NO_FOLDER_CHARACTERS.search(str(parent))
+    if found is not None or not jobs_dir:
+        seen = f"has the character {found[0]!r}" if found is not None else "is not named"
+        raise SchedulerError(f"the jobs folder {str(parent)!r} {seen}: choose another with -cfg jobs_dir=FOLDER")
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:MAX_STEM]
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    return Path(jobs_dir).absolute() / f"{name.replace('/', '-')}-{moment}-{secrets.token_hex(3)}"
+    return parent / f"{stem}-{moment}-{secrets.token_hex(3)}"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a job's folder, and the index that will name it, before the job is anyone's.
+
+    Raises:
+        SchedulerError: one of them cannot be made or written.
+    """
+    for place, how in ((folder, "-cfg jobs_dir=FOLDER"), (_index(), "XDG_STATE_HOME=FOLDER in the environment")):
+        try:
+            place.mkdir(parents=True, exist_ok=place != folder)
+            (place / ".writable").touch()
+            (place / ".writable").unlink()
+        except OSError as error:
+            raise SchedulerError(
+                f"{place} cannot be made or written ({error.strerror}), and nothing was started; choose another place "
+                f"with {how}"
+            ) from None
 
 
 def write_record(record: JobRecord) -> None:
-    """Write job.json, and note the folder where `papilio list` finds it from anywhere."""
-    text = json.dumps(asdict(record), indent=1) + "\n"
+    """Write job.json, and note the folder where `papilio list` finds it from anywhere.
+
+    Raises:
+        SchedulerError: they cannot be written; the job goes on, and the message says how it is called.
+    """
+    # Words of a command line need not be UTF-8, a file of JSON must.
+    text = json.dumps(asdict(record), indent=1, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
     folder = Path(record.folder)
-    (folder / JOB).write_text(text, encoding="utf-8")
-    index = _index()
-    index.mkdir(parents=True, exist_ok=True)
-    (index / f"{folder.name}.json").write_text(text, encoding="utf-8")
+    try:
+        for path in (folder / JOB, _index() / f"{folder.name}.json"):
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SchedulerError(
+            f"{record.handle} was started, but {error.filename} cannot be written ({error.strerror}): `papilio list` "
+            f"will not know it; its logs are in {folder}"
+        ) from None
+
+
+def read_index() -> tuple[list[JobRecord], list[str]]:
+    """Return the jobs that this user started on this machine, oldest first, and what of the index is no job.
+
+    Jobs whose folders were removed are neither.
+    """
+    records, damaged = [], []
+    for path in _index().glob("*.json"):
+        try:
+            record = _RECORD.validate_json(path.read_bytes())
+        except FileNotFoundError:  # another process removes it now
+            continue
+        except (OSError, ValidationError):
+            damaged.append(str(path))
+            continue
+        if _is_there(record):
+            records.append(record)
+    return sorted(records, key=lambda record: record.submitted_s), sorted(damaged)
 
 
 def read_records() -> list[JobRecord]:
     """Return the jobs that this user started on this machine and whose folders are still there, oldest first."""
-    records = [record for record in map(_read_record, _index().glob("*.json")) if record is not None]
-    return sorted(records, key=lambda record: record.submitted_s)
+    return read_index()[0]
+
+
+def find_records(scheduler: str, app_id: str) -> list[JobRecord]:
+    """Return the jobs of this id, oldest first: each cluster counts from 1, so that ids come again."""
+    return [record for record in read_records() if (record.scheduler, record.app_id) == (scheduler, app_id)]
 
 
 def find_record(scheduler: str, app_id: str) -> JobRecord | None:
-    """Return the newest job of this id: clusters count from 1, so that ids come again."""
-    found = [record for record in read_records() if (record.scheduler, record.app_id) == (scheduler, app_id)]
-    return found[-1] if found else None
+    """Return the newest job of this id."""
+    return next(reversed(find_records(scheduler, app_id)), None)
 
 
-def read_folder(folder: str) -> JobRecord | None:
-    """Return the record in a job's folder, None if it is not one."""
-    return _read_record(Path(folder) / JOB)
+def why_unreadable(folder: str) -> str | None:
+    """Say why the files of a job's folder cannot be read, None if they can."""
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        return f"its folder {folder} cannot be read: {error.strerror}"
+    return None
+
+
+def note_cancelled(record: JobRecord) -> None:
+    """Remember that this user cancelled the job, for when the scheduler no longer does."""
+    with Path(record.folder, CANCEL_EVENTS).open("a", encoding="utf-8") as events:
+        events.write(f"{time.time():.3f}\t1\tcancelled\t{os.getuid()}\n")
 
 
 def read_events(folder: str, file: str = EVENTS) -> list[Event]:
     """Return what has happened so far; a line that is being written now is left out."""
-    path = Path(folder) / file
-    if not path.exists():
+    try:
+        text = (Path(folder) / file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return list(_parsed(lines))
+    return list(_parsed(text.split("\n")[:-1]))
 
 
 def host_logs(folder: str) -> dict[int, Path]:
@@ -132,22 +217,26 @@ def meaning_of(status: str) -> str:
 
 
 def _parsed(lines: list[str]) -> Iterator[Event]:
+    """What a full disk or a crash left of a line is no event."""
     for line in lines:
-        time_s, attempt, what, *details = line.split("\t")
-        yield Event(float(time_s), int(attempt), what, tuple(details))
+        match = EVENT.fullmatch(line)
+        if match is not None:
+            yield Event(float(match[1]), int(match[2]), match[3], tuple(match[4].split("\t")))
 
 
 def _index() -> Path:
     """Where desktop programs keep such state, too."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    except RuntimeError:  # a user id without an entry in the system's list of users
+        raise SchedulerError(
+            "this user has no home, where jobs are noted: set HOME or XDG_STATE_HOME to a folder"
+        ) from None
     return Path(state) / "papilio" / "jobs"
 
 
-def _read_record(path: Path) -> JobRecord | None:
+def _is_there(record: JobRecord) -> bool:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
-    tree["command"] = tuple(tree["command"])
-    record = JobRecord(**tree)
-    return record if Path(record.folder, JOB).exists() else None
+        return Path(record.folder, JOB).exists()
+    except OSError:  # behind a folder that may not be read now
+        return True

@@ -6,15 +6,23 @@ It writes what TorchX's scheduler writes, and beside that
   being asked for; other failures do as often as max_retries says, but a mistake that would be made again (78) never;
 - every field of the manifest is checked before it is sent, here, so that a dry run needs no cluster;
 - a job without an image is refused: no node could start it;
-- a cluster that does not answer or refuses is told in one line.
+- a cluster that does not answer or refuses is told in one line;
+- a name that Kubernetes would not take is refused, with how long it may be;
+- recipes, profiles and plans of this machine, which no pod sees, travel in the command (launch/start.py);
+- a `$` arrives as it was written; the kubelet would take $(NAME) for a variable, and make $ of $$.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
+import re
+import shlex
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torchx import specs
@@ -24,11 +32,21 @@ from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesSche
 from launch.roles import NO_IMAGE
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.kubernetes_errors import explained, require_client
-from launch.schedulers.manifest_check import find_problems
+from launch.schedulers.manifest_check import MAX_POD_NAME, find_problems
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
-# Volcano has one count for all restarts of a job.
+# Volcano has one count for all restarts of a job, and gives up when it reaches maxRetry (restartingState.Execute), so
+# that one restart less takes place. Where failures are retried, resumes share their number: never more than was said.
 MAX_RESUMES = 10
+# <job>-<14 letters that TorchX adds>-<task>-<number> is a pod's name, and its host's.
+MAX_SUFFIX = 14
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+# Files that are read where the job runs; others are data, for which there are mounts.
+FILE_OPTIONS = ("--recipe", "--host", "--hardware", "--sharding.plan", "--sharding.hardware")
+# What the words of our components run (launch/roles.py).
+OUR_MODULES = ("launch.start", "trainer.agent", "launch.cli", "launch.preflight.worker")
+FILE_SUFFIXES = (".toml", ".json")
+MAX_FILE_BYTES = 256 << 10  # of a manifest, which may have 1.5 MiB, for each of its hosts
 
 
 @dataclass
@@ -93,16 +111,91 @@ class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
                     f"the job {app.name} names no image: give --image REGISTRY/NAME:TAG, a container image that holds "
                     "Papilio"
                 )
+            if not role.image.isascii() or re.search(r"\s", role.image):
+                raise SchedulerError(f"--image {role.image!r}: an image is as REGISTRY/NAME:TAG, without white space")
+            _check_name(app.name, role)
+        app = replace(app, roles=[replace(role, args=with_local_files(role)) for role in app.roles])
         info = super()._submit_dryrun(app, cfg)
         resource: dict[str, Any] = info.request.resource
         for task in resource["spec"]["tasks"]:
             task["policies"] = policies(app.roles[0].max_retries)
             task.pop("maxRetry", None)  # of a pod by itself, which cannot join the others again
-        resource["spec"]["maxRetry"] = MAX_RESUMES + app.roles[0].max_retries
+            _escape_dollars(task["template"])
+        resource["spec"]["maxRetry"] = 1 + (app.roles[0].max_retries or MAX_RESUMES)
         problems = find_problems(sanitize_for_serialization(resource))
         if problems:
             raise SchedulerError("the manifest is wrong: " + "; ".join(problems))
         return info
+
+
+def _check_name(name: str, role: specs.Role) -> None:
+    """Check a job's name, of which TorchX would silently drop what Kubernetes does not take.
+
+    Raises:
+        SchedulerError: it does not take it, or the names that are made of it are too long.
+    """
+    most = MAX_POD_NAME - MAX_SUFFIX - len(f"--{role.name}-{max(role.num_replicas - 1, 0)}-0")
+    if NAME.fullmatch(name) is None or name.endswith(("-", "_", ".")):
+        raise SchedulerError(
+            f"--name {name!r}: on Kubernetes a name has letters of English, digits, - and _, begins with a letter and "
+            "ends with none but a letter or digit, as in train-2"
+        )
+    if len(name) > most:
+        raise SchedulerError(
+            f"--name {name}: it has {len(name)} letters, on Kubernetes {most} are allowed here, as pods get "
+            "longer names from it; shorten it"
+        )
+
+
+def with_local_files(role: specs.Role) -> list[str]:
+    """Return a role's arguments with the recipes, profiles and plans of this machine in them that it names.
+
+    Raises:
+        SchedulerError: one is too large for that.
+    """
+    args = list(role.args)
+    module = next((index for index, word in enumerate(args) if word in OUR_MODULES), None)
+    if module is None:
+        return args
+    mounted = [Path(mount.dst_path) for mount in role.mounts if not isinstance(mount, specs.DeviceMount)]
+    files: dict[str, str] = {}
+    words = [word for arg in args for word in (shlex.split(arg[9:]) if arg.startswith("--checks=") else [arg])]
+    for before, word in itertools.pairwise(words):
+        option, _, value = word.partition("=")
+        path = value if option in FILE_OPTIONS else word if before in FILE_OPTIONS else ""
+        if path.endswith(FILE_SUFFIXES) and not any(Path(path).is_relative_to(folder) for folder in mounted):
+            content = _content(path)
+            files |= {path: base64.b64encode(content).decode()} if content is not None else {}
+    shipped = [f"--file={path}:{text}" for path, text in files.items()]
+    if not shipped:
+        return args
+    if args[module] == "launch.start":
+        return [*args[: module + 1], *shipped, *args[module + 1 :]]
+    return [*args[:module], "launch.start", *shipped, "--", *args[module:]]
+
+
+def _content(path: str) -> bytes | None:
+    """Read a file of this machine; None if there is none, as one that only the image has."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SchedulerError(f"{path} cannot be read, and no pod would see it: {error.strerror}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise SchedulerError(
+            f"{path} has {len(content)} bytes, and {MAX_FILE_BYTES} at most travel with a job to pods, which do not "
+            "see this machine's files: put it on a volume (--mounts) and give its path there"
+        )
+    return content
+
+
+def _escape_dollars(pod: Any) -> None:
+    for container in pod.spec.containers:
+        container.command = [word.replace("$", "$$") for word in container.command or []]
+        container.args = container.args and [word.replace("$", "$$") for word in container.args]
+        for variable in container.env or []:
+            variable.value = variable.value and variable.value.replace("$", "$$")
 
 
 def policies(max_retries: int) -> list[dict[str, Any]]:

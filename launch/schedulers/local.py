@@ -32,10 +32,12 @@ from launch.schedulers.job_folder import (
     find_record,
     host_logs,
     last_event,
+    make_folder,
     meaning_of,
     new_folder,
     read_events,
     read_records,
+    why_unreadable,
     write_record,
 )
 from launch.schedulers.local_supervisor import CANCELLED, PID, PROCESSES, is_supervised
@@ -105,7 +107,7 @@ class LocalJobs(Scheduler[LocalSettings]):  # type: ignore[misc]
             SchedulerError: the supervisor does not come up.
         """
         request = dryrun_info.request
-        request.folder.mkdir(parents=True)
+        make_folder(request.folder)
         plan = {"max_retries": request.role.max_retries, "hosts": request.processes}
         (request.folder / PROCESSES).write_text(json.dumps(plan, indent=1), encoding="utf-8")
         with (request.folder / "job.log").open("ab") as log:
@@ -136,6 +138,8 @@ class LocalJobs(Scheduler[LocalSettings]):  # type: ignore[misc]
 
     def _cancel_existing(self, app_id: str) -> None:
         record = find_record("local_cwd", app_id)
+        if record is not None and (where := _elsewhere(record)) is not None:
+            raise SchedulerError(f"{record.handle} was not cancelled: {where}")
         if record is not None and is_supervised(record.folder):
             os.kill(int(Path(record.folder, PID).read_text().split()[0]), signal.SIGTERM)
 
@@ -206,16 +210,32 @@ def _wait_for_start(folder: Path, supervisor: subprocess.Popen[bytes]) -> None:
         time.sleep(POLL_S)
 
 
+def _elsewhere(record: JobRecord) -> str | None:
+    """Say that a job's processes are not here, if they are not: folders and the index may be on a shared disk."""
+    if record.submitted_on == socket.gethostname():
+        return None
+    return f"it was started on {record.submitted_on}, and this is {socket.gethostname()}: ask there"
+
+
 def _state(record: JobRecord, events: list[Event]) -> tuple[AppState, str]:
+    unreadable = why_unreadable(record.folder)
+    if unreadable is not None:
+        return AppState.UNKNOWN, unreadable
     if is_supervised(record.folder):
         return AppState.RUNNING, "RUNNING"
-    last = last_event(events, "begins", "ended")
-    if last is None or last.what == "begins":
-        return AppState.FAILED, "its supervisor was killed, or this machine was started anew; the ranks have ended"
-    status = last.details[0]
+    last = last_event(events, "begins", "ended", "retried")
+    if last is not None and last.what == "ended":
+        return _ending(last.details[0], is_cancelled=last_event(events, CANCELLED) is not None)
+    where = _elsewhere(record)
+    if where is not None:
+        return AppState.UNKNOWN, where
+    return AppState.FAILED, "its supervisor was killed, or this machine was started anew; the ranks have ended"
+
+
+def _ending(status: str, *, is_cancelled: bool) -> tuple[AppState, str]:
     if status == "0":
         return AppState.SUCCEEDED, "status 0"
-    if last_event(events, CANCELLED) is not None:
+    if is_cancelled:
         return AppState.CANCELLED, f"cancelled, {meaning_of(status)}"
     return AppState.FAILED, meaning_of(status)
 

@@ -118,9 +118,11 @@ class Supervisor:
 
 def is_supervised(folder: str) -> bool:
     """Whether the supervisor of a job's folder runs on this machine."""
-    path = Path(folder, PID)
-    words = path.read_text().split() if path.exists() else []
-    return len(words) == 2 and start_time(int(words[0])) == words[1]
+    try:
+        words = Path(folder, PID).read_text(errors="replace").split()
+    except OSError:
+        return False
+    return len(words) == 2 and words[0].isdecimal() and start_time(int(words[0])) == words[1]
 
 
 def start_time(pid: int) -> str | None:

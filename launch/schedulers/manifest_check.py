@@ -48,6 +48,9 @@ QUANTITIES = {
 MAX_POD_NAME = 63
 
 LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+# The value of a label, and the last part of its name.
+WORD = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", re.ASCII)
+DOMAIN = r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
 # Those that Volcano's admission takes from users, of more that it has.
 Event = Literal["*", "PodPending", "PodFailed", "PodEvicted", "Unknown", "TaskCompleted", "TaskFailed", "JobUpdated"]
 Action = Literal[
@@ -99,7 +102,7 @@ class _JobSpec(_Strict):
 
 class _Metadata(_Strict):
     name: str = Field(pattern=LABEL, max_length=63)
-    namespace: str | None = None
+    namespace: str | None = Field(None, pattern=LABEL, max_length=63)
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
 
@@ -117,7 +120,7 @@ def find_problems(manifest: Mapping[str, Any]) -> list[str]:
         job = _Job.model_validate(manifest)
     except ValidationError as error:
         return [f"{'.'.join(map(str, problem['loc']))}: {_reason(problem)}" for problem in error.errors()]
-    problems = []
+    problems = _wrong_labels(manifest["metadata"], "metadata")
     for index, task in enumerate(job.spec.tasks):
         place = f"spec.tasks.{index}"
         problems += _problems_of(task.template, "V1PodTemplateSpec", f"{place}.template")
@@ -127,8 +130,27 @@ def find_problems(manifest: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{place}.name: the pod's name {pod_name} has {len(pod_name)} letters, {MAX_POD_NAME} are allowed"
             )
+        problems += _wrong_labels(task.template.get("metadata") or {}, f"{place}.template.metadata")
         problems += _contradictions(task.policies, f"{place}.policies")
     return problems + _contradictions(job.spec.policies, "spec.policies")
+
+
+def _wrong_labels(metadata: Mapping[str, Any], place: str) -> list[str]:
+    """What Kubernetes does not take as a label, or as the name of a label or annotation."""
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
+    problems = []
+    for kind, names in (("labels", labels), ("annotations", annotations)):
+        for name in names:
+            domain, slash, own = name.rpartition("/")
+            if not WORD.fullmatch(own) or (slash and not re.fullmatch(DOMAIN, domain)):
+                problems.append(f"{place}.{kind}: {name!r} is no name; as in app.example.org/part, or part")
+    for name, value in labels.items():
+        if value and not WORD.fullmatch(str(value)):
+            problems.append(
+                f"{place}.labels.{name}: {value!r} is no label: up to 63 letters, digits, - _ and ., a letter or digit "
+                "at both ends"
+            )
+    return problems
 
 
 def _contradictions(policies: list[_Policy], place: str) -> list[str]:

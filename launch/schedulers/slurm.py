@@ -10,14 +10,15 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torchx import specs
-from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler, Stream, StructuredOpts
+from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler, Stream
 from torchx.specs import AppState
 
 from launch.schedulers import slurm_queries as queries
@@ -25,60 +26,26 @@ from launch.schedulers.errors import SchedulerError
 from launch.schedulers.following import follow_file
 from launch.schedulers.job_folder import (
     JobRecord,
-    find_record,
+    ListedJob,
     host_logs,
+    make_folder,
     new_folder,
+    note_cancelled,
     read_records,
     write_record,
 )
-from launch.schedulers.slurm_queries import SlurmRow
+from launch.schedulers.slurm_identity import is_job, other_cluster, record_here
+from launch.schedulers.slurm_options import SlurmSettings, limit_s, sbatch_options
+from launch.schedulers.slurm_queries import ControllerError, SlurmRow
 from launch.schedulers.slurm_scripts import SlurmScripts, render, resolve_role
-from launch.schedulers.slurm_states import STATES, describe_components, describe_forgotten, describe_job, together
-
-# Below this a partition's memory is not configured, and Slurm refuses jobs that ask for any.
-LEAST_PARTITION_MEMORY_MB = 1_000
-# A job with a time limit gets SIGTERM so long before it that its ranks can save: the grace of the component, and this.
-MARGIN_S = 30
-DEFAULT_GRACE_S = 30
-
-
-@dataclass
-class SlurmSettings(StructuredOpts):  # type: ignore[misc]
-    """What `papilio launch -s slurm -cfg key=value,...` takes."""
-
-    partition: str | None = None
-    """Partition to run in (default: the cluster's)."""
-
-    time: str | None = None
-    """Time limit as Slurm writes it, e.g. 60 (minutes) or 1-12:00:00; shortly before, the ranks save and the job is
-    requeued."""
-
-    account: str | None = None
-    """Account to charge."""
-
-    qos: str | None = None
-    """Quality of service."""
-
-    constraint: str | None = None
-    """Features that the hosts must have."""
-
-    exclude: str | None = None
-    """Hosts not to use, e.g. n7."""
-
-    reservation: str | None = None
-    """Reservation to run in."""
-
-    comment: str | None = None
-    """Comment on the job."""
-
-    mail_user: str | None = field(default=None, metadata={"cfg_key": "mail-user"})
-    """Whom to mail."""
-
-    mail_type: str | None = field(default=None, metadata={"cfg_key": "mail-type"})
-    """On which events to mail."""
-
-    jobs_dir: str = "jobs"
-    """Where the job's folder is made, with its scripts and the logs of its hosts; all hosts must see it."""
+from launch.schedulers.slurm_states import (
+    FORGOTTEN,
+    STATES,
+    describe_by_folder,
+    describe_components,
+    describe_job,
+    together,
+)
 
 
 @dataclass
@@ -101,6 +68,7 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
     def __init__(self, session_name: str, **parameters: Any) -> None:
         """TorchX gives the session's name, and parameters that other schedulers take."""
         super().__init__("slurm", session_name)
+        self.notice: str | None = None
 
     def _run_opts(self) -> specs.runopts:
         return SlurmSettings.as_runopts()
@@ -113,7 +81,8 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
             resolve_role(role),
             title=shlex.join(command),
             folder=str(folder),
-            sbatch_options=[*_sbatch_options(app.name, role, cfg), f"--output={folder}/job.log"],
+            sbatch_options=sbatch_options(app.name, role, cfg, folder),
+            has_time_limit=limit_s(cfg) is not None,
         )
         return specs.AppDryRunInfo(SlurmRequest(folder, scripts, role, app.name, command), str)
 
@@ -124,10 +93,11 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
             SchedulerError: Slurm refuses it.
         """
         request = dryrun_info.request
-        request.folder.mkdir(parents=True)
+        make_folder(request.folder)
         for name, text in (("job.sh", request.scripts.job), ("host.sh", request.scripts.host)):
             (request.folder / name).write_text(text, encoding="utf-8")
         app_id = queries.submit(f"{request.folder}/job.sh")
+        cluster, accepted_s = _accepted(app_id)
         write_record(
             JobRecord(
                 scheduler="slurm",
@@ -141,38 +111,66 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
                 submitted_on=socket.gethostname(),
                 submitted_from=str(Path.cwd()),
                 max_retries=request.role.max_retries,
+                cluster=cluster,
+                accepted_s=accepted_s,
             )
         )
         return app_id
 
     def _cancel_existing(self, app_id: str) -> None:
+        """Cancel a job, and remember that it was cancelled; not another one that has its number now."""
+        record = record_here(app_id)
+        if record is not None:
+            why = other_cluster(record) or _taken(queries.query_job(app_id), record)
+            if why is not None:
+                raise SchedulerError(f"job {app_id} of {record.folder} was not cancelled: {why}")
         queries.cancel_job(app_id)
+        if record is not None:
+            with suppress(OSError):  # the folder is on a disk that is full; the job has been cancelled
+                note_cancelled(record)
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """Tell the state of a job: as Slurm knows it, or else its database, or else the job's folder."""
-        rows, record = queries.query_job(app_id), find_record("slurm", app_id)
-        if record is not None and rows and rows[0].name != record.name:
-            record = None  # of another cluster, where the ids began anew
-        if not rows:
-            return describe_forgotten(record) if record is not None else None
-        if rows[0].component is not None or record is None:
+        record = record_here(app_id)
+        try:
+            rows = queries.query_job(app_id)
+        except ControllerError as error:
+            if record is None:
+                raise
+            return describe_by_folder(record, str(error))
+        if rows and (record is None or rows[0].component is not None):
             return describe_components(app_id, rows)
-        return describe_job(rows[0], record)
+        if record is None:
+            return None
+        if rows and is_job(rows[0], record):
+            return describe_job(rows[0], record)
+        return describe_by_folder(record, _taken(rows, record) or other_cluster(record) or FORGOTTEN)
 
     def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
-        """Return this user's jobs that Slurm remembers, a heterogeneous one as one, after those it has forgotten."""
+        """Return this user's jobs that Slurm remembers, a heterogeneous one as one, after those it has forgotten.
+
+        Where slurmctld does not answer, `notice` says so, and each job's folder what it knows.
+        """
         jobs: dict[str, list[SlurmRow]] = {}
-        for row in queries.query_jobs():
-            jobs.setdefault(row.job_id, []).append(row)
-        forgotten = [record for record in read_records() if record.scheduler == "slurm" and record.app_id not in jobs]
-        responses = [
-            ListAppResponse(app_id=record.app_id, state=describe_forgotten(record).state, name=record.name)
-            for record in forgotten
-        ]
+        forgotten = FORGOTTEN
+        self.notice = None
+        try:
+            for row in queries.query_jobs():
+                jobs.setdefault(row.job_id, []).append(row)
+        except ControllerError as error:
+            self.notice = forgotten = str(error)
+        known: dict[str, JobRecord] = {}
+        responses: list[ListAppResponse] = []
+        for record in (record for record in read_records() if record.scheduler == "slurm"):
+            if record.app_id in jobs and is_job(jobs[record.app_id][0], record):
+                known[record.app_id] = record
+            else:
+                state = describe_by_folder(record, forgotten).state
+                responses.append(ListedJob(app_id=record.app_id, state=state, name=record.name, record=record))
         for job_id, rows in jobs.items():
             state = together([STATES.get(row.state, AppState.UNKNOWN) for row in rows])
             name = rows[0].name if rows[0].component is None else rows[0].name.rpartition("-")[0]
-            responses.append(ListAppResponse(app_id=job_id, state=state, name=name))
+            responses.append(ListedJob(app_id=job_id, state=state, name=name, record=known.get(job_id)))
         return responses
 
     def log_iter(
@@ -191,23 +189,24 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
         Raises:
             SchedulerError: the log is not on this machine.
         """
-        path = self.log_paths(app_id, streams).get(k)
-        if path is None and not should_tail:
+        folder = self._log_folder(app_id)
+        if not should_tail and k not in _logs(folder, app_id, streams):
             raise SchedulerError(f"slurm job {app_id} has no log of host {k} yet")
         lines = follow_file(
-            lambda: self.log_paths(app_id, streams).get(k), lambda: should_tail and not self._has_ended(app_id)
+            lambda: _logs(folder, app_id, streams).get(k), lambda: should_tail and not self._has_ended(app_id)
         )
         return lines if regex is None else (line for line in lines if re.search(regex, line))
 
     def log_paths(self, app_id: str, streams: Stream | None = None) -> dict[int, Path]:
         """Return the log files of a job's hosts that are there now, by host."""
-        record = find_record("slurm", app_id)
+        return _logs(self._log_folder(app_id), app_id, streams)
+
+    def _log_folder(self, app_id: str) -> JobRecord | Path:
+        """Return the record of a job of ours, or else the folder in which TorchX's own writes; asks Slurm only then."""
+        record = record_here(app_id)
         if record is not None and not self.is_heterogeneous(app_id):
-            return host_logs(record.folder)
-        folder = Path(queries.show_job(app_id).get("WorkDir", "."))
-        ending = "err" if streams == Stream.STDERR else "out"
-        found = {path: re.search(r"-(\d+)\.\w+$", path.name) for path in folder.glob(f"slurm-{app_id}-*.{ending}")}
-        return dict(sorted((int(match[1]), path) for path, match in found.items() if match is not None))
+            return record
+        return Path(queries.show_job(app_id).get("WorkDir", "."))
 
     def log_streams(self, app_id: str) -> tuple[Stream | None, ...]:
         """Return what to ask `log_iter` for to get everything: TorchX's own jobs have a file for each stream."""
@@ -215,12 +214,39 @@ class SlurmJobs(Scheduler[SlurmSettings]):  # type: ignore[misc]
 
     def is_heterogeneous(self, app_id: str) -> bool:
         """Whether TorchX's own scheduler submitted the job, as one component for each replica."""
-        rows = queries.query_job(app_id)
+        try:
+            rows = queries.query_job(app_id)
+        except ControllerError:
+            return False
         return bool(rows) and rows[0].component is not None
 
     def _has_ended(self, app_id: str) -> bool:
         description = self.describe(app_id)
         return description is None or specs.is_terminal(description.state)
+
+
+def _logs(place: JobRecord | Path, app_id: str, streams: Stream | None) -> dict[int, Path]:
+    if isinstance(place, JobRecord):
+        return host_logs(place.folder)
+    ending = "err" if streams == Stream.STDERR else "out"
+    found = {path: re.search(r"-(\d+)\.\w+$", path.name) for path in place.glob(f"slurm-{app_id}-*.{ending}")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match is not None))
+
+
+def _accepted(app_id: str) -> tuple[str, float]:
+    """Return the cluster that accepted a job, and when; they tell it from another of its number."""
+    try:
+        rows = queries.query_job(app_id)
+        return queries.cluster_name(), rows[0].submitted_s if rows else 0.0
+    except SchedulerError:  # the job is submitted all the same
+        return "", 0.0
+
+
+def _taken(rows: Sequence[SlurmRow], record: JobRecord) -> str | None:
+    """Say which job has the number now that was the recorded job's; None if it is this one, or nobody's."""
+    if not rows or is_job(rows[0], record):
+        return None
+    return f"Slurm's job {record.app_id} is another one here, {rows[0].name!r}"
 
 
 def _only_role(app: specs.AppDef) -> specs.Role:
@@ -241,26 +267,3 @@ def _only_role(app: specs.AppDef) -> specs.Role:
             "missing: give the paths that the hosts have, without --mounts"
         )
     return role
-
-
-def _sbatch_options(name: str, role: specs.Role, cfg: SlurmSettings) -> list[str]:
-    fewest = role.min_replicas or role.num_replicas
-    hosts = str(fewest) if fewest == role.num_replicas else f"{fewest}-{role.num_replicas}"
-    options = [f"--job-name={name}", f"--nodes={hosts}", "--requeue", "--open-mode=append"]
-    # With a number of tasks Slurm would give an elastic job its fewest hosts; a lost one must not end it.
-    options.append("--no-kill" if fewest < role.num_replicas else "--ntasks-per-node=1")
-    if role.resource.cpu > 0:
-        options.append(f"--cpus-per-task={role.resource.cpu}")
-    if role.resource.gpu > 0:
-        options.append(f"--gres=gpu:{role.resource.gpu}")
-    available_mb = queries.partition_memory_mb(cfg.partition)
-    if role.resource.memMB > 0 and (available_mb is None or available_mb > LEAST_PARTITION_MEMORY_MB):
-        options.append(f"--mem={role.resource.memMB}M")
-    if cfg.time is not None:
-        grace_s = int(role.env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", DEFAULT_GRACE_S))
-        options += [f"--time={cfg.time}", f"--signal=TERM@{grace_s + MARGIN_S}"]
-    given = {
-        key: cfg[key] for key in ("partition", "account", "qos", "constraint", "exclude", "reservation", "comment")
-    }
-    given |= {"mail-user": cfg.mail_user, "mail-type": cfg.mail_type}
-    return options + [f"--{key}={shlex.quote(value)}" for key, value in given.items() if value is not None]

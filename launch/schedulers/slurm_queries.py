@@ -1,20 +1,27 @@
 """What Slurm knows of jobs: from squeue, then from the accounting database where there is one.
 
-Plain columns, not `--json`, whose fields change with every release (and which ignores `-j` in 22.05).
+Plain columns, not `--json`, whose fields change with every release (and which ignores `-j` in 22.05). Between them is a
+character that nobody types, as a job's name and folder may hold any other.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.schedulers.errors import SchedulerError
 
 QUERY_TIMEOUT_S = 60
-SQUEUE_COLUMNS = "%i|%j|%T|%N|%r|%S"
-SACCT_COLUMNS = "JobID,JobName,State,NodeList,ExitCode,Start"
+SEPARATOR = "\x1f"
+SQUEUE_COLUMNS = SEPARATOR.join(("%i", "%j", "%T", "%N", "%r", "%S", "%V", "%o"))
+SACCT_COLUMNS = "JobID,JobName,State,NodeList,ExitCode,Start,Submit"
+# What squeue and scontrol say, with a status other than 0, of a number that is no job's.
+NO_SUCH_JOB = "Invalid job id"
 # A job of TorchX's own slurm scheduler is a heterogeneous one: 12+0, 12+1; those of an array are 12_3.
 JOB_ID = re.compile(r"(\d+)(?:\+(\d+))?")
 ENDED = {
@@ -42,6 +49,9 @@ class SlurmRow:
     hosts: str
     reason: str
     start: str
+    submitted_s: float
+    command: str
+    """The script that was submitted; "" where Slurm does not tell it."""
 
     @property
     def has_ended(self) -> bool:
@@ -49,16 +59,42 @@ class SlurmRow:
         return self.state in ENDED
 
 
+class ControllerError(SchedulerError):
+    """slurmctld does not answer, so that nobody knows how its jobs do now."""
+
+
 def query_job(job_id: str) -> list[SlurmRow]:
-    """Return the rows of a job; none if Slurm has forgotten it (after MinJobAge, without accounting)."""
-    return _squeue("-j", job_id) or _sacct("-j", job_id)
+    """Return the rows of a job; none if Slurm has forgotten it (after MinJobAge, without accounting).
+
+    Raises:
+        ControllerError: slurmctld does not answer, and the database does not know that the job has ended.
+    """
+    try:
+        rows = _squeue("-j", job_id)
+    except ControllerError:
+        rows = _sacct("-j", job_id)
+        if not rows or not all(row.has_ended for row in rows):
+            raise
+    return rows or _sacct("-j", job_id)
 
 
 def query_jobs() -> list[SlurmRow]:
-    """Return all jobs of this user that Slurm remembers, the newest last."""
+    """Return all jobs of this user that Slurm remembers, the newest last; one question, however many they are.
+
+    Raises:
+        ControllerError: slurmctld does not answer.
+    """
+    now = _squeue("--me")
     rows = {(row.job_id, row.component): row for row in _sacct("--starttime=1970-01-01")}
-    rows |= {(row.job_id, row.component): row for row in _squeue("--me")}
+    rows |= {(row.job_id, row.component): row for row in now}
     return sorted(rows.values(), key=lambda row: (int(row.job_id), row.component or 0))
+
+
+@functools.cache
+def cluster_name() -> str:
+    """Return the name of the cluster that Slurm's commands talk to here, "" if it does not answer; asked once."""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def show_job(job_id: str) -> dict[str, str]:
@@ -81,7 +117,7 @@ def cancel_job(job_id: str) -> None:
     """
     done = _run(["scancel", job_id])
     if done.returncode:
-        raise SchedulerError(f"scancel {job_id}: {done.stderr.strip()}")
+        raise SchedulerError(f"job {job_id} was not cancelled, scancel says: {_reason(done)}")
 
 
 def partition_memory_mb(partition: str | None) -> int | None:
@@ -104,46 +140,76 @@ def submit(script: str) -> str:
     """
     done = _run(["sbatch", "--parsable", script])
     if done.returncode:
-        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
-        raise SchedulerError(f"Slurm refused the job: {reason}; the script is {script}")
+        raise SchedulerError(f"Slurm refused the job: {_reason(done)}; the script is {script}")
     return done.stdout.strip().partition(";")[0]
 
 
 def _squeue(*options: str) -> list[SlurmRow]:
     done = _run(["squeue", "--noheader", "--states=all", f"--format={SQUEUE_COLUMNS}", *options])
-    return _rows(done.stdout) if done.returncode == 0 else []
+    if done.returncode == 0:
+        return _rows(done.stdout)
+    if NO_SUCH_JOB in done.stderr:
+        return []
+    raise ControllerError(f"Slurm's controller (slurmctld) does not answer: {_reason(done)}")
 
 
 def _sacct(*options: str) -> list[SlurmRow]:
     """Rows of the accounting database; none where the cluster has none, as sacct then fails."""
-    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--format={SACCT_COLUMNS}", *options]
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--delimiter={SEPARATOR}"]
     try:
-        done = _run(command)
+        done = _run([*command, f"--format={SACCT_COLUMNS}", *options])
     except SchedulerError:
         return []
     return _rows(done.stdout) if done.returncode == 0 else []
 
 
 def _rows(text: str) -> list[SlurmRow]:
+    """Read squeue's or sacct's lines; of a job that another program named with an odd character, there are none."""
     rows = []
-    for line in text.splitlines():
-        job_id, name, state, hosts, reason, start = line.split("|")
+    for line in text.split("\n"):
+        job_id, *columns = line.split(SEPARATOR)
         match = JOB_ID.fullmatch(job_id)
-        if match is not None:
+        if match is not None and len(columns) in (6, 7):
+            name, state, hosts, reason, start, submitted, *command = columns
             component = int(match[2]) if match[2] else None
             # sacct: "CANCELLED by 0", "CANCELLED+".
             word = state.split()[0].rstrip("+") if state else "UNKNOWN"
-            rows.append(SlurmRow(match[1], component, name, word, hosts, reason, start))
+            submitted_s = float(submitted) if submitted.isdecimal() else 0.0
+            told = (name, word, hosts, reason, _moment(start), submitted_s, "".join(command))
+            rows.append(SlurmRow(match[1], component, *told))
     return rows
 
 
+def _moment(text: str) -> str:
+    """Write a time, which Slurm tells in seconds, for people; as it is if Slurm has none to tell."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(int(text))) if text.isdecimal() else text
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [re.sub(r"^\w+: error: ", "", line.strip()) for line in done.stderr.splitlines()]
+    return "; ".join(filter(None, lines)) or f"status {done.returncode}"
+
+
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs; times are told in seconds since 1970, whatever the users' settings."""
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            timeout=QUERY_TIMEOUT_S,
+            check=False,
+        )
     except FileNotFoundError:
         raise SchedulerError(
             f"there is no {command[0]} on this machine; run this on a login node of the cluster, with Slurm's "
             "programs on PATH"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SchedulerError(f"{command[0]} did not answer in {QUERY_TIMEOUT_S} s; is slurmctld up?") from None
+        raise ControllerError(
+            f"Slurm's controller (slurmctld) does not answer: {command[0]} waited {QUERY_TIMEOUT_S} s"
+        ) from None

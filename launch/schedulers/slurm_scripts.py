@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchx import specs
 
+from launch.schedulers.slurm_options import UNPRINTABLE, pattern_of
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 # The variable in which TorchX's components, and launch/start.py, find the first host; TorchX's own name for it.
@@ -31,6 +33,7 @@ WAIT_FOR_HOSTS_S = 10
 POLLS_PER_S = 5
 # For a host to say that it is there.
 PROBE_TIMEOUT_S = 30
+UNSAVED = "nothing was saved before the time limit"
 # What TorchX fills in at submission is known here only when the job runs.
 RUNTIME_VALUES = {specs.macros.app_id: "$SLURM_JOB_ID", specs.macros.replica_id: "$SLURM_NODEID"}
 
@@ -38,15 +41,32 @@ JOB_SCRIPT = """#!/bin/bash
 # {title}
 {options}
 folder={folder}
+logs={logs}
 retries={max_retries}
-grep -qs $'\\tbegins\\t' "$folder/job.events" && attempts=$(grep -c $'\\tbegins\\t' "$folder/job.events") || attempts=0
+num_noted() {{  # how often something was noted; 0 also where the file is missing or cannot be read
+    local count
+    count=$(grep -cs $'\\t'"$1"$'\\t' "$folder/job.events")
+    echo "${{count:-0}}"
+}}
+attempts=$(num_noted begins)
 first_status() {{  # of the hosts that did not end well in this attempt, the one that ended first; but 78 of any of them
     grep -hs $'\t'"$attempt"$'\tended\t' "$folder"/host_*.events | sort -n |
         awk -F'\t' '$4 != 0 && (!status || $4 == {no_restart}) {{ status = $4 }} END {{ print status }}'
 }}
 one_succeeded() {{ grep -qs $'\t'"$attempt"$'\tended\t0$' "$folder"/host_*.events; }}
+all_started() {{
+    ! sed -n "/^papilio: attempt $attempt on /,\\$p" "$folder/job.log" 2> /dev/null | grep -q 'launch failed'
+}}
 note() {{ printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" >> "$folder/job.events"; }}
-is_running() {{ scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }}
+state_of_job() {{  # asked for a minute, as slurmctld may be starting anew
+    local try state
+    for try in $(seq 12); do
+        state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\\([A-Z_]*\\).*/\\1/p' | head -n 1)
+        [ -z "$state" ] || break
+        sleep 5
+    done
+    echo "$state"
+}}
 lost_hosts() {{
     local host index=0
     for host in $hosts; do
@@ -67,21 +87,33 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\\n' ' ')
 while true; do
     attempt=$((attempts + 1))
     note begins "$hosts"
+    echo "papilio: attempt $attempt on $hosts"
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" {srun_options} \\
-        --output="$folder/host_%n.log" bash "$folder/host.sh" "$attempt" "${{hosts%% *}}"
-    status=$?
+        --output="$logs/host_%n.log" bash "$folder/host.sh" "$attempt" "${{hosts%% *}}"
+    status=$? sruns=$?
     [ {is_elastic} = 1 ] && [ $status -ne 0 ] && one_succeeded && status=0
     [ $status -eq 0 ] || status=$(first_status || true)
-    status=${{status:-1}}
+    # srun leaves with 0 when it could not start a host's task and the others did well.
+    [ {is_elastic} = 1 ] || [ "$sruns" -ne 0 ] || all_started || sruns=1 status=${{status#0}}
+    status=${{status:-$sruns}}  # where hosts could note nothing, as on a full disk
     note ended $status
     [ $status -eq 0 ] && exit 0
-    is_running || exit $status
+    state=$(state_of_job)
+    if [ "$state" != RUNNING ]; then
+        note state "$state"  # for when Slurm has forgotten it
+        exit $status
+    fi
     lost=$(lost_hosts)
     [ -z "$lost" ] || requeue "lost $(echo $lost)"
     [ $status -ne {resume} ] || requeue 'the ranks saved'
+    # Told to end before there was anything to save, as the time limit comes: once more, but not without end.
+    if [ {has_time_limit} = 1 ] && [ $status -eq 143 ]; then
+        tail -n 3 "$folder/job.events" | grep -qs '{unsaved}' || requeue '{unsaved}'
+        exit $status
+    fi
     [ -z "$lost" ] && [ $status -ne {resume} ] && [ $status -ne {no_restart} ] || exit $status
     # Neither a lost host nor ranks that saved cost a retry.
-    [ "$(grep -c $'\\tretried\\t' "$folder/job.events")" -lt "$retries" ] || exit $status
+    [ "$(num_noted retried)" -lt "$retries" ] || exit $status
     note retried "status $status"
     attempts=$attempt
 done
@@ -91,7 +123,6 @@ HOST_SCRIPT = """#!/bin/bash
 # What each host of the job runs; its arguments are the attempt and the first host.
 attempt=$1
 export {first_host}="$2"
-{exports}
 note() {{
     printf '%s\\t%s\\t%s\\t%s\\n' "$(date +%s.%N)" "$attempt" "$1" "$2" \\
         >> {folder}/host_"$SLURM_NODEID".events
@@ -100,7 +131,8 @@ note() {{
 trap : TERM INT
 echo "papilio: attempt $attempt on host $SLURM_NODEID of $SLURM_NNODES, $SLURMD_NODENAME, $(date -u +%FT%TZ)"
 note begins "$SLURMD_NODENAME"
-run() {{
+run() {{  # the job's variables are not this script's: a PATH among them would take its tools away
+{exports}
     exec {command}
 }}
 ( run )
@@ -109,7 +141,7 @@ note ended $status
 [ $status -gt 128 ] && [ $status -ne 143 ] &&
     echo "papilio: error: the agent of this host was killed by SIG$(kill -l $((status - 128)))" >&2
 # srun kills the other hosts when this one leaves with a failure; those that were ended without saving are done.
-num_ended() {{ grep -ls $'\t'"$attempt"$'\tended\t' {folder}/host_*.events | wc -l; }}
+num_ended() {{ grep -ls $'\t'"$attempt"$'\tended\t' {folder}/host_*.events | grep -c .; }}
 for _ in $(seq {num_polls}); do
     [ $status -eq 0 ] || [ $status -eq 143 ] || [ "$(num_ended)" -ge "$SLURM_NNODES" ] || sleep {poll_s}
 done
@@ -152,7 +184,9 @@ def resolve_role(role: specs.Role) -> specs.Role:
     return values.apply(role)
 
 
-def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[str]) -> SlurmScripts:
+def render(
+    role: specs.Role, *, title: str, folder: str, sbatch_options: list[str], has_time_limit: bool = False
+) -> SlurmScripts:
     """Return the scripts of a job whose role was resolved; its replicas are its hosts."""
     is_elastic = role.min_replicas is not None and role.min_replicas < role.num_replicas
     srun = ["--ntasks-per-node=1", "--wait=0", "--open-mode=append", "--unbuffered"]
@@ -160,9 +194,12 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
     if role.resource.cpu > 0:
         srun.append(f"--cpus-per-task={role.resource.cpu}")
     job = JOB_SCRIPT.format(
-        title=title.replace("\n", " "),
+        title=UNPRINTABLE.sub(" ", title),
         options="\n".join(f"#SBATCH {option}" for option in sbatch_options),
         folder=shlex.quote(folder),
+        logs=shlex.quote(pattern_of(Path(folder))),
+        unsaved=UNSAVED,
+        has_time_limit=int(has_time_limit),
         max_retries=role.max_retries,
         is_elastic=int(is_elastic),
         probe_timeout_s=PROBE_TIMEOUT_S,
@@ -173,7 +210,7 @@ def render(role: specs.Role, *, title: str, folder: str, sbatch_options: list[st
     environment = {"PYTHONUNBUFFERED": "1", **role.env}
     host = HOST_SCRIPT.format(
         first_host=FIRST_HOST,
-        exports="\n".join(f"export {name}={quote(value)}" for name, value in environment.items()),
+        exports="\n".join(f"    export {name}={quote(value)}" for name, value in environment.items()),
         folder=shlex.quote(folder),
         num_polls=WAIT_FOR_HOSTS_S * POLLS_PER_S,
         poll_s=1 / POLLS_PER_S,

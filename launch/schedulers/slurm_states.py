@@ -9,7 +9,14 @@ from torchx.schedulers.api import DescribeAppResponse
 from torchx.specs import AppState
 
 from launch.schedulers import slurm_queries as queries
-from launch.schedulers.job_folder import JobRecord, last_event, meaning_of, read_events
+from launch.schedulers.job_folder import (
+    CANCEL_EVENTS,
+    JobRecord,
+    last_event,
+    meaning_of,
+    read_events,
+    why_unreadable,
+)
 from launch.schedulers.slurm_queries import SlurmRow
 
 REASONS: Mapping[str, str] = {
@@ -46,6 +53,8 @@ STATES: Mapping[str, AppState] = {
     "SUSPENDED": AppState.PENDING,
     "TIMEOUT": AppState.FAILED,
 }
+# Minutes after its end, where there is no database.
+FORGOTTEN = "Slurm has forgotten it"
 
 
 def describe_job(row: SlurmRow, record: JobRecord) -> DescribeAppResponse:
@@ -69,19 +78,41 @@ def _message(row: SlurmRow, record: JobRecord) -> str:
         return f"{_waiting(row)}{when}"
     if not row.has_ended or row.state == "COMPLETED":
         return row.state
-    return row.state if ended is None else f"{row.state}, {meaning_of(ended.details[0])}"
+    if ended is not None:
+        return f"{row.state}, {meaning_of(ended.details[0])}"
+    if row.state == "CANCELLED" or last_event(read_events(record.folder), "begins") is not None:
+        return row.state
+    return f"{row.state}, its first host wrote nothing into its folder: do all hosts see it? -cfg jobs_dir=FOLDER"
 
 
-def describe_forgotten(record: JobRecord) -> DescribeAppResponse:
-    """Describe a job that only its folder remembers."""
-    last = last_event(read_events(record.folder), "begins", "ended", "requeued", "retried")
+def describe_by_folder(record: JobRecord, why: str = FORGOTTEN) -> DescribeAppResponse:
+    """Describe a job of which only the folder knows, and say why."""
+    state, message = _state_by_folder(record)
+    return _response(record, state, f"{why}; {message}", [])
+
+
+def _state_by_folder(record: JobRecord) -> tuple[AppState, str]:
+    unreadable = why_unreadable(record.folder)
+    if unreadable is not None:
+        return AppState.UNKNOWN, unreadable
+    events = read_events(record.folder)
+    last = last_event(events, "begins", "ended", "requeued", "retried")
+    # The job itself notes why Slurm ended it; who was cancelled while it waited could note nothing.
+    slurms = last_event(events, "state")
+    state = slurms.details[0] if slurms is not None and last is not None and slurms.attempt == last.attempt else ""
+    is_cancelled = state == "CANCELLED" or bool(read_events(record.folder, CANCEL_EVENTS))
     if last is None or last.what != "ended":
-        return _response(
-            record, AppState.UNKNOWN, "Slurm has forgotten it, and its folder does not say how it ended", []
-        )
+        if is_cancelled:
+            return AppState.CANCELLED, "it was cancelled"
+        return AppState.UNKNOWN, "its folder does not say how it ended"
     status = last.details[0]
-    state = AppState.SUCCEEDED if status == "0" else AppState.FAILED
-    return _response(record, state, f"Slurm has forgotten it; it ended with {meaning_of(status)}", [])
+    if status == "0":
+        return AppState.SUCCEEDED, f"it ended with {meaning_of(status)}"
+    if is_cancelled:
+        return AppState.CANCELLED, f"it was cancelled, {meaning_of(status)}"
+    return AppState.FAILED, f"it ended with {meaning_of(status)}" + (
+        f", {state}" if state not in ("", "RUNNING") else ""
+    )
 
 
 def _response(record: JobRecord, state: AppState, message: str, names: list[str]) -> DescribeAppResponse:

@@ -19,8 +19,10 @@ from torchx import specs
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse
 from torchx.schedulers.slurm_scheduler import SlurmBatchRequest, SlurmOpts, SlurmScheduler
 
+from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import find_record
 from launch.schedulers.slurm import SlurmJobs
+from launch.schedulers.slurm_options import FREE_TEXTS, PLAIN
 
 
 class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
@@ -32,6 +34,7 @@ class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
         self._jobs = SlurmJobs(session_name)
 
     def _submit_dryrun(self, app: specs.AppDef, cfg: SlurmOpts) -> specs.AppDryRunInfo[SlurmBatchRequest, SlurmOpts]:
+        _check_texts(app.name, cfg)
         info = super()._submit_dryrun(app, cfg)
         for replica in info.request.replicas.values():
             cut = {name: replica.env.pop(name) for name, value in list(replica.env.items()) if "," in value}
@@ -54,6 +57,21 @@ class TorchxSlurm(SlurmScheduler):  # type: ignore[misc]
     def list(self, cfg: Mapping[str, Any] | None = None) -> list[ListAppResponse]:
         """Return this user's jobs."""
         return self._jobs.list(cfg)
+
+
+def _check_texts(name: str, cfg: SlurmOpts) -> None:
+    """Check what people write; TorchX puts it into #SBATCH lines as it is, where white space begins another option.
+
+    Raises:
+        SchedulerError: it is more than a word.
+    """
+    texts = {"--name": name} | {f"-cfg {key}": getattr(cfg, key, None) for key in (*FREE_TEXTS, "time", "mail_user")}
+    for flag, value in texts.items():
+        if value is not None and PLAIN.fullmatch(str(value)) is None:
+            raise SchedulerError(
+                f"{flag} {value!r}: only letters of English, digits and _ . / : = @ % + , - are taken as they are "
+                "under torchx run; choose others, or use papilio launch -s slurm, which takes any"
+            )
 
 
 def create_scheduler(session_name: str, **parameters: Any) -> TorchxSlurm:

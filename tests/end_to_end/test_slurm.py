@@ -72,8 +72,8 @@ class Place:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def status(self, handle: str) -> dict[str, object]:
-        told: dict[str, object] = json.loads(self.papilio("status", handle, "--json"))
+    def status(self, handle: str, code: int = 0) -> dict[str, object]:
+        told: dict[str, object] = json.loads(self.papilio("status", handle, "--json", status=code))
         return told
 
     def checkpoints(self, run_dir: str) -> list[str]:
@@ -149,7 +149,7 @@ def cancel(place: Place, handle: str) -> None:
     """End a job, whose ranks save first."""
     place.papilio("cancel", handle)
     place.papilio("logs", "-f", handle, status=75)
-    told = place.status(handle)
+    told = place.status(handle, code=4)
     assert (told["state"], told["message"]) == ("CANCELLED", "CANCELLED, the ranks saved before")
     saved = CheckpointFolder(str(place.folder / "struck" / "checkpoints"))
     assert saved.read_marker(saved.committed_names()[-1]).saved_for == "preemption"

@@ -71,8 +71,9 @@ def jobs(cluster: SlurmCluster) -> dict[str, str]:
 
 
 def told_of(handle: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    assert cli.main(["status", handle, "--json"]) == 0
+    code = cli.main(["status", handle, "--json"])
     told: dict[str, object] = json.loads(capsys.readouterr().out)
+    assert code == {"SUCCEEDED": 0, "FAILED": 1, "CANCELLED": 4}[str(told["state"])]
     return told
 
 

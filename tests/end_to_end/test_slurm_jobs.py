@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +39,8 @@ def make_app(script: str, num_hosts: int = 2, **settings: object) -> specs.AppDe
     return specs.AppDef("small", roles=[dataclasses.replace(role, **settings)])
 
 
-def run(runner: Runner, app: specs.AppDef) -> tuple[str, specs.AppStatus, JobRecord]:
-    handle = runner.run(app, "slurm")
+def run(runner: Runner, app: specs.AppDef, cfg: dict[str, str] | None = None) -> tuple[str, specs.AppStatus, JobRecord]:
+    handle = runner.run(app, "slurm", cfg=cfg)
     status = runner.wait(handle, wait_interval=0.2)
     assert status is not None
     record = find_record("slurm", handle.rpartition("/")[2])
@@ -72,9 +73,22 @@ def test_environment_and_macros_arrive_whole_on_every_host(runner: Runner) -> No
         assert text == f"""1,2,A=3|it's "so" $HOME `ls`|one\ntwo|j{job_id}j|{host}|{host}|"""
 
 
-def test_a_job_of_one_host_needs_no_other(runner: Runner) -> None:
-    handle, status, _ = run(runner, make_app("echo alone on $$SLURM_NNODES", num_hosts=1))
+def test_a_job_of_one_host_needs_no_other_and_its_folder_and_texts_may_be_called_anything(
+    runner: Runner, tmp_path: Path
+) -> None:
+    app = make_app("echo alone on $$SLURM_NNODES", num_hosts=1)
+    app.name = 'it\'s "x" --begin=now+1hour | # 50%j'
+    settings = {"jobs_dir": f"{tmp_path}/a b'c\"d%j#|ü", "comment": "a\\b 'c' \"d\" --hold"}
+    handle, status, record = run(runner, app, settings)
     assert status.state == AppState.SUCCEEDED
+    assert (record.cluster, Path(record.folder).parent) == ("test", Path(settings["jobs_dir"]))
+    assert Path(record.folder, "job.log").exists()
+    (row,) = slurm_queries.query_job(record.app_id)
+    assert (row.name, row.submitted_s, row.command) == (app.name, record.accepted_s, f"{record.folder}/job.sh")
+    assert (
+        f"Comment={settings['comment']}"
+        in subprocess.run(["scontrol", "show", "job", record.app_id], capture_output=True, text=True, check=True).stdout
+    )
     assert output(runner, handle, 0) == ["alone on 1"]
 
 
@@ -83,7 +97,7 @@ def test_the_status_is_that_of_the_host_that_failed_first(runner: Runner, capsys
     app = make_app("[ $$SLURM_NODEID = 1 ] && echo 'papilio: error: no disk' && exit 3; sleep 1; exit 9")
     handle, status, _ = run(runner, app)
     assert (status.state, status.msg) == (AppState.FAILED, "FAILED, status 3")
-    assert cli.main(["status", handle, "--json"]) == 0
+    assert cli.main(["status", handle, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["exit_status"], told["state"], told["first_error"]) == (3, "FAILED", "host 1: no disk")
     assert cli.main(["logs", "-f", handle]) == 3
@@ -178,7 +192,7 @@ def test_what_slurm_has_forgotten_its_folder_knows(
     monkeypatch.setattr(slurm_queries, "query_job", lambda job_id: [])
     monkeypatch.setattr(slurm_queries, "query_jobs", list)
     for handle, state, ending in ((good, "SUCCEEDED", "0"), (bad, "FAILED", "4")):
-        assert cli.main(["status", handle]) == 0
+        assert cli.main(["status", handle]) == (0 if handle == good else 1)
         line = capsys.readouterr().out.splitlines()[0]
         assert line == f"{handle}  small  {state}  (Slurm has forgotten it; it ended with status {ending})"
     assert cli.main(["list", "-s", "slurm", "--json"]) == 0
@@ -186,7 +200,7 @@ def test_what_slurm_has_forgotten_its_folder_knows(
     assert (states[good], states[bad]) == ("SUCCEEDED", "FAILED")
     with pytest.raises(SchedulerError, match="slurm job 99999 has no log of host 0 yet"):
         next(iter(runner._scheduler("slurm").log_iter("99999", "small")))
-    assert cli.main(["status", "99999"]) == 1
+    assert cli.main(["status", "99999"]) == 3
     assert "slurm knows no job slurm://papilio/99999" in capsys.readouterr().err
 
 

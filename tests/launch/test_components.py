@@ -11,6 +11,7 @@ from torchx.specs import finder
 from launch import components, start
 from launch.cli import parse_arguments
 from launch.preflight.worker import read_options
+from launch.schedulers.kubernetes import with_local_files
 from launch.usage import UsageError
 from launch.verbs import VERBS
 from trainer import bootstrap
@@ -30,7 +31,7 @@ def after_agent(role: specs.Role) -> list[str]:
 
 
 def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
-    role = resolve(components.train("--train.epochs=2", "--name=$HOME", recipe="quickstart", nproc=3))
+    role = resolve(components.train("--train.epochs=2", "--name=home", recipe="quickstart", nproc=3))
     assert role.entrypoint == sys.executable
     assert role.args == [
         bootstrap.FILE,
@@ -51,7 +52,7 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
         "--recipe",
         "quickstart",
         "--train.epochs=2",
-        "--name=$HOME",
+        "--name=home",
     ]
     assert role.num_replicas == 1
     assert role.env["OMP_NUM_THREADS"] == "1"
@@ -173,6 +174,41 @@ def test_a_mount_that_the_scheduler_dropped_ends_the_job_before_it_starts(tmp_pa
     assert done.returncode == 0, done.stderr
 
 
+def test_a_dollar_arrives_as_it_was_written_without_being_sent(tmp_path: Path) -> None:
+    """The kubelet puts the value of NAME in the place of $(NAME) in a command, and $ in the place of $$."""
+    text = "$(HOME) $$ $HOME _DOLLAR0_ '$x'"
+    app = components.train(f"--name={text}", recipe="r", env={"TEXT": text, "UID": "7"})
+    assert not any("$" in word for word in resolve(app).args)
+    done = run_role(tmp_path, app, {})
+    told = json.loads(done.stdout)
+    assert told["words"][-1] == f"--name={text}"
+    assert (told["env"]["TEXT"], told["env"]["UID"]) == (text, "7")
+
+
+def test_a_recipe_that_came_along_is_there_for_the_job_and_its_checks(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("name = 'it is $x'\n")
+    worker = "import sys\nprint(sys.argv[sys.argv.index('--recipe') + 1], file=sys.stderr)\n"
+    (tmp_path / "job/launch/preflight").mkdir(parents=True)
+    (tmp_path / "job/launch/preflight/worker.py").write_text(worker)
+    app = components.train("--name=$x", recipe=str(tmp_path / "a.toml"), nnodes="2", preflight=True)
+    app.roles[0].args = with_local_files(app.roles[0])
+    (tmp_path / "a.toml").rename(tmp_path / "gone.toml")
+    done = run_role(tmp_path / "job", app, {HEAD_NODE_VARIABLE: "h", "TMPDIR": str(tmp_path)})
+    path, override = json.loads(done.stdout)["words"][-2:]
+    assert (done.stderr.strip(), override) == (path, "--name=$x")
+    assert Path(path).read_text() == "name = 'it is $x'\n"
+
+
+def test_a_file_that_came_along_is_named_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    there = start.write_files(["/home/me/a:b.toml:bmFtZSA9ICJ4Igo="])
+    path = there["/home/me/a:b.toml"]
+    assert Path(path).read_text() == 'name = "x"\n'
+    words = ["--recipe", "/home/me/a:b.toml", "--host=/home/me/a:b.toml", "x=/home/me/a:b.toml"]
+    assert [start.with_files(word, there) for word in words] == ["--recipe", path, f"--host={path}", words[3]]
+
+
 def test_mount_points_are_read_as_the_kernel_writes_them() -> None:
     mountinfo = "36 35 98:0 /mnt1 /with\\040space rw,noatime master:1 - ext3 /dev/root rw\n"
     start.check_mounts(["/with space", "/with space/"], mountinfo)
@@ -190,7 +226,7 @@ def test_an_image_has_its_own_interpreter() -> None:
 
 @pytest.mark.parametrize(("nproc", "nnodes"), [(0, "1"), (2, "0"), (2, "0:2")])
 def test_no_ranks_is_refused(nproc: int, nnodes: str) -> None:
-    with pytest.raises(ValueError, match=f"must be at least 1; got nproc = {nproc}, nnodes = {nnodes}"):
+    with pytest.raises(ValueError, match=r"--(nproc|nnodes) 0: a number from 1 to [\d,]+ is needed"):
         components.train(recipe="r", nproc=nproc, nnodes=nnodes)
 
 

@@ -1,8 +1,10 @@
+import inspect
 from pathlib import Path
 
 import pytest
 
 from launch import components
+from launch.component_arguments import our_components
 from launch.hosts.request import HostRequest, largest, request_host
 from launch.usage import UsageError
 from sharding.hardware import HardwareError, load_hardware, profile_names
@@ -91,3 +93,59 @@ def test_the_plan_is_made_for_the_hosts_unless_the_recipe_says_otherwise(tmp_pat
     recipe.write_text('name = "r"\n[data]\npath = "d"\n[sharding]\nhardware = "dgx_h200"\n')
     assert load_config(str(recipe), (), "dgx_h100").sharding.hardware == "dgx_h200"
     assert load_config("quickstart").sharding.hardware is None
+
+
+MINIMAL: dict[str, dict[str, object]] = {
+    "train": {"recipe": "r"},
+    "evaluate": {"run": "r"},
+    "calibrate": {"output": "o"},
+    "preprocess": {"source": "criteo", "input": ["i"], "output": "o"},
+    "export": {"run": "r", "output": "o"},
+    "predict": {"package": "p", "output": "o"},
+    "study": {"recipe": "r", "output": "o"},
+    "preflight": {"recipe": "r"},
+}
+# What is too small for each number that a component may take, and the flag's allowed range.
+TOO_SMALL = {
+    **{"nproc": 0, "nnodes": 0, "cpu": -1, "gpu": -2, "memory_mb": 0, "omp_threads": 0, "max_retries": -1},
+    **{"rdzv_port": 0, "max_restarts": -1, "grace_s": 0, "wait_s": -5.0},
+}
+TOO_LARGE = {
+    "nproc": 10**6,
+    "nnodes": 10**7,
+    "cpu": 10**9,
+    "memory_mb": 10**12,
+    "rdzv_port": 65_536,
+    "wait_s": float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MINIMAL))
+def test_every_component_refuses_every_number_that_is_none(name: str) -> None:
+    """Given as a number, and as text, as TorchX gives what may be None."""
+    component = our_components()[name]
+    assert sorted(MINIMAL) == sorted(our_components())
+    component(**MINIMAL[name])
+    parameters = inspect.signature(component).parameters
+    for flag, value in [*TOO_SMALL.items(), *TOO_LARGE.items()]:
+        if flag not in parameters:
+            continue
+        given = str(value) if parameters[flag].annotation is str or parameters[flag].default is None else value
+        with pytest.raises(UsageError, match=rf"^--{flag} \S+: a number from \d+ to [\d,]+ is needed$"):
+            component(**MINIMAL[name], **{flag: given})
+
+
+def test_words_that_the_job_would_refuse_are_refused_before_it_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="--split day_1: one of train, validation, test is needed"):
+        components.evaluate(run="r", split="day_1")
+    with pytest.raises(UsageError, match="--ranks 0: a number from 1 to 1,024 is needed"):
+        components.study(recipe="r", output="o", ranks=["0", "2"])
+    with pytest.raises(SystemExit):
+        components.predict("p", "o", split="day_1")
+    assert "papilio predict: error: argument --split: invalid choice: 'day_1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a" * 201])
+def test_a_name_that_nobody_can_read_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^--name '.*': 1 to 200 letters that can be printed are needed$"):
+        components.train(recipe="r", name=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torchx import specs
 from torchx.runner import Runner
 
 from launch import components
@@ -101,7 +103,8 @@ def test_our_scheduler_resumes_what_was_saved_and_ends_what_would_go_wrong_again
         retried = dry_run(runner, image="papilio:1", max_retries=3)
     # Volcano takes the first that fits: a mistake that would be made again is no failure to try again.
     assert retried["spec"]["tasks"][0]["policies"][-1] == {"event": "PodFailed", "action": "RestartJob"}
-    assert retried["spec"]["maxRetry"] == made_by_us["spec"]["maxRetry"] + 3
+    # Volcano gives up when its count of restarts reaches maxRetry: three restarts, and ten where only resumes restart.
+    assert (retried["spec"]["maxRetry"], made_by_us["spec"]["maxRetry"]) == (4, 11)
 
 
 def test_our_scheduler_refuses_a_job_without_an_image() -> None:
@@ -180,9 +183,83 @@ def test_without_the_client_its_absence_is_told(monkeypatch: pytest.MonkeyPatch)
         dry_run(runner, image="papilio:1")
 
 
-def test_our_scheduler_checks_what_it_sends() -> None:
-    with make_runner() as runner, pytest.raises(SchedulerError, match=r"the pod's name .* 63 are allowed"):
-        dry_run(runner, image="papilio:1", name="a" * 45)
+def test_our_scheduler_checks_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.schedulers.kubernetes.find_problems", lambda manifest: ["spec: no", "kind: no"])
+    with make_runner() as runner, pytest.raises(SchedulerError, match="the manifest is wrong: spec: no; kind: no"):
+        dry_run(runner, image="papilio:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 40, "--name a{40}: it has 40 letters, on Kubernetes 38 are allowed here, .*; shorten it"),
+        ("übung", "--name 'übung': on Kubernetes a name has letters of English, digits, - and _, .* as in train-2"),
+        ("日本", "--name '日本': on Kubernetes"),
+        ("2train", "--name '2train': on Kubernetes"),
+        ("my job", "--name 'my job': on Kubernetes"),
+        ("train-", "--name 'train-': on Kubernetes"),
+    ],
+)
+def test_a_name_that_kubernetes_does_not_take_is_refused(name: str, message: str) -> None:
+    with make_runner() as runner, pytest.raises(SchedulerError, match=message):
+        dry_run(runner, image="papilio:1", name=name)
+
+
+@pytest.mark.parametrize("image", ["papilio :1", "pàpilio:1", "a\nb"])
+def test_an_image_that_is_none_is_refused(image: str) -> None:
+    with make_runner() as runner, pytest.raises(SchedulerError, match="an image is as REGISTRY/NAME:TAG"):
+        dry_run(runner, image=image)
+
+
+def test_the_longest_name_makes_a_manifest() -> None:
+    with make_runner() as runner:
+        made = dry_run(runner, image="papilio:1", name="A_" + "a" * 36)
+    assert find_problems(made) == []
+
+
+def test_a_dollar_of_anyones_component_reaches_the_pod_as_it_was_written() -> None:
+    role = specs.Role(
+        "sh", "i", entrypoint="sh", args=["-c", "echo $$(X) $$HOME"], env={"A": "$$(X)$$$$"}, num_replicas=1
+    )
+    role.resource = specs.Resource(cpu=1, gpu=0, memMB=100)
+    with make_runner() as runner:
+        made = yaml.safe_load(str(runner.dryrun(specs.AppDef("sh", [role]), "kubernetes", cfg=SETTINGS).request))
+    container = at(made, CONTAINER)
+    # As the kubelet reads them: $$ is $.
+    assert [word.replace("$$", "$") for word in container["command"]] == ["sh", "-c", "echo $(X) $HOME"]
+    assert {"name": "A", "value": "$$(X)$$$$"} in container["env"]
+
+
+def test_files_of_this_machine_travel_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = (Path(components.__file__).parents[1] / "sharding/profiles/cpu_host.toml").read_text()
+    for name, text in (("small.toml", "name = 'small'\n"), ("mine.toml", profile), ("plan.json", "{}")):
+        (tmp_path / name).write_text(text)
+    encoded = base64.b64encode(b"name = 'small'\n").decode()
+    with make_runner() as runner:
+
+        def words_of(*overrides: str, **arguments: Any) -> list[str]:
+            app = components.train(*overrides, image="papilio:1", **arguments)
+            made = yaml.safe_load(str(runner.dryrun(app, "kubernetes", cfg=SETTINGS).request))
+            return list(at(made, CONTAINER)["command"])
+
+        words = words_of(recipe="small.toml")
+        place = words.index("launch.start")
+        assert words[place + 1 : place + 3] == [f"--file=small.toml:{encoded}", "--"]
+        assert words[-2:] == ["--recipe", "small.toml"]
+        words = words_of("--sharding.plan=plan.json", recipe="small.toml", host="mine.toml", nnodes="2", preflight=True)
+        assert [word.split(":")[0] for word in words if word.startswith("--file=")] == [
+            "--file=small.toml",
+            f"--file={tmp_path}/mine.toml",
+            "--file=plan.json",
+        ]
+        # A bundled recipe, one on a volume and one of the image are where the pod looks for them.
+        mounts = ["type=volume", "src=c", f"dst={tmp_path}"]
+        for recipe, given in (("quickstart", None), (f"{tmp_path}/small.toml", mounts), ("/image/a.toml", None)):
+            assert not any(word.startswith("--file=") for word in words_of(recipe=recipe, mounts=given))
+        (tmp_path / "small.toml").write_bytes(b"#" * 300_000)
+        with pytest.raises(SchedulerError, match=r"small.toml has 300000 bytes, and 262144 .* \(--mounts\)"):
+            words_of(recipe="small.toml")
 
 
 def rename(path: tuple[str | int, ...], new: str) -> Callable[[Manifest], None]:
@@ -247,6 +324,12 @@ POD = "spec.tasks.0.template.spec"
         ),
         (put(("metadata", "name"), "Train_1"), "metadata.name: String should match pattern"),
         (put(("apiVersion",), "batch/v1"), "apiVersion: "),
+        (put((*TEMPLATE, "metadata", "labels", "team"), "a b"), "template.metadata.labels.team: 'a b' is no label"),
+        (put((*TEMPLATE, "metadata", "labels", "x"), "a" * 64), "is no label: up to 63 letters"),
+        (put((*TEMPLATE, "metadata", "labels", "a b"), "x"), "template.metadata.labels: 'a b' is no name"),
+        (put((*TEMPLATE, "metadata", "annotations", "ü/x"), "any\ntext"), "metadata.annotations: 'ü/x' is no name"),
+        (put(("metadata", "labels"), {"x": "-"}), "metadata.labels.x: '-' is no label"),
+        (put(("metadata", "namespace"), "My_Space"), "metadata.namespace: String should match pattern"),
     ],
 )
 def test_a_wrong_field_or_type_is_found(made_by_us: Manifest, change: Callable[[Manifest], None], problem: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -91,7 +92,10 @@ def test_a_cancelled_job_ends_in_its_own_way(runner: Runner, papilio: Papilio) -
     handle, record = start(runner, make_app("trap 'exit 75' TERM; echo ready; while true; do sleep 0.05; done"))
     wait_until(lambda: "ready" in Path(record.folder, "host_0.log").read_text())
     assert json.loads(papilio("status", "--json")[1])["state"] == "RUNNING"
-    assert papilio("cancel")[1].startswith(f"{handle} was told to end; its ranks save first")
+    status, out, err = papilio("cancel")
+    assert (status, out) == (2, "")
+    assert f"it is {handle} (small, started " in err and f"add --yes, or say papilio cancel {handle}" in err
+    assert papilio("cancel", "--yes")[1].startswith(f"{handle} was told to end; its ranks save first")
     assert runner.wait(handle, wait_interval=0.05).state == AppState.CANCELLED
     told = json.loads(papilio("status", handle, "--json")[1])
     assert (told["state"], told["message"]) == ("CANCELLED", "cancelled, the ranks saved before")
@@ -171,19 +175,151 @@ def test_mounts_and_more_roles_are_refused(runner: Runner) -> None:
         (["status", "nobody"], "there is no job nobody; `papilio list` lists them"),
         (["status", "lsf://papilio/1"], "Papilio has no scheduler lsf; it has slurm, local_cwd, kubernetes"),
         (["status", "local_cwd://papilio/x"], "local_cwd knows no job local_cwd://papilio/x"),
-        (["cancel", "local_cwd://papilio/x"], "local_cwd knows no job local_cwd://papilio/x"),
+        (["status", "papilio/x"], "there is no job papilio/x; `papilio list` lists them"),
+        (["status", "slurm://x"], "slurm://x is no job; a handle is as slurm://papilio/12"),
+        (["cancel", "slurm://papilio/--help"], "slurm://papilio/--help: a job on Slurm has a number"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(papilio: Papilio, words: list[str], message: str) -> None:
     status, out, err = papilio(*words)
-    assert status in (1, 2) and out == ""
+    assert status in (1, 2, 3) and out == ""
     assert message in err and err.count("\n") == 1
+
+
+def test_cancel_refuses_a_job_that_is_not_there(papilio: Papilio) -> None:
+    status, _, err = papilio("cancel", "local_cwd://papilio/x")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "local_cwd knows no job local_cwd://papilio/x" in err
+
+
+def test_cancel_without_a_job_leaves_another_folders_alone(
+    runner: Runner, papilio: Papilio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    script = "trap 'exit 75' TERM; echo ready; while true; do sleep 0.05; done"
+    mine, record = start(runner, make_app(script))
+    wait_until(lambda: "ready" in Path(record.folder, "host_0.log").read_text())
+    monkeypatch.chdir(tmp_path / "other")
+    for words in (("--yes",), ("small", "--yes")):
+        status, _, err = papilio("cancel", *words)
+        assert status == 2
+        assert "started from this folder; papilio cancel local_cwd://papilio/small-" in err
+    others, other = start(runner, make_app(script))
+    wait_until(lambda: "ready" in Path(other.folder, "host_0.log").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin.readline", lambda: "\n", raising=False)
+    status, out, _ = papilio("cancel")
+    assert status == 0 and out.startswith(f"cancel {mine} (small, started ") and out.endswith(f"{mine} goes on\n")
+    monkeypatch.setattr("sys.stdin.readline", lambda: "y\n", raising=False)
+    assert f"{mine} was told to end" in papilio("cancel")[1]
+    assert runner.wait(mine, wait_interval=0.05).state == AppState.CANCELLED
+    assert runner.status(others).state == AppState.RUNNING
+    papilio("cancel", others)
+    runner.wait(others, wait_interval=0.05)
+
+
+def test_status_leaves_with_the_jobs_state(runner: Runner, papilio: Papilio, tmp_path: Path) -> None:
+    good, bad = (start(runner, make_app(script))[0] for script in ("true", "exit 9"))
+    for handle, code in ((good, 0), (bad, 1)):
+        runner.wait(handle, wait_interval=0.05)
+        assert papilio("status", handle)[0] == papilio("status", handle, "--json")[0] == code
+    assert papilio("status", "local_cwd://papilio/x")[0] == 3
+    assert papilio("status", "nobody")[0] == 2
+
+
+def index_of(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "papilio" / "jobs"
+
+
+def test_list_goes_on_past_what_it_cannot_read(runner: Runner, papilio: Papilio, tmp_path: Path) -> None:
+    handle, record = start(runner, make_app("true"))
+    runner.wait(handle, wait_interval=0.05)
+    text = (index_of(tmp_path) / f"{record.app_id}.json").read_text()
+    damaged = {
+        "cut": text[:40],
+        "list": "[]",
+        "hosts": text.replace('"num_hosts": 1', '"num_hosts": "x"'),
+        "utf": "\xff",
+    }
+    for name, content in damaged.items():
+        (index_of(tmp_path) / f"{name}.json").write_text(content, encoding="latin-1")
+    (index_of(tmp_path) / "gone.json").write_text(text.replace(record.folder, f"{record.folder}-gone"))
+    (index_of(tmp_path) / "later.json").write_text(
+        text.replace('"max_retries"', '"of_a_later_release": 1, "max_retries"')
+    )
+    Path(record.folder, "job.events").write_text("half a li\n1.0\t1\tended\t0\n1.5\tx")
+    status, out, err = papilio("list", "-s", "local_cwd", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert [(row["job"], row["state"]) for row in rows] == [(handle, "SUCCEEDED")] * 2  # one by each release
+    assert sorted(re.findall(r"/(\w+)\.json is no record of a job", err)) == sorted(damaged)
+    shutil.rmtree(record.folder)
+    Path(record.folder).write_text("a file now")
+    assert papilio("list", "-s", "local_cwd")[1] == "no jobs (on local_cwd)\n"
+
+
+def test_an_unreadable_folder_is_told_as_such(
+    runner: Runner, papilio: Papilio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, record = start(runner, make_app("true"))
+    runner.wait(handle, wait_interval=0.05)
+
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("launch.schedulers.job_folder.os.listdir", refuse)  # root may read everything
+    status, out, _ = papilio("status", handle)
+    assert (status, out.splitlines()[0]) == (
+        3,
+        f"{handle}  small  UNKNOWN  (its folder {record.folder} cannot be read: Permission denied)",
+    )
+
+
+def test_a_job_of_another_machine_is_not_taken_for_dead(
+    runner: Runner, papilio: Papilio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, record = start(runner, make_app("true"))
+    runner.wait(handle, wait_interval=0.05)
+    Path(record.folder, "job.events").write_text("1.0\t1\tbegins\tlocalhost\n")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    status, out, _ = papilio("status", handle)
+    assert (
+        status == 3 and f"UNKNOWN  (it was started on {record.submitted_on}, and this is elsewhere: ask there)" in out
+    )
+    status, _, err = papilio("cancel", handle)
+    assert status == 1 and "was not cancelled: it was started on" in err
+
+
+def test_nothing_starts_where_its_folder_cannot_be(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app("true", resource=specs.Resource(cpu=1, gpu=0, memMB=10))
+    (tmp_path / "file").touch()
+    for jobs_dir, message in (
+        (
+            "file",
+            r"file/small-.* cannot be made or written \(Not a directory\), and nothing was started; .* -cfg jobs_dir=",
+        ),
+        ("a\nb", r"the jobs folder '.*a\\nb' has the character '\\n': choose another with -cfg jobs_dir=FOLDER"),
+        ("", r"the jobs folder .* is not named: choose another"),
+    ):
+        with pytest.raises(SchedulerError, match=message):
+            runner.run(app, "local_cwd", cfg={"jobs_dir": jobs_dir})
+    app.name = "../x ü%" + "y" * 300
+    handle = runner.run(app, "local_cwd")
+    assert re.fullmatch(r"local_cwd://papilio/\.\.-x-y{95}-\d{8}-\d{6}-[0-9a-f]{6}", handle)
+    runner.wait(handle, wait_interval=0.05)
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "full"))
+    with pytest.raises(SchedulerError, match=r"full/papilio/jobs cannot be made or written .* XDG_STATE_HOME=FOLDER"):
+        runner.run(app, "local_cwd")
 
 
 def test_without_slurm_its_absence_is_told(papilio: Papilio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     status, _, err = papilio("status", "slurm://papilio/1")
-    assert status == 1
+    assert status == 3
     assert "there is no squeue on this machine; run this on a login node of the cluster" in err
 
 
@@ -245,6 +381,20 @@ def test_the_first_error_is_that_of_the_last_attempt(tmp_path: Path) -> None:
     assert find_first_error(str(tmp_path), logs) == "rank 1 (host b) failed first: OSError: no space"
     logs[0].write_text("Segmentation fault\n")
     assert find_first_error(None, {0: logs[0]}) == "host 0, last line: Segmentation fault"
+
+
+def test_a_scripts_own_complaint_is_not_the_first_error(tmp_path: Path) -> None:
+    log = tmp_path / "host_0.log"
+    log.write_text("papilio: attempt 1 on host 0\nBus error\nhost.sh: line 30: [: : integer expression expected\n")
+    assert find_first_error(str(tmp_path), {0: log}) == "host 0, last line: Bus error"
+    (tmp_path / "job.log").write_text(
+        "papilio: attempt 1 on n1 n2\nsrun: error: n2: task 1: old\npapilio: attempt 2 on n1 n2\n"
+        "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED ***\n"
+        "slurmstepd: error: Could not open stdout file /jobs/a/host_1.log: No such file or directory\n"
+    )
+    reason = "Could not open stdout file /jobs/a/host_1.log: No such file or directory"
+    assert find_first_error(str(tmp_path), {0: log}) == f"Slurm says: {reason} ({tmp_path}/job.log)"
+    assert find_first_error(str(tmp_path), {1: tmp_path / "host_1.log"}).startswith("host 1: ")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:

@@ -65,7 +65,7 @@ def test_one_host_meets_nobody() -> None:
         (asked("n9:29400"), "r", "n9 does not resolve here; add it to /etc/hosts, or give its address"),
         (asked("127.0.0.1:29400"), "r", "127.0.0.1 leads every host to itself, so each would meet nobody"),
         (asked(wait_s=0), "r", "--wait-s 0: hosts wait for each other at least 1 s"),
-        (asked(nnodes="0:2"), "r", "at least 1"),
+        (asked(nnodes="0:2"), "r", "--nnodes 0: a number from 1 to 10,000 is needed"),
     ],
 )
 def test_what_could_not_meet_is_refused(namespace: argparse.Namespace, run_dir: str | None, message: str) -> None:

@@ -101,6 +101,16 @@ def test_a_run_folder_is_shown_by_itself(papilio: Papilio, tmp_path: Path) -> No
     write_view(tmp_path / "run", unix_s=time.time() - 60)
     assert re.match(r"small  old 1 min \d\d s ago  step 40 of 100", papilio("status", "run")[1])
     assert json.loads(papilio("status", "run", "--json")[1])["step"] == 40
+    codes = []
+    for settings in (
+        {"unix_s": time.time() - 60},
+        {},
+        {"state": "done", "unix_s": time.time() - 60},
+        {"state": "failed"},
+    ):
+        write_view(tmp_path / "run", **settings)
+        codes.append((papilio("status", "run")[0], papilio("status", "run", "--json")[0]))
+    assert codes == [(3, 3), (0, 0), (0, 0), (1, 1)]
     (tmp_path / "empty").mkdir()
     status, out, err = papilio("status", "empty")
     assert (status, out) == (1, "")

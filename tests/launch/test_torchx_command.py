@@ -54,6 +54,18 @@ def test_a_component_runs_with_what_it_must_be_told(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_mistake_is_told_in_one_line() -> None:
+    words = ("-s", "slurm", "papilio.train", "--recipe", "quickstart")
+    for wrong, message in (
+        (["--nproc", "0"], "--nproc 0: a number from 1 to 1,024 is needed"),
+        (["--name", "x --begin=now+1hour"], "--name 'x --begin=now+1hour': only letters of English"),
+    ):
+        done = run_torchx("run", "--dryrun", "--workspace", "", *words, *wrong)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"torchx: error: {message}")
+        assert "Traceback" not in done.stderr
+
+
 def test_torchx_own_components_still_run() -> None:
     done = run_torchx("run", "-s", "local_cwd", "utils.echo", "--msg", "still here")
     assert done.returncode == 0, done.stderr

@@ -244,6 +244,8 @@ def test_the_component_gives_every_host_its_number_and_the_meeting_place(monkeyp
     values = specs.macros.Values(img_root="", app_id="job_7", replica_id="2", rank0_env="HEAD")
     words = values.apply(role).args
     assert words[1:3] == ["-m", "launch.start"]
+    mark = next(word.removeprefix("--dollar=") for word in words if word.startswith("--dollar="))
+    words = [word.replace(mark, "$") for word in words]
     module = words.index("launch.preflight.worker")
     options = read_options(["--rdzv-endpoint=n1:1234", *words[module + 1 :]])
     assert (options.index, options.job, options.nnodes, options.nproc, options.as_json) == (2, "job_7", 3, 2, True)
@@ -254,7 +256,14 @@ def test_the_component_gives_every_host_its_number_and_the_meeting_place(monkeyp
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--nnodes", "0"], "--nnodes 0 --nproc None: at least one of each is needed"),
+        (["--nnodes", "0"], "--nnodes 0: a number from 1 to 64 is needed"),
+        (["--nnodes", "65"], "--nnodes 65: a number from 1 to 64 is needed"),
+        (["--nnodes", "-1", "-s", "slurm"], "--nnodes -1: a number from 1 to 10,000 is needed"),
+        (["--nproc", "0"], "--nproc 0: a number from 1 to 1,024 is needed"),
+        (["--index", "2", "--nnodes", "2", "--rdzv-endpoint", "n1:1"], "--index 2: a number from 0 to 1 is needed"),
+        (["--wait-s", "nan"], "--wait-s nan: a number from 1 to 604,800 is needed"),
+        (["--data-port", "70000"], "--data-port 70000: a number from 1 to 65,535 is needed"),
+        (["--read-gib", "-1"], "--read-gib -1.0: a number from 0 to 1,048,576 is needed"),
         (["-s", "slurm", "--index", "1"], "--rdzv-endpoint and --index are for hosts without a scheduler"),
         (["--recipe", "gone.toml"], "--recipe gone.toml does not exist"),
     ],

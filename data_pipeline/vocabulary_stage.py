@@ -89,7 +89,7 @@ def _stats(
         crc32 = save_vocabulary(vocabulary.keys_by_rank, task.output, file)
     num_empty = _num_empty_bags(task) if column.multi_hot else runs.num_missing
     return CategoricalStats(
-        num_embeddings=vocabulary.num_embeddings if vocabulary else column.num_buckets or 0,
+        num_embeddings=vocabulary.num_embeddings if vocabulary is not None else column.num_fixed_rows,
         cardinality=skew.num_distinct,
         missing_rate=num_empty / num_rows,
         unknown_rate=num_unknown / max(runs.num_values, 1),

@@ -93,7 +93,8 @@ def test_line_ends_and_blank_last_fields(line_end, has_last_line_end):
         (row(C9=b"\xff\xfe"), "C9", r"b'\xff\xfe' is not UTF-8 text"),
         (row(I4=b"\xff"), "I4", r"b'\xff' is not UTF-8 text"),
         (row() + b"\t", "(row)", "41 fields, a Criteo row has 40"),
-        (b"", "(row)", "1 fields"),
+        (b" ", "(row)", "1 fields"),
+        (b"a\rb", "(row)", "lines must end in"),
     ],
 )
 def test_a_malformed_row_is_set_aside_and_named(line, field, reason):

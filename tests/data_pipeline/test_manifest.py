@@ -63,12 +63,12 @@ def test_other_versions_are_refused_with_both_numbers(tmp_path: Path, key: str) 
     found[key] = 99
     (tmp_path / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(
-        DatasetError, match=r"version 99.*this Papilio reads 1 and 1.*the Papilio that wrote it \(1\.2\.3"
+        DatasetError, match=r"version 99.*this Papilio reads 1 and 2.*the Papilio that wrote it \(1\.2\.3"
     ):
         read_manifest(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1, "transform_version": 1, "splits": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1, "transform_version": 2, "splits": {}}'])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DatasetError, match=r"manifest\.json is damaged .*preprocess the data again"):

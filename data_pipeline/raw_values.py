@@ -38,7 +38,7 @@ _MAX_DIGITS = 19  # of an integer of 64 bits
 _MAX_SHOWN = 60
 _NO_INTEGER = "is not a whole number of 64 bits"
 _Read = TypeVar("_Read")
-_PRINTED_LIST = re.compile(r"(?:(?:array|tensor|set|frozenset|deque|list|tuple)\()?([\[({])(.*)[\])}]", re.DOTALL)
+_PRINTED_CALL = re.compile(r"(?:array|tensor|set|frozenset|deque)\((.*)\)", re.DOTALL)
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -143,12 +143,14 @@ def string_of_text(text: bytes) -> bytes | None:
 
 def is_printed_list(text: str) -> bool:
     """Whether text of a bag is a list as a program prints it: `[5, 1]`, `['a' 'b']`, `(1,)`, `{1}`, `array([1])`."""
-    found = _PRINTED_LIST.fullmatch(text.strip())
-    if found is None:
+    text = text.strip()
+    if call := _PRINTED_CALL.fullmatch(text):
+        return call[1].strip()[:1] in {"", *_CLOSING}
+    opening, inner = text[:1], text[1:-1].strip()
+    if len(text) < 2 or text[-1] != _CLOSING.get(opening):
         return False
-    opening, inner = found[1], found[2].strip()
     # `[CLS] a [SEP]` is three ids; a nested or quoted list may hold brackets.
-    return _CLOSING[opening] not in inner or inner.startswith((opening, "'", '"'))
+    return text[-1] not in inner or inner.startswith((opening, "'", '"'))
 
 
 def printed_list_fault(text: str, separator: str) -> str:

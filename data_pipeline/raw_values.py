@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_pipeline.arrow_types import is_text
+from data_pipeline.transforms import binary_buffers
 
 # Every integer up to this one is a float of its own.
 _MOST_EXACT = {16: 2**11 - 1, 32: 2**24 - 1, 64: 2**53 - 1}
@@ -241,8 +242,9 @@ def _plain_integers(texts: pa.Array) -> pa.Array | None:
         found = _integers_of_digits(texts)
     except pa.ArrowInvalid:
         return None
+    _, data = binary_buffers(texts.fill_null(b""))
     # Arrow reads 0x10, too.
-    return None if pc.any(pc.match_substring(texts, "x", ignore_case=True)).as_py() else found
+    return None if np.isin(data, np.frombuffer(b"xX", np.uint8)).any() else found
 
 
 def _integers_of_digits(texts: pa.Array) -> pa.Array:
@@ -255,8 +257,12 @@ def _needs_reading(distinct: pa.Array) -> bool:
         distinct.cast(pa.large_string())
     except pa.ArrowInvalid:
         return True
-    pattern = f"^(?:{_FLOAT_PATTERN}|-?nan|NaN|)$"
-    return bool(pc.any(pc.match_substring_regex(distinct, pattern)).as_py())
+    distinct = distinct.fill_null(b"")
+    if pc.any(pc.is_in(distinct, pa.array([b"", *_NAN_TEXTS], pa.large_binary()))).as_py():
+        return True
+    _, data = binary_buffers(distinct)
+    has_float = np.isin(data, np.frombuffer(b".+", np.uint8)).any()
+    return bool(has_float and pc.any(pc.match_substring_regex(distinct, f"^(?:{_FLOAT_PATTERN})$")).as_py())
 
 
 def _read_each(distinct: pa.Array, read: Callable[[bytes], _Read | None]) -> tuple[list[_Read | None], dict[int, str]]:

@@ -23,10 +23,9 @@ from data_pipeline.raw_values import (
     strings,
 )
 from data_pipeline.schema import CategoricalColumn, DenseColumn
-from data_pipeline.transforms import dense_fault, transform_dense
+from data_pipeline.transforms import binary_buffers, dense_fault, transform_dense
 
-# Whatever ends in a closing bracket; which of these are printed lists, `is_printed_list` says.
-_MAYBE_PRINTED = r"(?s)^\s*[a-z(]*[\[({].*[\])}]\s*$"
+_LAST_BYTES_OF_LISTS = np.frombuffer(b"])} \t\r\n", np.uint8)
 _HEX_LIMIT = 1 << 32
 
 
@@ -80,11 +79,18 @@ def _open_bags(array: pa.Array, column: CategoricalColumn, place: Place) -> tupl
     if not is_text(array.type):
         return open_lists(array)
     texts = array.fill_null(b"")
-    for row in np.flatnonzero(pc.match_substring_regex(texts, _MAYBE_PRINTED).to_numpy(zero_copy_only=False)):
+    for row in _maybe_printed(texts):
         text = texts[int(row)].as_py().decode(errors="backslashreplace")
         if is_printed_list(text):
             place.refuse(np.array([row]), [printed_list_fault(text, column.separator)])
     return open_lists(pc.split_pattern(texts, column.separator))
+
+
+def _maybe_printed(texts: pa.Array) -> NDArray[np.int64]:
+    """Places of texts that end as printed lists do, found at the cost of one byte each."""
+    offsets, data = binary_buffers(texts)
+    filled = np.flatnonzero(np.diff(offsets))
+    return filled[np.isin(data[offsets[filled + 1] - 1], _LAST_BYTES_OF_LISTS)]
 
 
 def _codes(array: pa.Array, column: CategoricalColumn, place: Place) -> tuple[ColumnCodes, NDArray[np.bool_]]:

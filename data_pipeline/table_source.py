@@ -135,7 +135,9 @@ def parse_text_block(
     """
     lines = _Lines(buffer[PADDING_BYTES:], 1 if starts_file else 0, keeps_blank=len(header) == 1)
     table, bad_rows = _read_text(lines, header, delimiter)
-    line_numbers = np.setdiff1d(lines.numbers, [row.line for row in bad_rows])
+    line_numbers = lines.numbers
+    if bad_rows:
+        line_numbers = line_numbers[~np.isin(line_numbers, [row.line for row in bad_rows])]
     if table.num_rows != len(line_numbers):
         raise PreprocessError(lines.count_fault())
     wanted = schema.roles()
@@ -153,7 +155,7 @@ class _Lines:
         lengths = np.diff(self._ends, prepend=0)
         is_row = np.ones(self.count, np.bool_)
         is_row[:num_header_lines] = False
-        if not keeps_blank:
+        if not keeps_blank and lengths.min(initial=3) <= 2:
             has_return = text[np.maximum(self._ends - 2, 0)] == ord("\r")
             is_row &= (lengths > 2) | ((lengths == 2) & ~has_return)
         self.numbers = np.flatnonzero(is_row) + 1

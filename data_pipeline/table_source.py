@@ -117,7 +117,8 @@ def _check_types(found: pa.Schema, path: str, schema: Schema) -> None:
 def parse_parquet_batch(data: bytes, schema: Schema) -> RawChunk:
     """Parse one batch of `read_parquet_batches`; lines of malformed rows are row numbers from 1."""
     table = pa.ipc.open_stream(data).read_all()
-    arrays = {name: plain_column(table.column(name)) for name in table.column_names}
+    wanted = schema.roles()  # pyarrow reads the field b of a struct a, too, where "a.b" is asked for
+    arrays = {name: plain_column(table.column(name)) for name in table.column_names if name in wanted}
 
     def row_bytes(row: int) -> bytes:
         return repr({name: array[row - 1].as_py() for name, array in arrays.items()}).encode()

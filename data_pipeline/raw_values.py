@@ -182,7 +182,7 @@ def strings(array: pa.Array, place: Place) -> pa.DictionaryArray:
             values, missing = integers(array, place)
             array = pa.array(values, mask=missing)
         return array.cast(pa.large_string()).cast(pa.large_binary()).dictionary_encode()
-    encoded = array.dictionary_encode()
+    encoded = _blank_to_null(array).dictionary_encode()
     if not _needs_reading(encoded.dictionary):
         return encoded
     read, wrong = _read_each(encoded.dictionary, string_of_text)
@@ -257,8 +257,7 @@ def _needs_reading(distinct: pa.Array) -> bool:
         distinct.cast(pa.large_string())
     except pa.ArrowInvalid:
         return True
-    distinct = distinct.fill_null(b"")
-    if pc.any(pc.is_in(distinct, pa.array([b"", *_NAN_TEXTS], pa.large_binary()))).as_py():
+    if pc.any(pc.is_in(distinct, pa.array(_NAN_TEXTS, pa.large_binary()))).as_py():
         return True
     _, data = binary_buffers(distinct)
     has_float = np.isin(data, np.frombuffer(b".+", np.uint8)).any()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.manifest import CategoricalStats, Manifest, SplitInfo, write_manifest
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shards import Bags, Columns, write_shard
 
 NUM_DENSE = 3
@@ -56,7 +56,11 @@ def write_data(folder: str, size: Size) -> None:
         dense=tuple(DenseColumn(name=f"x{i}", transform="identity") for i in range(NUM_DENSE)),
         categorical=tuple(
             CategoricalColumn(
-                name=name, multi_hot=name == MULTI_HOT, kind="integer", encoding="identity", num_buckets=rows
+                name=name,
+                multi_hot=name == MULTI_HOT,
+                kind="integer",
+                encoding="identity",
+                num_buckets=rows - NUM_RESERVED_IDS,
             )
             for name, rows in size.rows.items()
         ),

@@ -59,7 +59,7 @@ def make_package(
 
     Args:
         folder: is made.
-        schema: the columns; tables of hash and identity columns have `num_buckets` rows.
+        schema: the columns; tables of hash and identity columns have `num_fixed_rows` rows.
         model: shape of the network.
         sample: raw records of the sample request.
         vocabularies: raw values by column, for columns with exact vocabularies.
@@ -155,8 +155,7 @@ def _write_tables(
 def _num_rows(column: CategoricalColumn, vocabularies: Mapping[str, Sequence[int | str]]) -> int:
     if column.encoding == "vocabulary":
         return len(vocabularies[column.name]) + NUM_RESERVED_IDS
-    assert column.num_buckets is not None
-    return column.num_buckets
+    return column.num_fixed_rows
 
 
 def _write_rows(

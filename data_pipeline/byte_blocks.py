@@ -21,6 +21,7 @@ BLOCK_BYTES = 16 << 20
 PADDING_BYTES = 8  # in front of a block's first byte, so that 8 bytes can be read up to the end of any field
 _STREAM_CHUNK_BYTES = 1 << 18
 _COMPRESSIONS = (".gz", ".zst")
+RETURNS_HINT = "lines must end in \\n or \\r\\n, not in \\r alone; convert them (tr '\\r' '\\n' < OLD > NEW)"
 
 
 @dataclass(frozen=True)

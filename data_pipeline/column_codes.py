@@ -58,8 +58,8 @@ def encode_int64(values: NDArray[np.int64], missing: NDArray[np.bool_] | None) -
 
 
 def encode_binary(values: pa.Array) -> ColumnCodes:
-    """Dictionary-encode Arrow binary values; nulls are missing."""
-    encoded = values.cast(pa.large_binary()).dictionary_encode()
+    """Dictionary-encode Arrow large binary values, or take a dictionary of them; nulls are missing."""
+    encoded = values if pa.types.is_dictionary(values.type) else values.cast(pa.large_binary()).dictionary_encode()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     num_keys = len(order)
     code_of = np.empty(num_keys + 1, np.int64)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.bad_rows import BadRow
-from data_pipeline.byte_blocks import PADDING_BYTES
+from data_pipeline.byte_blocks import PADDING_BYTES, RETURNS_HINT
 from data_pipeline.raw_chunk import RawChunk, encode_numbers
+from data_pipeline.raw_values import shown
 from data_pipeline.schema import Schema
 from data_pipeline.transforms import count_clipped, transform_dense
 
@@ -26,6 +27,7 @@ _TAB, _NEWLINE, _RETURN, _MINUS, _ZERO = (np.uint8(ord(c)) for c in "\t\n\r-0")
 _SLICE_BYTES = 1 << 18  # about 1,000 rows: a slice and its temporaries stay in the L2 cache
 _WORD_BYTES = 8
 _MAX_INTEGER = 2**63 - 1
+_MAX_DIGITS = 19
 
 
 def _repeat(octet: int) -> np.uint64:
@@ -50,8 +52,9 @@ _HEX_JOINS, _DECIMAL_JOINS = _joins(16), _joins(10)
 
 @dataclass(frozen=True)
 class _Rows:
-    """Decoded rows: `ids` [26, N] are numbers below 2**32, of no meaning where `no_id` [26, N]."""
+    """Decoded rows; `lines` [N] count from 0, `ids` [26, N] are below 2**32, of no meaning where `no_id` [26, N]."""
 
+    lines: NDArray[np.int64]
     labels: NDArray[np.uint8]
     dense: NDArray[np.float32]
     no_dense: NDArray[np.bool_]
@@ -67,9 +70,9 @@ def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
     num_lines = 0
     for slice_buffer in _slices(buffer):
         rows, slice_bad_rows = _parse_slice(slice_buffer, schema)
-        parts.append(rows)
+        parts.append(replace(rows, lines=num_lines + rows.lines))
         bad_rows += [replace(row, line=num_lines + row.line) for row in slice_bad_rows]
-        num_lines += len(rows.labels) + len(slice_bad_rows)
+        num_lines += int(np.count_nonzero(slice_buffer[PADDING_BYTES:] == _NEWLINE))
     num_missing = sum((part.no_dense.sum(axis=0) for part in parts), np.zeros(NUM_DENSE, np.int64))
     ids = np.concatenate([part.ids for part in parts], axis=1)
     missing = np.concatenate([part.no_id for part in parts], axis=1)
@@ -78,6 +81,7 @@ def parse_criteo(buffer: NDArray[np.uint8], schema: Schema) -> RawChunk:
         columns.append(encode_numbers(ids[c], missing[c] if missing[c].any() else None, column))
     return RawChunk(
         num_lines,
+        np.concatenate([part.lines for part in parts]) + 1,
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.dense for part in parts]),
         num_missing,
@@ -101,25 +105,29 @@ def _slices(buffer: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _parse_slice(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows, list[BadRow]]:
-    line_numbers: NDArray[np.int64] | None = None
+    lines: NDArray[np.int64] | None = None
     bad_rows: list[BadRow] = []
     while True:
         rows, is_bad = _decode(buffer, schema)
         if rows is not None:
+            rows = rows if lines is None else replace(rows, lines=lines)
             return rows, sorted(bad_rows, key=lambda row: row.line)
-        if line_numbers is None:
-            line_numbers = np.arange(1, len(is_bad) + 1)
+        if lines is None:
+            lines = np.arange(len(is_bad))
         buffer, raw_rows = _drop_lines(buffer, is_bad)
-        for line, raw in zip(line_numbers[is_bad].tolist(), raw_rows, strict=True):
-            bad_rows.append(BadRow(line, *diagnose(raw, schema), raw))
-        line_numbers = line_numbers[~is_bad]
+        for line, raw in zip(lines[is_bad].tolist(), raw_rows, strict=True):
+            if raw.rstrip(b"\r\n"):  # a blank line is no row
+                bad_rows.append(BadRow(line + 1, *diagnose(raw, schema), raw))
+        lines = lines[~is_bad]
 
 
 def diagnose(raw: bytes, schema: Schema) -> tuple[str, str]:
     """Name the first field of a malformed row that is wrong, and what is wrong with it."""
     fields = raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
     if len(fields) != NUM_FIELDS:
-        return "(row)", f"{len(fields)} fields, a Criteo row has {NUM_FIELDS} split by tabs; row starts {raw[:40]!r}"
+        hint = f"; {RETURNS_HINT}" if b"\r" in raw.rstrip(b"\r\n") else ""
+        wanted = f"a Criteo row has {NUM_FIELDS} split by tabs"
+        return "(row)", f"{len(fields)} fields, {wanted}; row starts {raw[:40]!r}{hint}"
     names = [schema.label, *schema.dense_names, *schema.categorical_names]
     for number, (name, field) in enumerate(zip(names, fields, strict=True)):
         if fault := _fault(number, field):
@@ -131,14 +139,22 @@ def _fault(number: int, field: bytes) -> str | None:
     try:
         field.decode()
     except UnicodeDecodeError:
-        return f"{field!r} is not UTF-8 text"
+        return f"{field[:40]!r} is not UTF-8 text"
     if number == 0:
-        return None if field in (b"0", b"1") else f"label is {field.decode()!r}, must be 0 or 1"
+        return None if field in (b"0", b"1") else f"label is {shown(field)}, must be 0 or 1"
     if number < _FIRST_CATEGORICAL:
-        is_number = re.fullmatch(rb"-?[0-9]+|", field) and abs(int(field or b"0")) <= _MAX_INTEGER
-        return None if is_number else f"{field.decode()!r} is not a whole number of at most 64 bits"
+        is_number = not field or _integer_of(field) is not None
+        return None if is_number else f"{shown(field)} is not a whole number of at most 64 bits"
     is_hex = re.fullmatch(rb"[0-9a-fA-F]{0,8}", field)
-    return None if is_hex else f"{field.decode()!r} is not an id of at most 8 hexadecimal digits"
+    return None if is_hex else f"{shown(field)} is not an id of at most 8 hexadecimal digits"
+
+
+def _integer_of(text: bytes) -> int | None:
+    digits = text.lstrip(b"-0")  # Python refuses to read thousands of digits
+    if re.fullmatch(rb"-?[0-9]+", text) is None or len(digits) > _MAX_DIGITS:
+        return None
+    number = int(digits or b"0")
+    return None if number > _MAX_INTEGER else -number if text.startswith(b"-") else number
 
 
 def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, NDArray[np.bool_]]:
@@ -175,7 +191,7 @@ def _decode(buffer: NDArray[np.uint8], schema: Schema) -> tuple[_Rows | None, ND
     # Columns are gathered from here on: turned while they are in the cache.
     num_clipped = count_clipped(numbers, schema.dense[0].transform)
     ids, no_id = np.ascontiguousarray(ids.T), np.ascontiguousarray(no_id.T)
-    return _Rows(labels, dense, no_dense, ids, no_id, num_clipped), is_bad
+    return _Rows(np.arange(num_rows), labels, dense, no_dense, ids, no_id, num_clipped), is_bad
 
 
 def _scan(buffer: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -251,8 +267,9 @@ def _decode_integers(
     np.negative(numbers, out=numbers, where=is_negative)
     for row, i in np.argwhere(num_digits > _WORD_BYTES).tolist():
         text = buffer[ends[row, i] - lengths[row, i] : ends[row, i]].tobytes()
-        is_wrong[row, i] = _fault(1 + i, text) is not None
-        numbers[row, i] = 0.0 if is_wrong[row, i] else float(int(text))
+        number = _integer_of(text)
+        is_wrong[row, i] = number is None
+        numbers[row, i] = 0.0 if number is None else float(number)
     if is_wrong.any():
         is_bad |= is_wrong.any(axis=1)
     return numbers

@@ -86,7 +86,7 @@ def _without_rows(source: str, expected: _Expected) -> Dataset:
                 multi_hot=column.ids_per_sample > 1,
                 kind="integer",
                 encoding="identity",
-                num_buckets=column.num_embeddings,
+                num_buckets=column.num_embeddings - NUM_RESERVED_IDS,
             )
             for column in expected.categorical
         ),

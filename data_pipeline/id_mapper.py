@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.column_codes import ColumnCodes
 from data_pipeline.manifest import DatasetError, Manifest
+from data_pipeline.raw_values import Faults
 from data_pipeline.schema import MISSING_ID, CategoricalColumn
 from data_pipeline.shards import Bags
-from data_pipeline.table_columns import Faults, categorical_codes
+from data_pipeline.table_columns import categorical_codes
 from data_pipeline.vocabulary import Vocabulary, load_vocabulary
 
 

@@ -35,7 +35,7 @@ from data_pipeline.manifest import (
 from data_pipeline.parse_stage import Parsed, content_crc32, list_tasks, parse_inputs
 from data_pipeline.preprocess_options import PreprocessOptions
 from data_pipeline.progress import Progress
-from data_pipeline.schema import CategoricalColumn, Schema, criteo_schema, load_schema
+from data_pipeline.schema import TRANSFORM_VERSION, CategoricalColumn, Schema, criteo_schema, load_schema
 from data_pipeline.shard_stage import SHARD_BYTES, ShardJob, fixed_row_bytes, list_shards, write_split_shard
 from data_pipeline.splits import SplitRule, make_split_rule
 from data_pipeline.stage import STAGE_NAME, Stage, open_stage
@@ -125,6 +125,7 @@ def resolve_schema(options: PreprocessOptions) -> Schema:
 def _describe_request(options: PreprocessOptions, schema: Schema) -> dict[str, Any]:
     """Everything that decides the bytes of the output."""
     request = options.model_dump(mode="json", exclude=_FREE_OPTIONS)
+    request["transform_version"] = TRANSFORM_VERSION
     request["schema"] = schema.model_dump(mode="json")
     request["input_num_bytes"] = [input_num_bytes(path) for path in options.inputs]
     if options.source == "table":

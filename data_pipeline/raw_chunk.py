@@ -11,20 +11,23 @@ from numpy.typing import NDArray
 
 from data_pipeline.bad_rows import BadRow
 from data_pipeline.column_codes import ColumnCodes, encode_binary, encode_int64, encode_uint32
-from data_pipeline.schema import CategoricalColumn
+from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn
 from data_pipeline.transforms import hash_binary, hash_integers
+
+_MAX_ROW = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class RawChunk:
     """Rows in input order: `labels` [N] uint8, `dense` [N, I] float32 transformed, a `ColumnCodes` a feature.
 
-    `num_clipped` [I] counts dense values below what the transform tells apart.
-    `num_missing` [I] counts empty dense fields; `bad_rows` have lines numbered from 1 within the block, whose lines
-    (malformed ones included) are `num_lines`.
+    `num_missing` [I] counts empty dense fields, `num_clipped` [I] dense values below what the transform tells apart.
+    Lines are numbered from 1 within the block, which has `num_lines`: `line_numbers` [N] are the rows' own, `bad_rows`
+    have some, the rest are a header or blank.
     """
 
     num_lines: int
+    line_numbers: NDArray[np.int64]
     labels: NDArray[np.uint8]
     dense: NDArray[np.float32]
     num_missing: NDArray[np.int64]
@@ -43,13 +46,17 @@ def keys_of_numbers(values: NDArray[Any], column: CategoricalColumn) -> NDArray[
     """Return the key of each checked integer: int64, or uint64 below 2**32; row numbers for hash and identity."""
     if column.encoding == "hash":
         return hash_integers(values, column.num_buckets or 0)
-    if column.encoding == "identity" or column.kind == "hex":
+    if column.encoding == "identity":
+        # The reserved rows lie below, or a missing value would share a row with an id. Beyond any table: the last row.
+        rows: NDArray[np.uint64] = np.minimum(values, _MAX_ROW - NUM_RESERVED_IDS).astype(np.uint64)
+        return rows + np.uint64(NUM_RESERVED_IDS)
+    if column.kind == "hex":
         return values.astype(np.uint64, copy=False)
     return values.astype(np.int64, copy=False)
 
 
 def encode_strings(values: pa.Array, column: CategoricalColumn) -> ColumnCodes:
-    """Dictionary-encode Arrow binary values; the keys of hash columns are row numbers already."""
+    """Dictionary-encode Arrow large binary values, or take a dictionary; keys of hash columns are row numbers."""
     encoded = encode_binary(values)
     if column.encoding == "vocabulary":
         return encoded

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_pipeline.toml_model import TomlError, explain, read_toml
 
 # Bumped when any transform or id rule below changes its result; a package or a data set says which one it holds.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 
 UNKNOWN_ID = 0  # rare ids (below the frequency threshold) and ids never seen in preprocessing share this row
 MISSING_ID = 1  # an empty field of a one-hot feature; an empty multi-hot field is an empty bag
@@ -22,8 +22,13 @@ NUM_RESERVED_IDS = 2
 DenseTransform = Literal["log1p", "identity"]
 Encoding = Literal["vocabulary", "hash", "identity"]
 ValueKind = Literal["hex", "string", "integer"]
+Role = Literal["label", "dense", "id", "bag"]
+
 # A file's name has 255 bytes at most, of which a suffix takes some.
 _MAX_NAME_BYTES = 220
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+_MAX_ROWS = 2**31 - 1
+_DENSE: Role = "dense"
 
 
 class SchemaError(ValueError):
@@ -41,13 +46,19 @@ class DenseColumn(_Section):
     transform: DenseTransform = "log1p"
     missing_value: float = 0.0
 
+    @model_validator(mode="after")
+    def _check_missing_value(self) -> DenseColumn:
+        if not abs(self.missing_value) <= _MAX_FLOAT32:  # also false of NaN
+            raise ValueError(f"missing_value is {self.missing_value}, must be a finite number of 32 bits")
+        return self
+
 
 class CategoricalColumn(_Section):
     """A categorical input, one id a sample, or a list of ids when `multi_hot`.
 
     `encoding` says how raw values become rows: `vocabulary` (exact ids, those seen fewer than `frequency_threshold`
     times share row 0, at most `max_ids` kept, the most frequent first), `hash` (stateless, `num_buckets` rows in all)
-    or `identity` (the raw integers are row numbers already, all below `num_buckets`).
+    or `identity` (the raw integers, all below `num_buckets`, are row numbers once NUM_RESERVED_IDS is added).
     """
 
     name: str
@@ -55,15 +66,32 @@ class CategoricalColumn(_Section):
     kind: ValueKind = "string"
     encoding: Encoding = "vocabulary"
     frequency_threshold: int = Field(default=1, ge=1)
-    max_ids: int = Field(default=40_000_000, ge=1, le=2**31 - 1 - NUM_RESERVED_IDS)
-    num_buckets: int | None = Field(default=None, gt=NUM_RESERVED_IDS, lt=2**31)
+    max_ids: int = Field(default=40_000_000, ge=1, le=_MAX_ROWS - NUM_RESERVED_IDS)
+    num_buckets: int | None = Field(default=None, ge=1, le=_MAX_ROWS)
     separator: str = Field(default=" ", min_length=1, max_length=1)
 
     @model_validator(mode="after")
     def _check_buckets(self) -> CategoricalColumn:
         if self.encoding != "vocabulary" and self.num_buckets is None:
             raise ValueError(f"encoding = {self.encoding!r} needs num_buckets, the number of rows of the table")
+        if self.encoding == "hash" and (self.num_buckets or 0) <= NUM_RESERVED_IDS:
+            raise ValueError(f"num_buckets is {self.num_buckets}, must be above the {NUM_RESERVED_IDS} reserved rows")
+        if self.encoding == "identity":
+            self._check_identity()
         return self
+
+    def _check_identity(self) -> None:
+        if self.kind == "string":
+            raise ValueError("encoding = 'identity' takes row numbers; set kind = 'integer', or another encoding")
+        if self.num_fixed_rows > _MAX_ROWS:
+            raise ValueError(f"num_buckets is {self.num_buckets}, must be at most {_MAX_ROWS - NUM_RESERVED_IDS}")
+
+    @property
+    def num_fixed_rows(self) -> int:
+        """Rows of the table of a hash or identity column, the reserved ones included; 0 for a vocabulary."""
+        if self.encoding == "vocabulary":
+            return 0
+        return (self.num_buckets or 0) + (NUM_RESERVED_IDS if self.encoding == "identity" else 0)
 
 
 class Schema(_Section):
@@ -80,6 +108,11 @@ class Schema(_Section):
         if repeated:
             raise ValueError(f"column names must differ; repeated: {', '.join(repeated)}")
         return self
+
+    def roles(self) -> dict[str, Role]:
+        """What each column is for."""
+        categorical: dict[str, Role] = {c.name: "bag" if c.multi_hot else "id" for c in self.categorical}
+        return {self.label: "label", **dict.fromkeys(self.dense_names, _DENSE), **categorical}
 
     @property
     def dense_names(self) -> list[str]:

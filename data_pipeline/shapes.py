@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
+from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 
 # Distinct ids of the 26 columns of Criteo Kaggle's train.txt.
 _KAGGLE_CARDINALITIES = (
@@ -48,7 +48,7 @@ class Shape:
 
     @property
     def schema(self) -> Schema:
-        """The columns of this shape; ids are row numbers already."""
+        """The columns of this shape; ids are frequency ranks, and row numbers once the reserved rows are added."""
         return Schema(
             dense=tuple(DenseColumn(name=f"I{i + 1}") for i in range(self.num_dense)),
             categorical=tuple(
@@ -57,7 +57,7 @@ class Shape:
                     multi_hot=pooling_factor > 1,
                     kind="integer",
                     encoding="identity",
-                    num_buckets=cardinality + NUM_RESERVED_IDS,
+                    num_buckets=cardinality,
                 )
                 for i, (cardinality, pooling_factor) in enumerate(
                     zip(self.cardinalities, self.pooling_factors, strict=True)

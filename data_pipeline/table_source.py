@@ -1,12 +1,14 @@
 """Any CSV, TSV or Parquet table described by a schema, through pyarrow, a batch of rows at a time.
 
-Text files start with a header line; fields may be quoted, but not hold line breaks (lines could not be numbered).
+Text files start with a header line; fields may be quoted, but not hold line breaks (lines could not be numbered). A
+blank line is no row, except in a table of one column, where it is a row without a value.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +20,15 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from data_pipeline.arrow_types import plain_column, type_fault
 from data_pipeline.bad_rows import BadRow, PreprocessError
-from data_pipeline.byte_blocks import PADDING_BYTES, strip_compression
+from data_pipeline.byte_blocks import PADDING_BYTES, RETURNS_HINT, strip_compression
 from data_pipeline.parquet_batches import read_batches
 from data_pipeline.paths import path_manager
 from data_pipeline.raw_chunk import RawChunk
-from data_pipeline.schema import CategoricalColumn, Schema
-from data_pipeline.table_columns import Faults, categorical_codes, dense_values, labels_of
+from data_pipeline.raw_values import Faults
+from data_pipeline.schema import Schema
+from data_pipeline.table_columns import categorical_codes, dense_values, labels_of
 
 _PARQUET_BUFFER_BYTES = 1 << 20
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
@@ -54,7 +58,14 @@ def parse_header(line: bytes, path: str, schema: Schema, *, needs_label: bool = 
         text = line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise PreprocessError(f"{path}, line 1: the header is not UTF-8 text") from None
-    names = next(csv.reader([text], delimiter=delimiter_of(path) or ","), [])
+    if "\r" in text:
+        raise PreprocessError(f"{path}, line 1: the header holds a carriage return: {RETURNS_HINT}")
+    if text.count('"') % 2:
+        raise PreprocessError(f"{path}, line 1: the header holds a quote that is not closed on the same line")
+    try:
+        names = next(csv.reader([text], delimiter=delimiter_of(path) or ","), [])
+    except csv.Error as error:
+        raise PreprocessError(f"{path}, line 1: the header is no line of column names ({error})") from None
     _check_names(names, path, schema, needs_label=needs_label)
     return tuple(names)
 
@@ -63,8 +74,9 @@ def _check_names(names: list[str], path: str, schema: Schema, *, needs_label: bo
     wanted = [*[schema.label] * needs_label, *schema.dense_names, *schema.categorical_names]
     lacking = [name for name in wanted if name not in names]
     if lacking:
+        found = textwrap.shorten(", ".join(names[:40]), 400)
         raise PreprocessError(
-            f"{path} has no column {', '.join(lacking)}; it has {', '.join(names[:40])}. Correct the schema, or the "
+            f"{path} has no column {', '.join(lacking)}; it has {found}. Correct the schema, or the "
             "header in the file's first line"
         )
     repeated = sorted({name for name in wanted if names.count(name) > 1})
@@ -85,6 +97,7 @@ def read_parquet_batches(path: str, schema: Schema, *, needs_label: bool = True)
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES)
             _check_names(parquet.schema_arrow.names, path, schema, needs_label=needs_label)
             wanted = [name for name in wanted if name in parquet.schema_arrow.names]
+            _check_types(parquet.schema_arrow, path, schema)
             first_row = 0
             for batch in read_batches(parquet, wanted):
                 sink = pa.BufferOutputStream()
@@ -96,10 +109,18 @@ def read_parquet_batches(path: str, schema: Schema, *, needs_label: bool = True)
         raise PreprocessError(f"input {path} is damaged or truncated ({error}); fetch it again") from None
 
 
+def _check_types(found: pa.Schema, path: str, schema: Schema) -> None:
+    for name, role in schema.roles().items():
+        fault = type_fault(found.field(name).type, name, role) if name in found.names else None
+        if fault is not None:
+            raise PreprocessError(f"{path}: {fault}")
+
+
 def parse_parquet_batch(data: bytes, schema: Schema) -> RawChunk:
     """Parse one batch of `read_parquet_batches`; lines of malformed rows are row numbers from 1."""
-    table = pa.ipc.open_stream(data).read_all().combine_chunks()
-    arrays = {name: table.column(name).combine_chunks() for name in table.column_names}
+    table = pa.ipc.open_stream(data).read_all()
+    wanted = schema.roles()  # pyarrow reads the field b of a struct a, too, where "a.b" is asked for
+    arrays = {name: plain_column(table.column(name)) for name in table.column_names if name in wanted}
 
     def row_bytes(row: int) -> bytes:
         return repr({name: array[row - 1].as_py() for name, array in arrays.items()}).encode()
@@ -115,28 +136,45 @@ def parse_text_block(
     Raises:
         PreprocessError: a quoted field holds a line break.
     """
-    lines = _Lines(buffer[PADDING_BYTES:], 1 if starts_file else 0)
+    lines = _Lines(buffer[PADDING_BYTES:], 1 if starts_file else 0, keeps_blank=len(header) == 1)
     table, bad_rows = _read_text(lines, header, delimiter)
-    is_row = np.ones(lines.count, np.bool_)
-    is_row[: lines.num_header_lines] = False
-    is_row[[row.line - 1 for row in bad_rows]] = False
-    line_numbers = np.flatnonzero(is_row) + 1
+    line_numbers = lines.numbers
+    if bad_rows:
+        line_numbers = line_numbers[~np.isin(line_numbers, [row.line for row in bad_rows])]
     if table.num_rows != len(line_numbers):
-        raise PreprocessError("a quoted field holds a line break, which is not supported; write the table as Parquet")
-    wanted = {schema.label, *schema.dense_names, *schema.categorical_names}
-    arrays = {name: table.column(name).combine_chunks() for name in header if name in wanted}
+        raise PreprocessError(lines.count_fault())
+    wanted = schema.roles()
+    arrays = {name: plain_column(table.column(name)) for name in header if name in wanted}
     return _convert(_Rows(arrays, line_numbers, lines.count, lines.read, bad_rows), schema)
 
 
 class _Lines:
-    """The lines of a block, numbered from 1."""
+    """The lines of a block, numbered from 1: `body` is the text of those that may be rows, `numbers` are theirs."""
 
-    def __init__(self, text: NDArray[np.uint8], num_header_lines: int) -> None:
+    def __init__(self, text: NDArray[np.uint8], num_header_lines: int, *, keeps_blank: bool) -> None:
         self._text = text
         self._ends = np.flatnonzero(text == ord("\n")) + 1
         self.count = len(self._ends)
-        self.num_header_lines = num_header_lines
-        self.body = text[self._ends[0] :] if num_header_lines else text
+        lengths = np.diff(self._ends, prepend=0)
+        is_row = np.ones(self.count, np.bool_)
+        is_row[:num_header_lines] = False
+        if not keeps_blank and lengths.min(initial=3) <= 2:
+            has_return = text[np.maximum(self._ends - 2, 0)] == ord("\r")
+            is_row &= (lengths > 2) | ((lengths == 2) & ~has_return)
+        self.numbers = np.flatnonzero(is_row) + 1
+        if is_row[num_header_lines:].all():
+            self.body = text[self._ends[0] :] if num_header_lines else text
+        else:
+            self.body = text[np.repeat(is_row, lengths)]
+
+    def count_fault(self) -> str:
+        """Say why there are more or fewer rows than lines."""
+        padded = np.append(self._text, np.uint8(0))
+        stray = np.flatnonzero((padded[:-1] == ord("\r")) & (padded[1:] != ord("\n")))
+        if len(stray):
+            line = int(np.searchsorted(self._ends, stray[0], side="right")) + 1
+            return f"line {line} from there holds a carriage return: {RETURNS_HINT}"
+        return "a quoted field holds a line break, which is not supported; write the table as Parquet"
 
     def read(self, line: int) -> bytes:
         start = int(self._ends[line - 2]) if line > 1 else 0
@@ -147,13 +185,13 @@ def _read_text(lines: _Lines, header: tuple[str, ...], delimiter: str) -> tuple[
     bad_rows: list[BadRow] = []
 
     def set_aside(row: Any) -> str:
-        line = int(row.number) + lines.num_header_lines
+        line = int(lines.numbers[row.number - 1])
         reason = f"{row.actual_columns} fields, the header has {row.expected_columns}"
         bad_rows.append(BadRow(line, "(row)", reason, lines.read(line)))
         return "skip"
 
     types = {name: pa.binary() for name in header}
-    if not lines.body.size:
+    if not len(lines.numbers):
         return pa.table({name: pa.array([], pa.binary()) for name in header}), bad_rows
     try:
         table = pyarrow.csv.read_csv(
@@ -199,17 +237,10 @@ def _convert(rows: _Rows, schema: Schema) -> RawChunk:
     num_missing, num_clipped = np.zeros((2, len(schema.dense)), np.int64)
     for i, column in enumerate(schema.dense):
         dense[:, i], num_missing[i], num_clipped[i] = dense_values(rows.arrays[column.name], column, faults)
-    columns = [
-        categorical_codes(rows.arrays[c.name], _checked(c, rows.arrays[c.name]), faults) for c in schema.categorical
-    ]
+    columns = [categorical_codes(rows.arrays[column.name], column, faults) for column in schema.categorical]
     if faults.first_of_row:
         return _convert(rows.without(faults), schema)
     bad_rows = tuple(sorted(rows.bad_rows, key=lambda row: row.line))
-    return RawChunk(rows.num_lines, labels, dense, num_missing, tuple(columns), bad_rows, num_clipped)
-
-
-def _checked(column: CategoricalColumn, array: pa.Array) -> CategoricalColumn:
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    if is_list and not column.multi_hot:
-        raise PreprocessError(f"column {column.name} holds lists; set multi_hot = true for it in the schema")
-    return column
+    return RawChunk(
+        rows.num_lines, rows.line_numbers, labels, dense, num_missing, tuple(columns), bad_rows, num_clipped
+    )

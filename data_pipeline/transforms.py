@@ -28,11 +28,13 @@ def transform_dense(
     """Apply a dense column's transform, in float64, rounded once to float32.
 
     `log1p` is log(1 + max(x, 0)): Criteo's counts go down to -3.
+    What does not fit becomes infinite; callers refuse it with `dense_fault`.
     """
-    if column.transform == "log1p":
-        result = np.log1p(np.maximum(values, 0.0)).astype(np.float32)
-    else:
-        result = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        if column.transform == "log1p":
+            result = np.log1p(np.maximum(values, 0.0)).astype(np.float32)
+        else:
+            result = values.astype(np.float32)
     result[missing] = np.float32(column.missing_value)
     return result
 
@@ -41,6 +43,13 @@ def count_clipped(values: NDArray[np.float64], transform: DenseTransform) -> Any
     """Count the values [N] or [N, I] that `transform_dense` makes one and the same: those below 0, with log1p."""
     is_clipped = values < 0 if transform == "log1p" else np.zeros(values.shape, np.bool_)
     return is_clipped.sum(axis=0, dtype=np.int64)
+
+
+def dense_fault(value: float) -> str:
+    """Say what is wrong with a number that is infinite or does not fit 32 bits."""
+    if np.isinf(value):
+        return "infinite, must be a finite number"
+    return f"{value!r} is too large for 32 bits, must be between -3.4e38 and 3.4e38"
 
 
 def hash_integers(keys: NDArray[Any], num_buckets: int) -> NDArray[np.uint64]:

@@ -108,7 +108,7 @@ def _stats(
     num_empty = _num_empty_bags(task) if column.multi_hot else runs.num_missing
     return CategoricalStats(
         # A vocabulary without ids has length 0, which is falsy.
-        num_embeddings=column.num_buckets or 0 if vocabulary is None else vocabulary.num_embeddings,
+        num_embeddings=column.num_fixed_rows if vocabulary is None else vocabulary.num_embeddings,
         cardinality=skew.num_distinct,
         missing_rate=num_empty / num_rows,
         unknown_rate=num_unknown / max(runs.num_values, 1),

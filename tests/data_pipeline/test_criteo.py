@@ -41,9 +41,11 @@ def test_integers_of_every_length_and_sign():
         b"-12345678",
         b"123456789",
         b"9223372036854775807",
+        b"-9223372036854775807",
+        b"0" * 5000 + b"12",
     ]
     chunk = parse(b"\n".join(row(I3=text) for text in texts))
-    wanted = np.log1p([max(int(text or 0), 0) for text in texts]).astype(np.float32)
+    wanted = np.log1p([max(float(text or 0), 0.0) for text in texts]).astype(np.float32)
     np.testing.assert_array_equal(chunk.dense[:, 2], wanted)
     assert chunk.num_missing.tolist() == [0, 0, 1] + [0] * 10
 
@@ -86,6 +88,7 @@ def test_line_ends_and_blank_last_fields(line_end, has_last_line_end):
         (row(I4=b"1-"), "I4", "'1-' is not"),
         (row(I4=b"12345678x"), "I4", "'12345678x' is not"),
         (row(I4=b"9223372036854775808"), "I4", "at most 64 bits"),
+        (row(I4=b"9" * 5000), "I4", "at most 64 bits"),
         (row(C9=b"123456789"), "C9", "'123456789' is not an id of at most 8 hexadecimal digits"),
         (row(C9=b"0000000g"), "C9", "'0000000g' is not an id"),
         (row(C9=b"-1"), "C9", "'-1' is not an id"),
@@ -93,7 +96,8 @@ def test_line_ends_and_blank_last_fields(line_end, has_last_line_end):
         (row(C9=b"\xff\xfe"), "C9", r"b'\xff\xfe' is not UTF-8 text"),
         (row(I4=b"\xff"), "I4", r"b'\xff' is not UTF-8 text"),
         (row() + b"\t", "(row)", "41 fields, a Criteo row has 40"),
-        (b"", "(row)", "1 fields"),
+        (b" ", "(row)", "1 fields"),
+        (b"a\rb", "(row)", "lines must end in"),
     ],
 )
 def test_a_malformed_row_is_set_aside_and_named(line, field, reason):
@@ -120,6 +124,13 @@ def test_lines_are_numbered_across_slices(monkeypatch):
     chunk = parse(b"\n".join(lines) + b"\n")
     assert [bad.line for bad in chunk.bad_rows] == [11, 12, 50]
     assert (chunk.num_lines, len(chunk.labels)) == (50, 47)
+
+
+def test_blank_lines_are_no_rows_and_keep_their_numbers():
+    chunk = parse(b"\n" + row() + b"\n\r\n\nx\n" + row() + b"\n\n")
+    assert chunk.line_numbers.tolist() == [2, 6]
+    assert [bad.line for bad in chunk.bad_rows] == [5]
+    assert chunk.num_lines == 7
 
 
 def test_a_block_of_bad_rows_only_is_empty():

@@ -73,6 +73,26 @@ def test_schema_file_gives_the_columns_in_order(tmp_path: Path) -> None:
         (f'dense = [{{name = "{"é" * 40}"}}]\ncategorical = [{{name = "u"}}]', "the name is too long: 240 bytes when"),
         ('categorical = [{name = "u", encoding = "hash"}]', "encoding = 'hash' needs num_buckets"),
         ('categorical = [{name = "u", frequency_threshold = 0}]', r"frequency_threshold \(of u\) = 0: .* greater than"),
+        (
+            'categorical = [{name = "u", encoding = "hash", num_buckets = 2}]',
+            "num_buckets is 2, must be above the 2 reserved",
+        ),
+        (
+            'categorical = [{name = "u", encoding = "identity", num_buckets = 9}]',
+            "encoding = 'identity' takes row numbers; set kind = 'integer'",
+        ),
+        (
+            'categorical = [{name = "u", kind = "integer", encoding = "identity", num_buckets = 2147483646}]',
+            "num_buckets is 2147483646, must be at most 2147483645",
+        ),
+        (
+            'dense = [{name = "x", missing_value = nan}]\ncategorical = [{name = "u"}]',
+            "missing_value is nan, must be a finite number of 32 bits",
+        ),
+        (
+            'dense = [{name = "x", missing_value = 1e39}]\ncategorical = [{name = "u"}]',
+            r"missing_value is 1e\+39, must be a finite number of 32 bits",
+        ),
         ('dense = [{name = "u"}]\ncategorical = [{name = "u"}]', "names must differ; repeated: u"),
         (
             'dense = [{name = "x", transform = "sqrt"}]\ncategorical = [{name = "u"}]',

@@ -118,7 +118,7 @@ def oracle(rows: list[dict]) -> list[tuple]:
             1 if not r["city"] else city.get(r["city"].encode(), 0),
             1 if r["user"] is None else user.get(r["user"], 0),
             [tags.get(t.encode(), 0) for t in r["tags"]],
-            1 if r["slot"] is None else r["slot"],
+            1 if r["slot"] is None else 2 + r["slot"],
             1 if r["code"] is None else 2 + splitmix64(int(r["code"], 16)) % 98,
         ]
         result.append((r["click"], dense, ids))
@@ -166,7 +166,7 @@ def test_every_form_equals_the_oracle(tmp_path, small_pieces, form):
     stats = manifest.categorical_stats
     assert stats["tags"].mean_ids_per_sample == sum(len(r["tags"]) for r in rows) / 300
     assert stats["tags"].missing_rate == sum(not r["tags"] for r in rows) / 300
-    assert stats["slot"].num_embeddings == 10
+    assert stats["slot"].num_embeddings == 12
 
 
 @pytest.mark.parametrize("split", ["random", "days"])
@@ -180,7 +180,7 @@ def test_multi_hot_rows_stay_whole_in_other_splits(tmp_path, small_pieces, split
             shard = open_shard(info, manifest.data_schema, str(tmp_path / "out"))
             tags, labels = np.diff(shard.bags[2].offsets).tolist(), shard.labels.tolist()
             lengths += zip(labels, shard.bags[3].ids.tolist(), tags, strict=True)
-    wanted = [(r["click"], 1 if r["slot"] is None else r["slot"], len(r["tags"])) for r in rows]
+    wanted = [(r["click"], 1 if r["slot"] is None else 2 + r["slot"], len(r["tags"])) for r in rows]
     assert sorted(lengths) == sorted(wanted)
 
 
@@ -292,5 +292,8 @@ def test_hashed_strings_and_missing_ones(tmp_path):
 def test_a_list_needs_multi_hot(tmp_path):
     write_parquet(tmp_path / "rows.parquet", make_rows(20))
     schema = SCHEMA.replace("multi_hot = true\n", "")
-    with pytest.raises(PreprocessError, match="column tags holds lists; set multi_hot = true"):
+    with pytest.raises(
+        PreprocessError,
+        match=r"parquet: column tags is of type list<.*>, must hold text or integers; set multi_hot = true",
+    ):
         preprocess(options_for(tmp_path, tmp_path / "rows.parquet", schema=schema))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.schema import TRANSFORM_VERSION
 from launch import cli, package_text
 from tests.support.datasets import write_dataset
 from tests.support.trained_runs import write_run
@@ -53,7 +54,7 @@ def test_show_tells_everything_of_a_package(work, capsys):
     for part in (
         "model small, dlrm",
         "from run, step_0000000007-abcdef, step 7",
-        f"data {folder}/data, transform version 1",
+        f"data {folder}/data, transform version {TRANSFORM_VERSION}",
         "inputs 3 dense, 3 categorical",
         "held-out samples; at least 50.0000% of the AUC was asked for; report.html shows all",
         "tables 704 B (37.9% of fp32), dense part ",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.manifest import MANIFEST_NAME, CategoricalStats, Manifest, SplitInfo, read_manifest, write_manifest
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shards import Bags, Columns, write_shard
 
 ROWS_PER_TABLE = {"a": 30, "b": 11, "m": 17}
@@ -20,7 +20,13 @@ def make_schema() -> Schema:
     return Schema(
         dense=tuple(DenseColumn(name=f"x{i}", transform="identity") for i in range(NUM_DENSE)),
         categorical=tuple(
-            CategoricalColumn(name=name, multi_hot=name == "m", kind="integer", encoding="identity", num_buckets=rows)
+            CategoricalColumn(
+                name=name,
+                multi_hot=name == "m",
+                kind="integer",
+                encoding="identity",
+                num_buckets=rows - NUM_RESERVED_IDS,
+            )
             for name, rows in ROWS_PER_TABLE.items()
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.arrow_types import plain_array
+from data_pipeline.raw_values import (
+    Faults,
+    ValueFaultError,
+    integer_of_float,
+    is_printed_list,
+    printed_list_fault,
+    shown,
+)
 from data_pipeline.schema import CategoricalColumn, Schema
-from data_pipeline.table_columns import Faults
 
 Record = Mapping[str, Any]
 _NUMBER_TYPES = frozenset({int, float, type(None)})
-_ID_TYPES = frozenset({int, str, type(None)})
+_ID_TYPES = frozenset({int, float, str, type(None)})
 _KINDS = {"hex": "up to 8 hexadecimal digits", "string": "a string", "integer": "a whole number"}
-_SHOWN_CHARACTERS = 60
 _JSON_NAMES = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", float: "a fraction"}
 
 
@@ -35,7 +43,7 @@ def check_records(payload: Any, schema: Schema) -> list[Record]:
         raise RequestError('the body must be {"records": [{"<column>": <value>, ...}, ...]}; GET / shows an example')
     others = sorted(payload.keys() - {"records"})
     if others:
-        raise RequestError(f'{_shown(others[0])} is not a key of a request; "records" is the only one')
+        raise RequestError(f'{shown(others[0])} is not a key of a request; "records" is the only one')
     records: list[Record] = payload["records"]
     allowed = {schema.label, *schema.dense_names, *schema.categorical_names}
     for index, record in enumerate(records):
@@ -53,7 +61,7 @@ def unknown_column(name: str, schema: Schema) -> str:
     is_comparable = len(name) <= 2 * max(map(len, names), default=0)
     nearest = difflib.get_close_matches(name, names, n=1) if is_comparable else []
     mend = f"did you mean {nearest[0]}?" if nearest else f"columns: {', '.join(names)}"
-    return f"there is no column {_shown(name)}; {mend}"
+    return f"there is no column {shown(name)}; {mend}"
 
 
 def dense_matrix(records: Sequence[Record], names: Sequence[str], faults: Faults) -> NDArray[np.float64]:
@@ -73,7 +81,7 @@ def dense_matrix(records: Sequence[Record], names: Sequence[str], faults: Faults
                 raise TypeError
             numbers[place] = np.nan if value is None else float(value)
         except TypeError:
-            reason = f"{_shown(value)} is {_json_name(value)}, must be a number or null"
+            reason = f"{shown(value)} is {_json_name(value)}, must be a number or null"
             faults.first_of_row.setdefault(row, (name, reason))
         except OverflowError:
             faults.first_of_row.setdefault(row, (name, "too large a number, must fit 64-bit floating point"))
@@ -101,10 +109,13 @@ def _bag(value: Any, column: CategoricalColumn, row: int, faults: Faults) -> lis
     if value is None:
         return []
     if isinstance(value, str):  # as in a raw log
+        if is_printed_list(value):
+            faults.first_of_row.setdefault(row, (column.name, printed_list_fault(value, column.separator)))
+            return []
         return value.split(column.separator)
     if isinstance(value, list):
         return value
-    reason = f"{_shown(value)} is {_json_name(value)}, must be a list, each {_KINDS[column.kind]}"
+    reason = f"{shown(value)} is {_json_name(value)}, must be a list, each {_KINDS[column.kind]}"
     faults.first_of_row.setdefault(row, (column.name, reason))
     return []
 
@@ -112,22 +123,30 @@ def _bag(value: Any, column: CategoricalColumn, row: int, faults: Faults) -> lis
 def _id_array(values: list[Any], rows: Sequence[int], column: CategoricalColumn, faults: Faults) -> pa.Array:
     checked = [_checked(value, rows[i], column, faults) for i, value in enumerate(values)]
     types = set(map(type, checked)) - {type(None)}
-    if types <= {int}:
+    if types <= {int} and column.kind != "string":
         return pa.array(checked, pa.int64())
     as_text = "{:x}" if column.kind == "hex" else "{}"
     texts = [as_text.format(value) if type(value) is int else value for value in checked]
-    return pa.array(texts, pa.string())
+    return plain_array(pa.array(texts, pa.string()))
 
 
 def _checked(value: Any, row: int, column: CategoricalColumn, faults: Faults) -> Any:
-    """Return the value, or None and its fault noted."""
+    """Return the value (the integer of a whole float), or None and its fault noted."""
     reason = None
-    if type(value) not in _ID_TYPES:
-        reason = f"{_shown(value)} is {_json_name(value)}, must be {_KINDS[column.kind]}, or null"
-    elif type(value) is int and not -(2**63) <= value < 2**63:
-        reason = f"{_shown(value)} is not a whole number of 64 bits"
+    # What is beyond 64 bits no file can hold either: unsigned ones are ids as text only.
+    limit = 2**64 if column.kind == "string" else 2**63
+    is_whole = type(value) is float and (value.is_integer() or math.isnan(value))
+    if is_whole:
+        try:
+            return integer_of_float(value)
+        except ValueFaultError as error:
+            reason = f"{value!r} {error}"
+    elif type(value) not in _ID_TYPES or type(value) is float:
+        reason = f"{shown(value)} is {_json_name(value)}, must be {_KINDS[column.kind]}, or null"
+    elif type(value) is int and not -(2**63) <= value < limit:
+        reason = f"{shown(value)} is not a whole number of 64 bits"
     elif type(value) is str and not _is_unicode(value):
-        reason = f"{_shown(value)} is not UTF-8 text"
+        reason = f"{shown(value)} is not UTF-8 text"
     if reason is None:
         return value
     faults.first_of_row.setdefault(row, (column.name, reason))
@@ -143,13 +162,6 @@ def _is_unicode(text: str) -> bool:
 
 
 def _json_name(value: Any) -> str:
+    if type(value) is float and math.isinf(value):
+        return "infinite"
     return "null" if value is None else _JSON_NAMES.get(type(value), "a number")
-
-
-def _shown(value: Any) -> str:
-    # Of a long value only the beginning is written out.
-    try:
-        text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
-    except RecursionError:
-        text = "[[[..." if isinstance(value, list) else "{{{..."
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.arrow_types import is_text
 from data_pipeline.criteo import decode_hex
 from data_pipeline.schema import CategoricalColumn
+from data_pipeline.table_columns import id_limit, must_be_positive
 from data_pipeline.transforms import binary_buffers
 
 HEX_CHARACTERS = 8
@@ -41,16 +43,14 @@ def numbers_of_array(array: pa.Array, column: CategoricalColumn) -> Numbers | No
     """Read the raw numbers of a one-hot column of kind hex or integer; None if a value is not well-formed."""
     if pa.types.is_integer(array.type):
         return _integers(array, column)
-    if column.kind != "hex" or not _is_text(array):
-        return None
-    return _hexadecimal(array.cast(pa.large_binary()))
+    return _hexadecimal(array) if column.kind == "hex" and is_text(array.type) else None
 
 
 def hex_numbers_of_arrays(arrays: Sequence[pa.Array]) -> Numbers | None:
     """Read columns of hexadecimal text of one type, one after the other; None if a value is not well-formed."""
-    if len({array.type for array in arrays}) != 1 or not _is_text(arrays[0]):
+    if len({array.type for array in arrays}) != 1 or not is_text(arrays[0].type):
         return None
-    return _hexadecimal(pa.concat_arrays(arrays).cast(pa.large_binary()))
+    return _hexadecimal(pa.concat_arrays(arrays))
 
 
 def dense_numbers_of_arrays(arrays: Sequence[pa.Array]) -> NDArray[np.float64] | None:
@@ -66,22 +66,16 @@ def dense_numbers_of_arrays(arrays: Sequence[pa.Array]) -> NDArray[np.float64] |
     return None if np.isinf(numbers).any() else numbers
 
 
-def _is_text(array: pa.Array) -> bool:
-    tests = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
-    return any(test(array.type) for test in tests)
-
-
 def _integers(array: pa.Array, column: CategoricalColumn) -> Numbers | None:
     if pa.types.is_uint64(array.type):
         return None
     missing = array.is_null().to_numpy(zero_copy_only=False)
     values = array.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-    limit = (column.num_buckets or 0) if column.encoding == "identity" else 1 << 32
-    if column.encoding == "identity" or column.kind == "hex":
-        # Read as unsigned, a negative number is a huge one: one pass finds both.
-        if values.view(np.uint64).max(initial=0) >= limit:
-            return None
-        values = values.view(np.uint64)
+    if must_be_positive(column) and values.min(initial=0) < 0:
+        return None
+    limit = id_limit(column)
+    if limit is not None and values.max(initial=0) >= limit:
+        return None
     return values, missing
 
 

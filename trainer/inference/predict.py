@@ -40,6 +40,7 @@ from trainer.inference.scorer import Formats, Scorer, split_batch
 
 BATCH_ROWS = 2048
 _MAX_NAMED = 3
+_NOT_FINITE = "its score is not a finite number; its dense values are too large"
 _PROBABILITY = {"label": pa.uint8(), "probability": pa.float32()}
 
 
@@ -107,6 +108,9 @@ def _of_dataset(options: PredictOptions, scorer: Scorer) -> Scored:
         for block in rows.blocks():
             batch = EncodedBatch(block.dense.numpy(), block.ids.numpy(), block.lengths.numpy())
             scores = _score(scorer, batch)
+            if not np.isfinite(scores).all():
+                first = scored.num_rows + int(np.argmin(np.isfinite(scores)))
+                raise PredictError(f"data set {options.data}, row {first} of {options.split}: {_NOT_FINITE}")
             row = np.arange(scored.num_rows, scored.num_rows + len(scores))
             file.write({"row": row, "label": block.labels, "probability": scores})
             scored.num_rows += len(scores)
@@ -131,9 +135,12 @@ def _of_files(options: PredictOptions, scorer: Scorer) -> Scored:
     ):
         for path in options.inputs:
             for rows in read_raw_rows(path, options.source, scorer.encoder):
-                for bad_row in rows.bad_rows:
+                scores = _score(scorer, rows.batch)
+                is_finite = np.isfinite(scores)
+                too_large = [BadRow(line, "(row)", _NOT_FINITE, b"") for line in rows.lines[~is_finite].tolist()]
+                for bad_row in sorted([*rows.bad_rows, *too_large], key=lambda row: row.line):
                     scored.add_bad_row(bad_row, path, options.max_bad_rows)
-                file.write(_columns_of(path, rows, _score(scorer, rows.batch)))
+                file.write(_columns_of(path, rows, scores))
                 scored.num_rows += rows.batch.num_rows
                 scored.num_ids += len(rows.batch.ids)
                 scored.num_unknown_ids += rows.batch.num_unknown_ids
@@ -150,7 +157,7 @@ def _columns_of(path: str, rows: RawRows, scores: NDArray[np.float32]) -> dict[s
     sound_labels = pa.nulls(len(scores), pa.uint8()) if rows.labels is None else pa.array(rows.labels, pa.uint8())
     labels = pa.concat_arrays([sound_labels, none.cast(pa.uint8())])
     file = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(lines), np.int32)), pa.array([path]))
-    probabilities = pa.concat_arrays([pa.array(scores, pa.float32()), none])
+    probabilities = pa.concat_arrays([pa.array(scores, pa.float32(), mask=~np.isfinite(scores)), none])
     return {
         "file": file,
         "line": pa.array(lines).take(order),

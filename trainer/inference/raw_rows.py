@@ -5,6 +5,7 @@ N sound rows of a block.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,11 @@ from data_pipeline.criteo import NUM_FIELDS, parse_criteo
 from data_pipeline.parse_stage import blocks_of, parse_rows
 from data_pipeline.raw_chunk import RawChunk
 from data_pipeline.schema import Schema
-from data_pipeline.table_source import delimiter_of
 from trainer.inference.request_encoder import EncodedBatch, RequestEncoder
 
 # Of a Criteo file without labels, as Kaggle's test.txt.
 _NO_LABEL = b"0\t"
+_LINE_START = re.compile(rb"^(?=[^\r\n])", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ def read_raw_rows(path: str, source: str, encoder: RequestEncoder) -> Iterator[R
         PreprocessError: the file cannot be read, lacks a column, or is malformed beyond single rows.
     """
     schema = encoder.raw_schema
-    is_text_table = source == "table" and delimiter_of(path) is not None
     first_line = 0
     has_label: bool | None = None
     for offset, num_bytes, data, header in blocks_of(path, source, schema, needs_label=False):
@@ -62,7 +62,7 @@ def read_raw_rows(path: str, source: str, encoder: RequestEncoder) -> Iterator[R
             chunk = _parse(block, path, source, schema, has_label=has_label)
         except PreprocessError as error:
             raise PreprocessError(f"{path}, near byte {offset}: {error}") from None
-        lines = _sound_lines(chunk, num_header_lines=int(is_text_table and offset == 0)) + first_line
+        lines = chunk.line_numbers + first_line
         bad_rows = tuple(BadRow(row.line + first_line, row.field, row.reason, row.raw) for row in chunk.bad_rows)
         yield RawRows(encoder.encode_chunk(chunk), lines, chunk.labels if has_label else None, bad_rows, num_bytes)
         first_line += chunk.num_lines
@@ -72,7 +72,7 @@ def _parse(block: Block, path: str, source: str, schema: Schema, *, has_label: b
     if has_label or source != "criteo":
         return parse_rows(block, path, source, schema)
     text = load_block(block, path)[PADDING_BYTES:].tobytes()
-    with_labels = _NO_LABEL + text[:-1].replace(b"\n", b"\n" + _NO_LABEL) + b"\n"
+    with_labels = _LINE_START.sub(_NO_LABEL, text)  # blank lines stay: they are no rows
     padded = np.zeros(PADDING_BYTES + len(with_labels), np.uint8)
     padded[PADDING_BYTES:] = np.frombuffer(with_labels, np.uint8)
     return parse_criteo(padded, schema)
@@ -86,12 +86,3 @@ def _has_label(block: Block, path: str, source: str, schema: Schema) -> bool:
     if block.header is not None:
         return schema.label in block.header
     return schema.label in pa.ipc.open_stream(block.data).schema.names
-
-
-def _sound_lines(chunk: RawChunk, *, num_header_lines: int) -> NDArray[np.int64]:
-    is_sound = np.ones(chunk.num_lines, np.bool_)
-    is_sound[:num_header_lines] = False
-    is_sound[[row.line - 1 for row in chunk.bad_rows]] = False
-    lines: NDArray[np.int64] = np.flatnonzero(is_sound) + 1
-    assert len(lines) == len(chunk.labels)
-    return lines

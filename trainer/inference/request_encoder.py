@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.arrow_types import plain_column, type_fault
 from data_pipeline.id_mapper import IdMapper
 from data_pipeline.raw_chunk import RawChunk, keys_of_numbers
+from data_pipeline.raw_values import Faults
 from data_pipeline.schema import MISSING_ID, UNKNOWN_ID, CategoricalColumn, DenseColumn, Schema
 from data_pipeline.shards import Bags
-from data_pipeline.table_columns import Faults, categorical_codes, dense_values
-from data_pipeline.transforms import transform_dense
+from data_pipeline.table_columns import categorical_codes, dense_values
+from data_pipeline.transforms import dense_fault, transform_dense
 from data_pipeline.vocabulary import load_vocabulary, vocabulary_file
 from trainer.inference.json_records import Record, RequestError, categorical_array, dense_matrix, unknown_column
 from trainer.inference.package import SCHEMA, Package, PackageError
@@ -29,10 +31,6 @@ from trainer.inference.plain_numbers import (
     hex_numbers_of_texts,
     numbers_of_array,
 )
-
-# Ids of an identity column beyond its table are unknown ones, not malformed: new items are born every day.
-_NO_LIMIT = 2**31 - 1
-_LIMIT_TEXT = f"0 to {_NO_LIMIT - 1}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class RequestEncoder:
         return self._assemble(dense, bags, faults)
 
     def encode_table(self, table: pa.Table) -> EncodedBatch:
-        """Encode Arrow columns by name: numbers, text or integers, lists of these for multi-hot features.
+        """Encode Arrow columns by name, of the types that a Parquet file may have.
 
         Raises:
             RequestError: a column is lacking, is not of the schema, or is of a type that it cannot have.
@@ -100,7 +98,7 @@ class RequestEncoder:
         self._check_columns(table)
         faults = Faults()
         dense = self._dense_of_table(table, faults)
-        arrays = [_plain(table, name) for name in self.schema.categorical_names]
+        arrays = [plain_column(table.column(name)) for name in self.schema.categorical_names]
         quick = self._hex_of_arrays(arrays)
         bags = []
         for number, array in enumerate(arrays):
@@ -117,7 +115,7 @@ class RequestEncoder:
         return self._assemble(chunk.dense, bags, Faults())
 
     def _dense_of_table(self, table: pa.Table, faults: Faults) -> NDArray[np.float32]:
-        arrays = [_plain(table, name) for name in self.schema.dense_names]
+        arrays = [plain_column(table.column(name)) for name in self.schema.dense_names]
         plain = dense_numbers_of_arrays(arrays) if arrays else np.empty((0, table.num_rows))
         if plain is not None:
             return self._transform(plain.T, faults)
@@ -128,15 +126,17 @@ class RequestEncoder:
 
     def _transform(self, numbers: NDArray[np.float64], faults: Faults) -> NDArray[np.float32]:
         missing = np.isnan(numbers)
-        if np.isinf(numbers).any():
-            for row, i in np.argwhere(np.isinf(numbers)).tolist():
-                reason = "infinite, must be a finite number"
-                faults.first_of_row.setdefault(row, (self.schema.dense[i].name, reason))
         if len(self._dense_groups) == 1:
-            return transform_dense(numbers, missing, self.schema.dense[0])
-        dense = np.empty(numbers.shape, np.float32)
-        for places in self._dense_groups:
-            dense[:, places] = transform_dense(numbers[:, places], missing[:, places], self.schema.dense[places[0]])
+            dense = transform_dense(numbers, missing, self.schema.dense[0])
+        else:
+            dense = np.empty(numbers.shape, np.float32)
+            for places in self._dense_groups:
+                dense[:, places] = transform_dense(numbers[:, places], missing[:, places], self.schema.dense[places[0]])
+        is_wrong = np.isinf(dense) | np.isinf(numbers)
+        if is_wrong.any():
+            for row, i in np.argwhere(is_wrong).tolist():
+                reason = dense_fault(float(numbers[row, i]))
+                faults.first_of_row.setdefault(row, (self.schema.dense[i].name, reason))
         return dense
 
     def _encode_hex(self, records: Sequence[Record]) -> dict[int, Bags]:
@@ -163,7 +163,6 @@ class RequestEncoder:
 
     def _map(self, array: pa.Array, number: int, faults: Faults) -> Bags:
         column = self._open_columns[number]
-        _check_type(array, column)
         is_numeric = not column.multi_hot and column.kind != "string"
         plain = numbers_of_array(array, column) if is_numeric else None
         if plain is not None:
@@ -180,21 +179,25 @@ class RequestEncoder:
 
     def _within_table(self, ids: NDArray[np.int32], number: int) -> NDArray[np.int32]:
         column = self.schema.categorical[number]
-        if column.encoding == "identity" and column.num_buckets is not None:
-            ids[ids >= column.num_buckets] = UNKNOWN_ID
+        if column.encoding == "identity":
+            ids[ids >= column.num_fixed_rows] = UNKNOWN_ID
         return ids
 
     def _check_columns(self, table: pa.Table) -> None:
         names = table.column_names
-        wanted = {*self.schema.dense_names, *self.schema.categorical_names}
-        lacking = sorted(wanted.difference(names))
+        roles = self.schema.roles()
+        wanted = [*self.schema.dense_names, *self.schema.categorical_names]
+        lacking = sorted(set(wanted).difference(names))
         if lacking:
             raise RequestError(f"there is no column {', '.join(lacking)}; send nulls where values are missing")
-        others = sorted(set(names) - wanted - {self.schema.label})
+        others = sorted(set(names) - roles.keys())
         if others:
             raise RequestError(unknown_column(others[0], self.schema))
         if len(set(names)) < len(names):
             raise RequestError("several columns have the same name; names must differ")
+        for name in wanted:
+            if (fault := type_fault(table.schema.field(name).type, name, roles[name])) is not None:
+                raise RequestError(fault)
 
     def _assemble(self, dense: NDArray[np.float32], bags: Sequence[Bags], faults: Faults) -> EncodedBatch:
         num_rows = len(dense)
@@ -202,10 +205,7 @@ class RequestEncoder:
         lengths = [ones if bag.offsets is None else np.diff(bag.offsets) for bag in bags]
         ids = np.concatenate([bag.ids for bag in bags])
         num_unknown = int(np.count_nonzero(ids == UNKNOWN_ID))
-        found = {
-            row: (name, reason.replace(_LIMIT_TEXT, "0 or more"))
-            for row, (name, reason) in sorted(faults.first_of_row.items())
-        }
+        found = dict(sorted(faults.first_of_row.items()))
         return EncodedBatch(np.ascontiguousarray(dense), ids, np.concatenate(lengths), num_unknown, found)
 
 
@@ -273,33 +273,11 @@ def _group_by_transform(columns: Sequence[DenseColumn]) -> list[list[int]]:
 
 
 def _without_limit(column: CategoricalColumn) -> CategoricalColumn:
-    is_open = column.encoding == "identity" and column.kind != "string"
-    return column.model_copy(update={"num_buckets": _NO_LIMIT}) if is_open else column
+    """Ids of an identity column beyond its table are unknown ones, not malformed: new items are born every day."""
+    return column.model_copy(update={"num_buckets": None}) if column.encoding == "identity" else column
 
 
 def _bags(ids: NDArray[np.int32], lengths: NDArray[np.int32] | None) -> Bags:
     if lengths is None:
         return Bags(ids)
     return Bags(ids, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-
-
-def _plain(table: pa.Table, name: str) -> pa.Array:
-    """Return a column as one array, without a dictionary."""
-    column = table.column(name)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _check_type(array: pa.Array, column: CategoricalColumn) -> None:
-    kinds = pa.types
-    is_list = kinds.is_list(array.type) or kinds.is_large_list(array.type)
-    element = array.type.value_type if is_list else array.type
-    tests = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
-    is_text = any(test(element) for test in tests)
-    is_sound = is_text or kinds.is_integer(element) or kinds.is_null(element)
-    if not is_sound or (is_list and not column.multi_hot):
-        wanted = "lists of text or integers" if column.multi_hot else "text or integers"
-        raise RequestError(f"column {column.name} is of type {array.type}, must hold {wanted}")
-    if column.multi_hot and not is_list and not is_text:
-        raise RequestError(f"column {column.name} is of type {array.type}, must hold lists of text or integers")

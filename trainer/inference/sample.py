@@ -103,15 +103,19 @@ def _raw_ids(
 ) -> tuple[list[list[Any]], list[list[int]]]:
     """Return raw values that have these ids, by sample, and their ids; they differ where no raw value is known."""
     if column.encoding == "identity":
-        return bags, bags
+        known = [_present([_known(number, 1) for number in bag], column) for bag in bags]
+        return [[None if row == MISSING_ID else row - NUM_RESERVED_IDS for row in bag] for bag in known], known
     if column.encoding == "hash":
         values = [[_invented(number, column) for number in bag] for bag in bags]
         return values, [[_hashed(value, column) for value in bag] for bag in values]
     keys = _open_vocabulary(package, column)
-    known = [[_known(number, len(keys)) for number in bag] for bag in bags]
-    if column.multi_hot:  # missing values of a bag are left out
-        known = [[number for number in bag if number != MISSING_ID] for bag in known]
+    known = [_present([_known(number, len(keys)) for number in bag], column) for bag in bags]
     return [[_raw_value(keys, number, column) for number in bag] for bag in known], known
+
+
+def _present(bag: list[int], column: CategoricalColumn) -> list[int]:
+    """Missing values of a bag are left out."""
+    return [number for number in bag if number != MISSING_ID] if column.multi_hot else bag
 
 
 def _known(number: int, num_keys: int) -> int:

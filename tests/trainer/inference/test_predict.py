@@ -20,7 +20,7 @@ from trainer.inference import score_file
 from trainer.inference.package import PackageError, describe_files, read_manifest, write_manifest
 from trainer.inference.predict import main
 from trainer.inference.request_encoder import EncodedBatch
-from trainer.inference.scorer import load_scorer, split_batch
+from trainer.inference.scorer import Scorer, load_scorer, split_batch
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,23 @@ def test_malformed_rows_keep_their_place_and_have_no_score(package, tmp_path, ca
     assert [path.name for path in tmp_path.glob("t.parquet*")] == []
 
 
+def test_numbers_that_are_too_large_give_no_score(package, tmp_path, capsys, monkeypatch) -> None:
+    """Neither those beyond 32 bits, nor those with which the model's own sums overflow, as here from 1e38 on."""
+    plain = Scorer.score
+    overflowing = lambda scorer, batch: np.where(batch.dense[:, 1] > 1e38, np.nan, plain(scorer, batch))  # noqa: E731
+    monkeypatch.setattr(Scorer, "score", overflowing)
+    rows = text_rows([records_of(0, 1)[0] | {"age": age} for age in (1, "1e39", 3e38, 2)], label=True)
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    options = {"inputs": [str(tmp_path / "a.csv")], "source": "table", "max_bad_rows": 2}
+    status, text = run(capsys, package, tmp_path / "s.parquet", **options)
+    assert status == 0, text
+    assert "line 3, field age: 1e+39 is too large for 32 bits, must be between -3.4e38 and 3.4e38" in text
+    assert "line 4, field (row): its score is not a finite number; its dense values are too large" in text
+    scores = pq.read_table(tmp_path / "s.parquet").to_pylist()
+    assert [row["line"] for row in scores if row["probability"] is None] == [3, 4]
+    assert [row["line"] for row in scores] == [2, 3, 4, 5]
+
+
 def criteo_line(i: int) -> list[str]:
     dense = [str(i * k % 50) if (i + k) % 4 else "" for k in range(13)]
     return dense + [f"{(i * 31 + k) % 40:08x}" if (i + k) % 7 else "" for k in range(26)]
@@ -112,7 +129,7 @@ def criteo_package(tmp_path_factory) -> str:
 def test_criteo_text(criteo_package, tmp_path, capsys, label) -> None:
     lines = [criteo_line(i) for i in range(30)]
     text = "\n".join("\t".join([str(i % 2)] * label + line) for i, line in enumerate(lines))
-    (tmp_path / "day_0").write_text(text)
+    (tmp_path / "day_0").write_text(text.replace("\n", "\n\r\n", 1) + "\n\n")  # blank lines are no rows
     output = tmp_path / "s.parquet"
     status, said = run(capsys, criteo_package, output, inputs=[str(tmp_path / "day_0")], source="criteo")
     assert status == 0, said
@@ -122,7 +139,7 @@ def test_criteo_text(criteo_package, tmp_path, capsys, label) -> None:
     expected = one_by_one(criteo_package, records)
     np.testing.assert_allclose(scores["probability"].to_numpy(), expected, rtol=0, atol=1e-6)
     assert scores["label"].to_pylist() == ([i % 2 for i in range(30)] if label else [None] * 30)
-    assert scores["line"].to_pylist() == list(range(1, 31))
+    assert scores["line"].to_pylist() == [1, *range(3, 32)]
 
 
 @pytest.fixture(scope="module")

@@ -224,12 +224,12 @@ def test_no_records_make_an_empty_batch(table_set, criteo) -> None:
 
 def test_ids_beyond_an_identity_table_and_ids_never_seen_are_unknown(table_set) -> None:
     encoded = encoder_of(table_set).encode_records(
-        [{"slot": 9, "slots": [2**30, 3], "city": "Rom", "user": 5, "tags": ["a", "z"], "pages": ["1"]}]
+        [{"slot": 9, "slots": [2**40, 3], "city": "Rom", "user": 5, "tags": ["a", "z"], "pages": ["1"]}]
     )
     assert encoded.faults == {}
     per_feature = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
     found = dict(zip(table_set.schema.categorical_names, (ids.tolist() for ids in per_feature), strict=True))
-    assert (found["slot"], found["slots"], found["city"], found["user"]) == ([0], [0, 3], [0], [0])
+    assert (found["slot"], found["slots"], found["city"], found["user"]) == ([0], [0, 5], [0], [0])
     assert (found["pages"], found["tags"][1], found["item"]) == ([0], 0, [1])
     assert encoded.num_unknown_ids == 6
 
@@ -247,6 +247,14 @@ def test_ids_beyond_an_identity_table_and_ids_never_seen_are_unknown(table_set) 
         ({"user": "x1"}, "user", "'x1' is not a whole number of 64 bits"),
         ({"user": 2**63}, "user", "9223372036854775808 is not a whole number of 64 bits"),
         ({"user": False}, "user", "False is a boolean, must be a whole number, or null"),
+        (
+            {"city": 2.0**53},
+            "city",
+            "9007199254740992.0 is a float beyond 9007199254740991, where several ids become one",
+        ),
+        ({"user": float("inf")}, "user", "inf is infinite, must be a whole number, or null"),
+        ({"price": 1e39}, "price", "1e+39 is too large for 32 bits, must be between -3.4e38 and 3.4e38"),
+        ({"tags": "['a', 'b']"}, "tags", "\"['a', 'b']\" is a printed list; write its ids with '|' between them"),
         ({"tags": 3}, "tags", "3 is a number, must be a list, each a string"),
         ({"tags": ["a", {}]}, "tags", "{} is an object, must be a string, or null"),
         ({"slot": -1}, "slot", "id -1 is out of range, must be 0 or more"),
@@ -255,7 +263,9 @@ def test_ids_beyond_an_identity_table_and_ids_never_seen_are_unknown(table_set) 
 )
 def test_malformed_values_are_named(table_set, record, column, reason) -> None:
     encoded = encoder_of(table_set).encode_records([{}, record, {}])
-    assert encoded.faults == {1: (column, reason)}
+    assert list(encoded.faults) == [1]
+    assert encoded.faults[1][0] == column
+    assert encoded.faults[1][1].startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +290,10 @@ def test_requests_of_another_form_are_refused(payload, message) -> None:
     [
         ({"city": None}, "there is no column city; send nulls where values are missing"),
         ({"town": pa.array(["Ulm"])}, "there is no column 'town'"),
-        ({"city": pa.array([1.5])}, "column city is of type double, must hold text or integers"),
+        ({"city": pa.array([True])}, "column city is of type bool, must hold text or integers; write its values as 0"),
         ({"city": pa.array([["Ulm"]])}, "column city is of type list<"),
         ({"tags": pa.array([3])}, "column tags is of type int64, must hold lists of text or integers"),
-        ({"tags": pa.array([[1.5]])}, "must hold lists of text or integers"),
+        ({"tags": pa.array([[True]])}, "must hold lists of text or integers"),
     ],
 )
 def test_arrow_tables_with_other_columns_are_refused(table_set, change, message) -> None:
@@ -292,3 +302,39 @@ def test_arrow_tables_with_other_columns_are_refused(table_set, change, message)
     with pytest.raises(RequestError) as error:
         encoder_of(table_set).encode_table(pa.table(columns))
     assert message in str(error.value)
+
+
+def test_arrow_types_and_their_values_are_judged_as_in_preprocessing(table_set) -> None:
+    def encode(**changed: pa.Array):
+        nulls = {name: pa.nulls(2) for name in NAMES[1:]}
+        return encoder_of(table_set).encode_table(pa.table(nulls | changed))
+
+    for data_type in (pa.timestamp("us"), pa.date32(), pa.struct([("a", pa.int64())]), pa.binary(4), pa.bool_()):
+        for name in ("price", "city", "tags", "user", "slot"):
+            with pytest.raises(RequestError, match=rf"column {name} is of type .*, must hold .*; ") as error:
+                encode(**{name: pa.nulls(2, data_type)})
+            assert "\n" not in str(error.value)
+    cities = pa.array(["Ulm", None], pa.string_view())
+    tags = pa.array([["c", None, ""], None], pa.large_list(pa.string_view()))
+    encoded = encode(city=cities, tags=tags, user=pa.array([-7.0, float("nan")]), slots=pa.array([[2.0], [8.0]]))
+    plain = encoder_of(table_set).encode_records(
+        [{"city": "Ulm", "tags": "c", "user": -7, "slots": [2]}, {"slots": "8"}]
+    )
+    assert encoded.faults == plain.faults == {}
+    np.testing.assert_array_equal(encoded.ids, plain.ids)
+    np.testing.assert_array_equal(encoded.lengths, plain.lengths)
+    faults = encode(price=pa.array([1e39, 1.0]), user=pa.array([1.0, 1.5])).faults
+    assert faults[0][1].startswith("1e+39 is too large for 32 bits")
+    assert faults[1] == ("user", "1.5 is not a whole number of 64 bits")
+
+
+def test_whole_floats_and_nan_in_json_are_those_of_the_log(table_set) -> None:
+    encoder = encoder_of(table_set)
+    floats = {"user": -7.0, "item": 12.0, "slot": 8.0, "slots": [2.0, None, float("nan"), 3], "pages": [255.0, "0"]}
+    numbers = {"user": "-7", "item": "12.0", "slot": "8", "slots": "2|nan||3", "pages": [255, "00"]}
+    first, second = encoder.encode_records([floats]), encoder.encode_records([numbers])
+    assert first.faults == second.faults == {}
+    assert first.ids.tolist() == second.ids.tolist()
+    assert first.lengths.tolist() == second.lengths.tolist() == [1, 0, 1, 1, 1, 1, 2, 2]
+    missing = encoder.encode_records([{"city": float("nan"), "user": float("nan"), "slot": None}])
+    assert (missing.faults, missing.ids.tolist()) == ({}, [1] * 5)

@@ -118,7 +118,7 @@ def test_numbers_that_do_not_fit_32_bits_are_malformed() -> None:
     wrong = ["1e39", "-1e39", "3.4028236e38", "1e400", "-inf", "9" * 5000]
     for array in (pa.array([*wrong, "3.4028235e38", "nan", "", None]), pa.array([*map(float, wrong), NAN, 3.4e38])):
         faults = Faults()
-        values, num_missing = dense_values(array, column, faults)
+        values, num_missing, _ = dense_values(array, column, faults)
         assert sorted(faults.first_of_row) == [0, 1, 2, 3, 4, 5]
         assert faults.first_of_row[1] == ("x", "-1e+39 is too large for 32 bits, must be between -3.4e38 and 3.4e38")
         assert faults.first_of_row[3] == ("x", "infinite, must be a finite number")

@@ -32,7 +32,7 @@ DATA_KEYS = ("transform_version", "schema", "num_embeddings", "splits", "vocabul
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return (old, new) by dotted key, of two trees of plain values; a key that is missing counts as None."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     keys = sorted({*before, *after})
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -66,10 +66,11 @@ def _is_safe(key: str) -> bool:
     return any(key == safe or key.startswith(f"{safe}.") for safe in SAFE)
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a tree by dotted key."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
@@ -83,5 +84,9 @@ def _first_difference(old: Any, new: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """Return a text no longer than a line bears."""
     return text if len(text) <= 60 else text[:57] + "..."

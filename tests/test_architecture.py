@@ -52,6 +52,7 @@ JOBS_OF_LAUNCH = {
     "trainer.memory_limit",
     "trainer.progress",
     "trainer.retries",
+    "trainer.run_lock",
     "trainer.storage",
 }
 

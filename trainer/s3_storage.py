@@ -107,6 +107,9 @@ def create_object(path: str, data: bytes, retries: RetryPolicy) -> bool:
             if object_size(path, retries) is not None:
                 return False
             client().put_object(Bucket=bucket, Key=key, Body=data)
+        if client().get_object(Bucket=bucket, Key=key)["Body"].read() != data:
+            client().delete_object(Bucket=bucket, Key=key)
+            raise TryAgainError("other bytes are stored than were written")
         return True
 
     return request("create", path, put, retries)

@@ -158,12 +158,12 @@ class CheckpointFolder:
         remove_file(join(self.path, name, MARKER))
         remove_folder(join(self.path, name))
 
-    def await_files(self, name: str, marker: Marker, timeout_s: float = SEEN_TIMEOUT_S) -> str | None:
+    def await_files(self, name: str, marker: Marker) -> str | None:
         """Wait until all files of a marker are seen here with their sizes; say which is not, if one is not in time.
 
         Other hosts wrote them, and a network disk may show them late.
         """
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + SEEN_TIMEOUT_S
         files = list(marker.files.items())
         with ThreadPoolExecutor(NUM_LOOKERS) as pool:
             while True:

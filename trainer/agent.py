@@ -32,6 +32,7 @@ from torch.distributed.run import config_from_args, parse_args
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import last_error
 from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
+from trainer.rendezvous_store import ForeignListenerError
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         say(f"error: {error}")
-        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError) else 1
+        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError | ForeignListenerError) else 1
     os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
     return Agent(config, rendezvous, str(command), command_arguments).run_to_the_end()
 

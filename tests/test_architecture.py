@@ -41,6 +41,7 @@ JOBS_OF_LAUNCH = {
     "sharding.reports.diff",
     "sharding.reports.figures",
     "trainer.addresses",
+    "trainer.checkpoint.compatibility",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",

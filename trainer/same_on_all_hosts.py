@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from data_pipeline.paths import join
-from trainer.checkpoint.compatibility import DATA_KEYS, cut, leaves
+from trainer.checkpoint.compatibility import DATA_KEYS, cut, shared_settings
 from trainer.checkpoint.policy import RunIdentity
 from trainer.config_file import ConfigError
 from trainer.ranks import Ranks
 from trainer.side_channel import host_name
 from trainer.storage import StorageError, list_folder, make_folder, read_if_there, remove_file, write_passing
 
-# Where a host reads its data from, and how far ahead, is its own affair; what it reads is compared.
-OWN_AFFAIRS = ("data.path", "data.prefetch_batches", "data.verify_checksums")
 # What decides results, or what ranks send each other. Not Python and NumPy, whose patch levels differ harmlessly.
 VERSIONS = ("papilio", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 # How long a file written on one host may take to be seen on another: NFS clients keep what a folder holds for a while,
@@ -113,7 +111,7 @@ def _look_for(path: str, timeout_s: float) -> str:
 
 def _facts(identity: RunIdentity) -> dict[str, str]:
     """Return what has to be the same, by the name under which it is shown."""
-    facts = {key: json.dumps(value) for key, value in leaves(identity.config) if key not in OWN_AFFAIRS}
+    facts = shared_settings(identity.config)
     for name, split in identity.data["splits"].items():
         facts[f"the data set's {name}.num_rows"] = str(split["num_rows"])
     for key in DATA_KEYS:

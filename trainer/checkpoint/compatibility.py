@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,15 @@ SAFE = (
 )
 # Of the identity of the data set: where it lies may change, what is in it may not.
 DATA_KEYS = ("transform_version", "schema", "num_embeddings", "splits", "vocabularies")
+
+# Of the config, what hosts of one job may have otherwise: where each reads its data (what it reads is compared), how
+# far ahead, and the run folder, which the first rank's config names.
+OWN_AFFAIRS = ("data.path", "data.prefetch_batches", "data.verify_checksums", "output.run_dir", "output.runs_dir")
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that all hosts of a job must have alike, as JSON by dotted key."""
+    return {key: json.dumps(value) for key, value in leaves(config) if key not in OWN_AFFAIRS}
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -30,7 +30,7 @@ NONCE = struct.pack("<I", 0x50_41_50_49)
 HELLO = struct.pack("<BIB", 0, 0x3C_85_F7_CE, 13) + NONCE
 # How long a program may take connections and say nothing before it is taken for none of ours: a tunnel or a proxy does
 # so until the store behind it is there.
-MUTE_S = 15.0
+MUTE_S = 30.0
 LINE_TIMEOUT_S = 1.0
 MAX_HEARD_BYTES = 256
 MAX_SHOWN = 60

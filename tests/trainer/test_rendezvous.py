@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from tests.support.agents import free_port
 from trainer import agent, rendezvous_store
 from trainer.rendezvous import open_rendezvous
-from trainer.rendezvous_store import Backend, ForeignListenerError, StoreAddress, hold_store
+from trainer.rendezvous_store import HELLO, Backend, ForeignListenerError, StoreAddress, hold_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -157,10 +157,17 @@ def test_the_store_of_papilio_rendezvous_ends_by_a_signal_and_refuses_a_taken_po
     client = dist.TCPStore("localhost", int(port), is_master=False)
     client.set("key", "value")
     assert client.get("key") == b"value"
+    greeting = HELLO[:5]  # after which the store takes what comes for questions
+    huge = b"\xff" * 16
+    for hostile in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(255, 0, -1)), greeting[:3], greeting + b"\1" + huge):
+        with socket.create_connection(("127.0.0.1", int(port))) as connection:
+            connection.sendall(hostile)
+    client.set("key", "still there")
+    assert client.get("key") == b"still there"
     other = subprocess.run([*command, port], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert other.returncode == 1
     assert f"papilio rendezvous: error: cannot hold a store at port {port}" in other.stderr
     assert "take another one with --port" in other.stderr
     holder.terminate()
     assert holder.wait(20) == 0
-    assert "ended by SIGTERM" in holder.stderr.read()
+    assert re.fullmatch(r"papilio rendezvous: ended by SIGTERM; jobs that meet here lose it\n", holder.stderr.read())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import cli, local_jobs
 from trainer import run_lock, storage
 from trainer.run_lock import LOCK, Holder, LockedError, LostLockError, RunLock, Waits, holder_of, require_unlocked
 
@@ -250,3 +251,18 @@ def test_the_restarts_of_a_job_have_one_name_and_other_jobs_another() -> None:
     assert run_lock.job_name(by_hand) == "train at n1:29400"
     assert run_lock.job_name({"TORCHELASTIC_RUN_ID": "train-x7", "PET_RDZV_ENDPOINT": "localhost:4711"}) == "train-x7"
     assert run_lock.job_name({}) is None
+
+
+def test_train_in_a_folder_in_use_starts_nothing_and_ends_with_78(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(app: object) -> int:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(local_jobs, "run_locally", start)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        write(folder, holder(os.getppid(), "train-x7"))
+        assert cli.main(["train", "--recipe", "quickstart", f"--output.run_dir={tmp_path}"]) == 78
+        error = capsys.readouterr().err
+        assert error.startswith(f"papilio train: error: {folder} is in use by job train-x7 (host ")
+        (folder / LOCK).unlink()

@@ -131,8 +131,8 @@ def test_prune_leaves_a_folder_that_a_job_is_in(papilio, run):
     status, _, error = papilio("prune", run, "--keep-last", "1")
     assert status == 1 and "is in use by job train-x7 (host " in error and "nothing was removed" in error
     assert papilio("prune", run, "--keep-last", "1", "--dry-run")[0] == 0
-    assert folders(run) == before
     lock.unlink()
+    assert folders(run) == before
 
 
 def test_prune_never_leaves_a_run_without_a_sound_checkpoint(papilio, run):

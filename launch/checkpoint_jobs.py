@@ -23,6 +23,7 @@ from trainer.checkpoint.export import plan_export
 from trainer.checkpoint.folder import CheckpointFolder, Committed, best_of
 from trainer.checkpoint.format import MARKER, PLAN, CheckpointError, DamagedError, Index, Marker, copy_folder
 from trainer.checkpoint.places import NoRunError, complete_ones, find_checkpoint, find_folder
+from trainer.run_lock import LOCK, holder_of
 from trainer.storage import StorageError, exists
 
 INCOMPLETE, DAMAGED, OTHER_VERSION = "incomplete", "damaged", "other version"
@@ -175,6 +176,12 @@ def _prune(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     going = {found.name for found in surplus}
     if surplus:
         _require_sound(folder, [found for found in committed if found.name not in going])
+    holder = None if namespace.dry_run else holder_of(folder.path)
+    if holder is not None:
+        raise CheckpointError(
+            f"{folder.path} is in use by {holder}, which keeps what checkpoint.keep_last says; nothing was removed. "
+            f"Prune after its end; if it is gone, remove {join(folder.path, LOCK)}"
+        )
     now = text.utc_now()
     verbs = ("would go", "would stay") if namespace.dry_run else ("removed", "kept")
     cells = [[verbs[found.name not in going], *text.describe_removal(found, now)] for found in committed]

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
+from data_pipeline.paths import join
 from launch import components, roles
 from launch.local_run import run_locally
 from launch.several_hosts import meeting_of, one_host_of
 from launch.usage import UsageError, refusing, require_files, require_folder
+from trainer.checkpoint.places import CHECKPOINTS
+from trainer.config import Config
 from trainer.config_file import load_config
+from trainer.exit_codes import NO_RESTART_EXIT_CODE
+from trainer.run_lock import LockedError, named_at, require_unlocked
 from trainer.start_checks import check_evaluation, check_start
 
 NUM_CPU_RANKS = 2
@@ -33,6 +40,12 @@ def run_train(namespace: argparse.Namespace) -> int:
     if finished is not None:
         print(finished)
         return 0
+    job = None if meeting is None else named_at(meeting.rdzv_id, meeting.endpoint)
+    try:
+        require_unlocked(_folders(config), job, partial(print, "papilio:", file=sys.stderr, flush=True))
+    except LockedError as error:
+        print(f"papilio train: error: {error}", file=sys.stderr)
+        return NO_RESTART_EXIT_CODE
     if meeting is None:
         return run_locally(
             components.train(*overrides, recipe=recipe, nproc=nproc, max_restarts=namespace.max_restarts)
@@ -40,6 +53,13 @@ def run_train(namespace: argparse.Namespace) -> int:
     words = ["trainer.train", "--recipe", recipe, *overrides]
     command = roles.agent_command(words, nproc, namespace.nnodes, max_restarts=namespace.max_restarts, meeting=meeting)
     return run_locally(one_host_of(command, nproc))
+
+
+def _folders(config: Config) -> list[str]:
+    """Return the folders that a run is to have for itself, as far as they are known before it begins."""
+    run_dir, checkpoints = config.output.run_dir, config.checkpoint.folder
+    own = [] if run_dir is None else [run_dir, *([] if checkpoints else [join(run_dir, CHECKPOINTS)])]
+    return [*own, *([checkpoints] if checkpoints else [])]
 
 
 def run_evaluate(namespace: argparse.Namespace) -> int:

@@ -18,6 +18,10 @@ from launch.usage import UsageError
 from trainer.addresses import addresses_of, is_loopback, own_address_towards
 from trainer.bootstrap import module_command
 
+# Torch's store looks up the name of whoever connects, while all others wait: a name server that is silent may cost 1 s,
+# not 10. And it prints a stack of C++ for each client that sends what it does not know.
+STORE_ENVIRONMENT = {"RES_OPTIONS": "timeout:1 attempts:1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
 
 def meeting_of(namespace: argparse.Namespace, run_dir: str | None) -> roles.Meeting | None:
     """Return where the hosts meet, None for a job of this host alone; `run_dir` is the config's.
@@ -61,7 +65,8 @@ def run_rendezvous(namespace: argparse.Namespace) -> int:
     if not 0 <= namespace.port < 1 << 16:
         raise UsageError(f"--port {namespace.port}: a port is 1 to 65535, or 0 for any that is free")
     sys.stdout.flush()
-    os.execv(sys.executable, module_command("trainer.hold_store", "--port", str(namespace.port)))
+    command = module_command("trainer.hold_store", "--port", str(namespace.port))
+    os.execve(sys.executable, command, {**STORE_ENVIRONMENT, **os.environ})
 
 
 def _host_and_port(endpoint: str) -> tuple[str, int]:

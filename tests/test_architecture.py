@@ -43,6 +43,7 @@ JOBS_OF_LAUNCH = {
     "sharding.reports.diff",
     "sharding.reports.figures",
     "trainer.addresses",
+    "trainer.checkpoint.compatibility",
     "trainer.checkpoint.contents",
     "trainer.checkpoint.export",
     "trainer.checkpoint.folder",
@@ -54,6 +55,7 @@ JOBS_OF_LAUNCH = {
     "trainer.memory_limit",
     "trainer.progress",
     "trainer.retries",
+    "trainer.run_lock",
     "trainer.start_checks",
     "trainer.storage",
 }

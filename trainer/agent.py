@@ -34,6 +34,7 @@ from trainer.bootstrap import FILE, bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import last_error
 from trainer.rendezvous import OtherJobError, Rendezvous, open_rendezvous
+from trainer.rendezvous_store import ForeignListenerError
 from trainer.side_channel import Failure, SideChannel, host_name, open_side_channel
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         say(f"error: {error}")
-        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError) else 1
+        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError | ForeignListenerError) else 1
 
 
 class StopRequest:

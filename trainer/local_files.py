@@ -52,6 +52,39 @@ def replace_local(path: str, data: bytes) -> None:
         raise
 
 
+def create_local(path: str, data: bytes) -> bool:
+    """Write a small file unless there is one; O_EXCL holds on NFS too, where locks of files may not."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+    return True
+
+
+def remove_local_if_same(path: str, data: bytes) -> bool:
+    """Remove a file if it holds these bytes. It is renamed first, so that of several who try one alone succeeds."""
+    aside = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return False
+    try:
+        if read_local(aside) == data:
+            return True
+        with suppress(FileExistsError):
+            os.link(aside, path)  # another's, written meanwhile: put it back
+        return False
+    finally:
+        os.unlink(aside)
+
+
 def make_local_folder(path: str) -> None:
     """Create a folder and its parents, if need be, so that they are still there after a power cut."""
     missing = []

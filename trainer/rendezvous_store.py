@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 # How long a question to the store may take. On a loaded host threads come late.
@@ -23,6 +24,16 @@ RETRY_S = 0.5
 # For what agents write for each other right after they met.
 READ_TIMEOUT_S = 60
 TELL_AFTER_S = 3.0
+# What a client of torch's store says first (TCPStore.cpp: "validate" with a magic number, "ping" with a nonce, which
+# comes back): to find out what listens at a port before torch's own client, which tries for a minute and says nothing.
+NONCE = struct.pack("<I", 0x50_41_50_49)
+HELLO = struct.pack("<BIB", 0, 0x3C_85_F7_CE, 13) + NONCE
+# How long a program may take connections and say nothing before it is taken for none of ours: a tunnel or a proxy does
+# so until the store behind it is there.
+MUTE_S = 30.0
+LINE_TIMEOUT_S = 1.0
+MAX_HEARD_BYTES = 256
+MAX_SHOWN = 60
 
 Tell = Callable[[str], None]
 
@@ -43,6 +54,22 @@ def hold_store(host: str, port: int, *, is_certain: bool = True) -> dist.TCPStor
         return None
 
 
+class ForeignListenerError(RendezvousError):
+    """What listens where the hosts are to meet is another program."""
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Why there is no store at an address.
+
+    `is_open` says that something takes connections there, `is_foreign` that it spoke and is no store.
+    """
+
+    why: str
+    is_open: bool = False
+    is_foreign: bool = False
+
+
 @dataclass(frozen=True)
 class StoreAddress:
     """Where the store is."""
@@ -53,20 +80,55 @@ class StoreAddress:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def why_silent(self) -> str:
-        """Say why no connection opens; nothing if one does."""
+    def look(self) -> Silence | None:
+        """Ask what listens there for a number to come back; None for a store, else why it is none."""
         try:
-            with socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S):
-                return ""
+            connection = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
         except OSError as error:
             if isinstance(error, TimeoutError):
-                return "no answer"
-            return (error.strerror or str(error)).lower()
+                return Silence("no answer")
+            return Silence((error.strerror or str(error)).lower())
+        with connection:
+            return _listen(connection)
 
     def connect(self) -> dist.TCPStore:
         """Open a connection to the store."""
         timeout = timedelta(seconds=READ_TIMEOUT_S)
         return dist.TCPStore(self.host, self.port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def _listen(connection: socket.socket) -> Silence | None:
+    """Greet as a store's client does, then as one who wants a line of text, which many servers wait for."""
+    heard = b""
+    try:
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        connection.sendall(HELLO)
+        while len(heard) < len(NONCE):
+            received = connection.recv(MAX_HEARD_BYTES)
+            if not received:
+                break
+            heard += received
+    except TimeoutError:
+        heard += _answer_to_a_line(connection)
+        if not heard:
+            return Silence("it takes connections and says nothing", is_open=True)
+    except OSError:
+        pass  # closed
+    if heard == NONCE:
+        return None
+    if not heard:
+        return Silence("it closes every connection", is_open=True)
+    text = heard.decode(errors="replace").partition("\n")[0].strip()[:MAX_SHOWN]
+    return Silence(f"it says {text!r}", is_open=True, is_foreign=True)
+
+
+def _answer_to_a_line(connection: socket.socket) -> bytes:
+    try:
+        connection.settimeout(LINE_TIMEOUT_S)
+        connection.sendall(b"\r\n\r\n")
+        return connection.recv(MAX_HEARD_BYTES)
+    except OSError:
+        return b""
 
 
 class Backend(C10dRendezvousBackend):
@@ -81,6 +143,9 @@ class Backend(C10dRendezvousBackend):
         self.why_silent = ""
         self._server = server
         self._key = ""
+        self.mute_s = MUTE_S
+        self._silence: Silence | None = None
+        self._open_since_s: float | None = None
         self._connection: dist.TCPStore | None = None
 
     def wait_for_store(self, timeout_s: float, tell: Tell) -> None:
@@ -88,6 +153,7 @@ class Backend(C10dRendezvousBackend):
 
         Raises:
             RendezvousConnectionError: it does not in time.
+            ForeignListenerError: something else answers.
         """
         deadline_s, begin_s, has_told = time.monotonic() + timeout_s, time.monotonic(), False
         while True:
@@ -95,6 +161,7 @@ class Backend(C10dRendezvousBackend):
                 self.connection()
                 return
             now_s = time.monotonic()
+            self._refuse_another_program(now_s)
             if now_s > deadline_s:
                 raise RendezvousConnectionError(
                     f"the store at {self.address} did not answer for {timeout_s:.0f} s ({self.why_silent}): is the job "
@@ -105,6 +172,21 @@ class Backend(C10dRendezvousBackend):
                 tell(f"waiting up to {timeout_s:.0f} s for the store at {self.address}: {self.why_silent}")
             time.sleep(RETRY_S)
 
+    def _refuse_another_program(self, now_s: float) -> None:
+        """Raise when what listens there is surely no store; one that was known may be suspended, or started anew."""
+        silence = self._silence
+        self._open_since_s = self._open_since_s if silence is not None and silence.is_open else None
+        if silence is None or not silence.is_open:
+            return
+        self._open_since_s = self._open_since_s or now_s
+        is_known = bool(self._key)
+        if silence.is_foreign or (not is_known and now_s - self._open_since_s > self.mute_s):
+            raise ForeignListenerError(
+                f"what answers at {self.address} is not a Papilio rendezvous ({silence.why}): another program has that "
+                "port. End it, or let all hosts meet at another port (--rdzv-endpoint HOST:PORT; --rdzv_port on a "
+                "scheduler)"
+            )
+
     def look_at(self, run_id: str) -> None:
         """Turn to the state of a job."""
         self._key = f"torch.rendezvous.{run_id}"
@@ -113,8 +195,9 @@ class Backend(C10dRendezvousBackend):
     def connection(self) -> dist.TCPStore:
         """Return a connection that has answered since it was last found silent."""
         if self._connection is None:
-            self.why_silent = self.address.why_silent()
-            if self.why_silent:
+            self._silence = self.address.look()
+            if self._silence is not None:
+                self.why_silent = self._silence.why
                 raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.why_silent}")
             self._connection = self._ask(self._open)
         return self._connection

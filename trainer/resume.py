@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from data_pipeline.paths import join
@@ -18,8 +20,10 @@ from trainer.checkpoint.saver import Saved
 from trainer.config import Config
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
+from trainer.run_lock import LockedError, RunLock, job_name
 from trainer.run_progress import Progress
 from trainer.sharded_model import ShardedModel
+from trainer.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,26 @@ class Start:
     progress: Progress
     window: list[list[float]] | None = None
     saved: Saved | None = None
+
+
+def lock_folders(folders: Sequence[str], ranks: Ranks) -> RunLock | None:
+    """Keep other jobs out of these folders; the first rank holds the lock, the others get None. Collective.
+
+    Raises:
+        LockedError: another job is in one of them.
+        StorageError: a folder cannot be written.
+    """
+    lock: RunLock | None = None
+    problem: Exception | None = None
+    if ranks.is_first:
+        try:
+            lock = RunLock(folders, job_name(), partial(print, file=sys.stderr, flush=True))
+        except (LockedError, StorageError) as error:
+            problem = error
+    problem = ranks.agree_on(problem)
+    if problem is not None:
+        raise problem
+    return lock
 
 
 def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimizers: Optimizers, ranks: Ranks) -> Start:

@@ -36,7 +36,9 @@ def choose_run_dir(config: OutputConfig, name: str) -> str:
         path = os.path.join(config.runs_dir, folder, JOB)
         if folder.startswith(f"{name}-") and _job_of(path) == job_id:
             return os.path.join(config.runs_dir, folder)
-    return os.path.join(config.runs_dir, f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+    path = os.path.join(config.runs_dir, f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+    # Two jobs may begin in the same second.
+    return next(free for free in (path, *(f"{path}-{number}" for number in range(2, 1_000))) if not exists(free))
 
 
 def _job_of(path: str) -> str | None:

@@ -19,13 +19,16 @@ from typing import IO, Any
 from botocore import exceptions
 from iopath.common.file_io import PathHandler
 
-from trainer.retries import DEFAULT_RETRIES, RetryPolicy, StorageError
-from trainer.s3_client import PREFIX, client, object_size, request, split
+from trainer.retries import DEFAULT_RETRIES, RetryPolicy, StorageError, TryAgainError
+from trainer.s3_client import PREFIX, client, error_code, object_size, request, split
 from trainer.s3_files import S3Reader, S3Writer, TextWriter
 
 logger = logging.getLogger(__name__)
 
 READ_AHEAD_BYTES = 8 << 20
+_IS_THERE = ("PreconditionFailed", "412")
+# Services that know no conditions say so, or (not seen) take no notice of them.
+_UNCONDITIONAL = ("NotImplemented", "501")
 
 
 class S3Handler(PathHandler):  # type: ignore[misc]  # iopath has no types
@@ -84,6 +87,32 @@ class S3Handler(PathHandler):  # type: ignore[misc]  # iopath has no types
         else:
             bucket, key = split(path)
             request("remove", path, lambda: client().delete_object(Bucket=bucket, Key=key), retries)
+
+
+def create_object(path: str, data: bytes, retries: RetryPolicy) -> bool:
+    """Store an object unless there is one of that name, and say so: of several who try at once, one succeeds."""
+    bucket, key = split(path)
+
+    def put() -> bool:
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except exceptions.ClientError as error:
+            if error_code(error) in _IS_THERE:
+                # Maybe by an earlier try of this one, whose answer was lost.
+                return bool(client().get_object(Bucket=bucket, Key=key)["Body"].read() == data)
+            if error_code(error) == "ConditionalRequestConflict":  # another one is storing it at this moment
+                raise TryAgainError(str(error)) from error
+            if error_code(error) not in _UNCONDITIONAL:
+                raise
+            if object_size(path, retries) is not None:
+                return False
+            client().put_object(Bucket=bucket, Key=key, Body=data)
+        if client().get_object(Bucket=bucket, Key=key)["Body"].read() != data:
+            client().delete_object(Bucket=bucket, Key=key)
+            raise TryAgainError("other bytes are stored than were written")
+        return True
+
+    return request("create", path, put, retries)
 
 
 def _folder_key(path: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.retries import StorageError
 from trainer.run_folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
-from trainer.storage import exists, read_json, remove_folder, require_writable
+from trainer.storage import exists, read_json, require_writable
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,10 @@ def _check_writable(places: Mapping[str, str]) -> None:
             with _naming(key, path):
                 require_writable(path)
     finally:
+        # Only if empty: another job may have begun there meanwhile. Object storage keeps no empty folders.
         for path in reversed(new):
-            remove_folder(path)
+            with suppress(OSError):
+                os.rmdir(path.removeprefix("file://"))
 
 
 @contextmanager

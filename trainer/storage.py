@@ -7,20 +7,24 @@ passing reason is tried again; what fails for good is a StorageError. Nothing he
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from data_pipeline.paths import join, path_manager
 from trainer.local_files import (
+    create_local,
     free_local_bytes,
     make_local_folder,
     read_local,
     read_local_into,
     remove_local_folder,
+    remove_local_if_same,
     replace_local,
     write_local,
 )
@@ -128,6 +132,60 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(found) for key, found in value.items()}
     return [_finite(found) for found in value] if isinstance(value, list | tuple) else value
+
+
+def create_file(path: str, data: bytes, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:
+    """Write a small file unless there is one of that name: of several who try at once, one succeeds.
+
+    (Where a handler of the application serves the path, that is only likely.) Returns whether it was written.
+
+    Raises:
+        StorageError: it failed for good.
+    """
+    local = _local_path(path)
+    if local is not None:
+        return attempt("create", path, lambda: create_local(local, data), retries)
+    if path.startswith(_S3):
+        from trainer.s3_storage import create_object
+
+        return create_object(path, data, retries)
+    if exists(path, retries=retries):
+        return False
+    write_file(path, lambda: [data], retries=retries)
+    return True
+
+
+def read_if_there(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes | None:
+    """Read a whole file; None if there is none.
+
+    Raises:
+        StorageError: it is there, and could not be read.
+    """
+    try:
+        return read_bytes(path, retries=retries)
+    except StorageError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
+
+
+def remove_if_same(path: str, data: bytes, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:
+    """Remove a small file if it holds these bytes, and say so; atomic on a local disk and NFS alone."""
+    local = _local_path(path)
+    if local is not None:
+        return attempt("remove", path, lambda: remove_local_if_same(local, data), retries)
+    is_same = read_if_there(path, retries=retries) == data
+    if is_same:
+        remove_file(path, retries=retries)
+    return is_same
+
+
+def remove_empty_folder(path: str) -> None:
+    """Remove a local folder that holds nothing; another one stays, as do an object store's, which are no things."""
+    local = _local_path(path)
+    if local is not None:
+        with suppress(OSError):
+            os.rmdir(local)
 
 
 def read_json(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> Any:

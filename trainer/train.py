@@ -36,10 +36,12 @@ from trainer.measurement import compare
 from trainer.optimizers import Optimizers
 from trainer.preemption import watch_for_preemption
 from trainer.ranks import Ranks, process_group
-from trainer.resume import go_on
+from trainer.resume import go_on, lock_folders
 from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
+from trainer.run_lock import LockedError, LostLockError, RunLock
 from trainer.run_progress import Progress
 from trainer.runtime import configure_runtime, no_garbage_collection
+from trainer.same_on_all_hosts import check_same_folder_on_all, check_same_job_on_all
 from trainer.sharded_model import ShardedModel, build_sharded_model
 from trainer.start_checks import check_input, check_run, open_run_data, without_validation
 from trainer.storage import StorageError
@@ -53,6 +55,8 @@ EXPECTED_ERRORS = (
     dist.DistError,
     HardwareError,
     InstallError,
+    LockedError,
+    LostLockError,
     LostRankError,
     PlanError,
     PlanFileError,
@@ -102,8 +106,9 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
     A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was told to
     end and has saved.
     """
-    health = health or JobHealth()
     dataset = open_run_data(config)
+    identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
+    check_same_job_on_all(identity, ranks)
     _training_loader(config, dataset, ranks, ReadPosition()).check_first_batch()
     run_dir = ranks.ask_first(lambda: choose_run_dir(config.output, config.name))
     finished = ranks.ask_first(lambda: check_run(config, dataset, run_dir))
@@ -112,7 +117,26 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
             print(finished, flush=True)
         return Summary.from_dict(finished.summary)
     checkpoints = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
-    identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
+    lock = lock_folders((run_dir, checkpoints.path), ranks)
+    try:
+        key = "output.run_dir" if config.checkpoint.folder is None else "checkpoint.folder"
+        check_same_folder_on_all(key, checkpoints.path, ranks)
+        return _train(config, dataset, ranks, health or JobHealth(), (run_dir, checkpoints, identity), lock)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    health: JobHealth,
+    run: tuple[str, CheckpointFolder, RunIdentity],
+    lock: RunLock | None,
+) -> Summary | None:
+    """Train in folders that are this job's alone. Collective; `lock` is theirs, on the first rank."""
+    run_dir, checkpoints, identity = run
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
     settle_gradient_buckets(model, optimizers, dataset, ranks)
@@ -120,7 +144,7 @@ def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summ
     health.mark(start.progress.step, "loading")
     loader = _training_loader(config, dataset, ranks, start.progress.position)
     folder = _begin(config, dataset, loader, model, ranks, run_dir, identity, start.progress)
-    saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks)
+    saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks, lock)
     saver.latest = start.saved
     job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
     try:

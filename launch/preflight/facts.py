@@ -74,6 +74,7 @@ class HostFacts(_Facts):
     clock_error_s: float
     versions: dict[str, str]
     code: dict[str, str] = Field(description="Hash of each package's files, by package.")
+    settings: dict[str, str] = Field(default_factory=dict, description="Of the recipe as read here, JSON by key.")
     reached: tuple[Reached, ...]
     interface: str = Field("", description="The network interface that leads to the first host.")
     gpus: tuple[Gpu, ...]

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from launch.preflight.finding import Evidence, Finding
-from launch.preflight.judging_hosts import check_clocks, check_code, check_gpus, check_memory, check_versions
+from launch.preflight.judging_hosts import (
+    check_clocks,
+    check_code,
+    check_gpus,
+    check_memory,
+    check_settings,
+    check_versions,
+)
 from launch.preflight.judging_links import check_links
 from launch.preflight.judging_network import check_arrival, check_interfaces, check_names, check_ports
 from launch.preflight.judging_storage import check_data, check_folders, check_room
@@ -19,6 +26,7 @@ def judge(evidence: Evidence) -> list[Finding]:
         check_clocks,
         check_versions,
         check_code,
+        check_settings,
         check_gpus,
         check_memory,
         check_folders,

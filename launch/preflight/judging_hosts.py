@@ -8,9 +8,11 @@ from launch.preflight.facts import Gpu, HostFacts
 from launch.preflight.finding import Evidence, Finding, Status, odd_ones_out, or_all_well
 from sharding.hardware import Hardware, HardwareError, load_hardware
 from sharding.reports.figures import size
+from trainer.checkpoint.compatibility import cut
 from trainer.install import PACKAGES
 
 GIB = 1 << 30
+MAX_SETTINGS = 5
 # Signs of life and first failures are compared by their times, and S3 refuses signatures that are off by minutes.
 MAX_CLOCK_DIFFERENCE_S = 1.0
 # Of a GPU's memory, what a driver, a display and a forgotten shell may hold.
@@ -73,6 +75,22 @@ def check_code(evidence: Evidence) -> list[Finding]:
                 )
             problems.append(Finding("code", "FAIL", (host,), found, mend))
     return or_all_well("code", problems, evidence, lambda: "the files of papilio and of the trio are the same")
+
+
+def check_settings(evidence: Evidence) -> list[Finding]:
+    """Is what the recipe says the same everywhere? Under the same path may lie another file."""
+    problems = []
+    for key in dict.fromkeys(key for *_, facts in evidence.present for key in facts.settings):
+        values = {evidence.name(index): facts.settings.get(key, "nothing") for index, _, facts in evidence.present}
+        usual, odd = odd_ones_out(values)
+        for host, value in odd.items():
+            found = f"{key} = {cut(value)} there, elsewhere {cut(usual)}"
+            problems.append(Finding("recipe", "FAIL", (host,), found, "bring the same recipe file to all hosts"))
+    shown = problems[:MAX_SETTINGS]
+    if len(problems) > len(shown):
+        found = f"and {len(problems) - len(shown)} more settings differ"
+        shown.append(Finding("recipe", "FAIL", (), found, "bring the same recipe file to all hosts"))
+    return or_all_well("recipe", shown, evidence, lambda: "all hosts read the same settings")
 
 
 def check_gpus(evidence: Evidence) -> list[Finding]:

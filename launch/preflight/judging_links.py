@@ -16,6 +16,10 @@ FAIR_SHARE = 0.8
 # A link that is slower than those between the other hosts by more than chance.
 FAIR_SHARE_OF_USUAL = 0.6
 MIN_LINKS_TO_COMPARE = 3
+# Beyond what the wrong profile, or cores that hosts share, explain: the link itself is at fault.
+GROSS_SHARE = 1 / 30
+# What the slowest network of any cluster gives a host (1 Gbit/s), where neither a profile nor other links say more.
+PLAIN_BYTES_PER_S = 125e6
 # `papilio calibrate` writes a rate like this for what one rank cannot measure.
 UNKNOWN_BYTES_PER_S = 1e14
 
@@ -74,8 +78,15 @@ class _Yardstick:
     fair_share: float
     worst: Status
     is_profile: bool
+    usual_bytes_per_s: float = 0.0
+
+    def is_gross(self, rate: float) -> bool:
+        """Whether a link is so slow beside the others that nothing else explains it."""
+        return rate < GROSS_SHARE * self.usual_bytes_per_s
 
     def judge(self, rate: float) -> Status:
+        if self.is_gross(rate):
+            return "FAIL"
         if rate < MIN_SHARE * self.bytes_per_s:
             return self.worst
         return "warn" if rate < self.fair_share * self.bytes_per_s else "ok"
@@ -84,13 +95,24 @@ class _Yardstick:
 def _yardstick(evidence: Evidence, rates: Sequence[float]) -> _Yardstick:
     """Take the hosts' profile or, where they do better than it says, what most of the links reach."""
     expected = _between_hosts(evidence)
-    # The upper quartile: one slow host has two slow links, which may be most of them.
-    usual = sorted(rates)[(3 * len(rates) - 1) // 4] if len(rates) >= MIN_LINKS_TO_COMPARE else 0.0
+    usual = _usual(rates)
     if expected * MIN_SHARE > usual * FAIR_SHARE_OF_USUAL:
         words = f"{_profile(evidence)} has {_rate(expected)}"
-        return _Yardstick(expected, words, MIN_SHARE, _worst_status(evidence), is_profile=True)
+        return _Yardstick(expected, words, MIN_SHARE, _worst_status(evidence), is_profile=True, usual_bytes_per_s=usual)
     worst: Status = "warn" if _is_one_machine(evidence) else "FAIL"
-    return _Yardstick(usual, f"others reach {_rate(usual)}", FAIR_SHARE_OF_USUAL, worst, is_profile=False)
+    if not usual:
+        plain = PLAIN_BYTES_PER_S / evidence.nproc
+        return _Yardstick(plain, f"1 Gbit/s Ethernet gives {_rate(plain)}", MIN_SHARE, worst, is_profile=False)
+    words = f"others reach {_rate(usual)}"
+    return _Yardstick(usual, words, FAIR_SHARE_OF_USUAL, worst, is_profile=False, usual_bytes_per_s=usual)
+
+
+def _usual(rates: Sequence[float]) -> float:
+    """Return what most of the links reach; 0.0 where there are too few to tell, unless they are worlds apart."""
+    if len(rates) < MIN_LINKS_TO_COMPARE:
+        return max(rates) if min(rates) < GROSS_SHARE * max(rates) else 0.0
+    # The upper quartile: one slow host has two slow links, which may be most of them.
+    return sorted(rates)[(3 * len(rates) - 1) // 4]
 
 
 def _collectives(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]], *, is_explained: bool) -> Finding:
@@ -156,14 +178,17 @@ def _expected_s(collective: str, size: int, rates: Rates, evidence: Evidence) ->
 
 def _slow(evidence: Evidence, yardstick: _Yardstick, rate: float, hosts: Iterable[int], found: str) -> Finding:
     names = tuple(evidence.name(host) for host in hosts)
-    mend = _advice(evidence, is_profile=yardstick.is_profile)
-    return Finding("links", yardstick.judge(rate), names, f"{found}; {yardstick.words}", mend)
+    mend = _advice(evidence, is_profile=yardstick.is_profile, is_gross=yardstick.is_gross(rate))
+    words, usual = yardstick.words, yardstick.usual_bytes_per_s
+    if yardstick.is_gross(rate):
+        words = f"others reach {_rate(usual)}, {usual / rate:,.0f} times as much"
+    return Finding("links", yardstick.judge(rate), names, f"{found}; {words}", mend)
 
 
-def _advice(evidence: Evidence, *, is_profile: bool) -> str:
-    if _is_one_machine(evidence):
+def _advice(evidence: Evidence, *, is_profile: bool, is_gross: bool = False) -> str:
+    if _is_one_machine(evidence) and not is_gross:
         return "none: these hosts are processes of one machine, which share its cores"
-    if is_profile and evidence.hardware is None:
+    if is_profile and evidence.hardware is None and not is_gross:
         return "name the hosts' profile (--host), or measure one: papilio calibrate"
     if evidence.plan.device == "cuda":
         return (

@@ -32,6 +32,7 @@ from launch.preflight.report import format_report, report_as_json
 from launch.preflight.wire import free_port
 from launch.usage import UsageError
 from trainer.addresses import is_loopback
+from trainer.checkpoint.compatibility import shared_settings
 from trainer.config import Config
 from trainer.config_file import ConfigError, load_config
 from trainer.install import InstallError, check_install
@@ -181,6 +182,7 @@ class _Part:
             clock_error_s=self._meeting.clock_error_s,
             versions=self._senses.versions(),
             code=self._senses.code(),
+            settings=shared_settings(self._config.model_dump(mode="json")),
             reached=reach_all(self._meeting.index, self._cards),
             interface=interface_of(own.address) if own else "",
             gpus=gpus,

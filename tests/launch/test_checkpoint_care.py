@@ -13,6 +13,7 @@ from tests.support.checkpoint_runs import STEPS, aucs, flip, folders, num_bytes
 from tests.support.checkpoints import saved_tensors, write_checkpoint
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import DamagedError
+from trainer.run_lock import LOCK, Holder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -124,6 +125,17 @@ def test_prune_keeps_what_it_is_told_to(papilio, run):
     assert status == 0 and out.splitlines()[-1] == f"{freed} freed"
     assert {folder.name for folder in folders(run)} == kept
     assert papilio("prune", run, "--keep-last", "1", "--keep-best")[1].splitlines()[-1] == "0 B freed"
+
+
+def test_prune_leaves_a_folder_that_a_job_is_in(papilio, run):
+    before = folders(run)
+    lock = run / "checkpoints" / LOCK
+    lock.write_bytes(Holder.here("train-x7").to_bytes())
+    status, _, error = papilio("prune", run, "--keep-last", "1")
+    assert status == 1 and "is in use by job train-x7 (host " in error and "nothing was removed" in error
+    assert papilio("prune", run, "--keep-last", "1", "--dry-run")[0] == 0
+    lock.unlink()
+    assert folders(run) == before
 
 
 def test_prune_never_leaves_a_run_without_a_sound_checkpoint(papilio, run):

@@ -45,12 +45,15 @@ class FakeHost:
     senses: dict[str, Any] = field(default_factory=dict)
     mb_per_s: float = 1000.0
     options: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
     status: int | None = None
     error: str = ""
 
     def take_part(self, common: Options, index: int) -> None:
         options = replace(common, name=self.name, index=index, **self.options)
-        config = load_config(options.recipe, [f"--data.path={self.data}", f"--output.runs_dir={self.runs}"])
+        config = load_config(
+            options.recipe, [f"--data.path={self.data}", f"--output.runs_dir={self.runs}", *self.overrides]
+        )
         senses = {
             "versions": lambda: dict(VERSIONS),
             "code": lambda: dict(CODE),

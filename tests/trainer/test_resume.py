@@ -387,8 +387,8 @@ def test_checkpoints_lie_in_an_object_store(two_ranks, one_rank, s3, data, tmp_p
     folder = s3.url("runs/a/checkpoints")
     checkpoint = {"every_steps": 5, "every_minutes": None, "keep_last": 2, "keep_best": False, "folder": folder}
     config = make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 12})
-    s3.faults.fail(2, "PUT")
-    s3.faults.truncate(1)
+    s3.faults.fail(2, "PUT", matching="/step_")
+    s3.faults.truncate(1, matching="/step_")
     two_ranks.run(run_with, config, s3.environment)
     keys = [entry["Key"] for entry in s3.client.list_objects_v2(Bucket=s3.bucket)["Contents"]]
     assert {key.split("/")[3][:15] for key in keys} == {"step_0000000010", "step_0000000012"}

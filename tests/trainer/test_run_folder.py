@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.datasets import write_dataset
+from trainer.config import OutputConfig
 from trainer.config_file import build_config
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, choose_run_dir
 from trainer.storage import to_json
 
 
@@ -159,3 +160,13 @@ def test_what_is_no_number_is_null(data, tmp_path):
     expected = {"kind": "test", "step": 1, "auc": None, "logloss": None, "deep": [{"x": None}]}
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) == expected
     assert to_json((1, True, None, "NaN", 0.5)) == '[1, true, null, "NaN", 0.5]'
+
+
+def test_jobs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.run_folder.time.strftime", lambda *_: "20260102-030405")
+    config, found = OutputConfig(runs_dir=str(tmp_path)), []
+    for _ in range(3):
+        found.append(choose_run_dir(config, "small"))
+        os.mkdir(found[-1])
+    first = f"{tmp_path}/small-20260102-030405"
+    assert found == [first, f"{first}-2", f"{first}-3"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,10 +30,19 @@ SAFE = (
 # Of the identity of the data set: where it lies may change, what is in it may not.
 DATA_KEYS = ("transform_version", "schema", "num_embeddings", "splits", "vocabularies")
 
+# Of the config, what hosts of one job may have otherwise: where each reads its data (what it reads is compared), how
+# far ahead, and the run folder, which the first rank's config names.
+OWN_AFFAIRS = ("data.path", "data.prefetch_batches", "data.verify_checksums", "output.run_dir", "output.runs_dir")
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that all hosts of a job must have alike, as JSON by dotted key."""
+    return {key: json.dumps(value) for key, value in leaves(config) if key not in OWN_AFFAIRS}
+
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return (old, new) by dotted key, of two trees of plain values; a key that is missing counts as None."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     keys = sorted({*before, *after})
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -66,10 +76,11 @@ def _is_safe(key: str) -> bool:
     return any(key == safe or key.startswith(f"{safe}.") for safe in SAFE)
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a tree by dotted key."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
@@ -83,5 +94,9 @@ def _first_difference(old: Any, new: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """Return a text no longer than a line bears."""
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,10 @@ from trainer.storage import StorageError, exists, file_size, list_folder, read_b
 logger = logging.getLogger(__name__)
 # Blocks read at a time to be checked: an object store answers several requests faster than one after the other.
 NUM_READERS = 4
+# Files looked for at a time, and how long one that another host wrote may take to be seen.
+NUM_LOOKERS = 16
+SEEN_TIMEOUT_S = 20.0
+POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,22 @@ class CheckpointFolder:
         remove_file(join(self.path, name, MARKER))
         remove_folder(join(self.path, name))
 
+    def await_files(self, name: str, marker: Marker) -> str | None:
+        """Wait until all files of a marker are seen here with their sizes; say which is not, if one is not in time.
+
+        Other hosts wrote them, and a network disk may show them late.
+        """
+        deadline_s = time.monotonic() + SEEN_TIMEOUT_S
+        files = list(marker.files.items())
+        with ThreadPoolExecutor(NUM_LOOKERS) as pool:
+            while True:
+                problems = list(pool.map(lambda item: self._wrong_size(name, item[0], item[1][0]), files))
+                files = [item for item, problem in zip(files, problems, strict=True) if problem is not None]
+                if not files or time.monotonic() > deadline_s:
+                    return next((problem for problem in problems if problem is not None), None)
+                time.sleep(POLL_S)
+                list_folder(join(self.path, name))  # makes an NFS client look again
+
     def first_problem(self, found: Committed) -> str | None:
         """Say which of its files is missing or of another size, if any; nothing is read."""
         problems = (self._wrong_size(found.name, file, size) for file, (size, _) in found.marker.files.items())
@@ -222,11 +243,10 @@ class CheckpointFolder:
     def _wrong_size(self, name: str, file: str, size: int) -> str | None:
         path = join(self.path, name, file)
         try:
-            if not exists(path):
-                return f"{path} is missing"
             found = file_size(path)
         except StorageError as error:
-            return str(error)
+            is_missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            return f"{path} is missing" if is_missing else str(error)
         if found != size:
             return f"{path} has {found:,} bytes, not the {size:,} that were written"
         return link_problem(join(self.path, name), file)

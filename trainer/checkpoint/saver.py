@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,10 +23,11 @@ from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.dcp_storage import PartFileWriter
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.format import INDEX, MARKER, PLAN, CheckpointError, Index, Marker, copy_folder
-from trainer.checkpoint.model_state import ModelState, model_state
+from trainer.checkpoint.model_state import ModelState, model_state, weight_key
 from trainer.checkpoint.pieces import PiecesSavePlanner
 from trainer.optimizers import Optimizers
 from trainer.ranks import Ranks
+from trainer.run_lock import LostLockError, RunLock
 from trainer.sharded_model import ShardedModel
 from trainer.storage import StorageError, make_folder, remove_folder, write_text
 
@@ -35,6 +38,10 @@ MIB = 1 << 20
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the message says where and why. Raised on every rank."""
+
+
+class LostTableError(CheckpointError):
+    """What is trained is not what was planned, so that no checkpoint would be whole. Raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,11 @@ class Saver:
         model: ShardedModel,
         optimizers: Optimizers,
         ranks: Ranks,
+        lock: RunLock | None = None,
     ) -> None:
+        """`lock` is that of the folder, on the first rank."""
         self._folder = folder
+        self._lock = lock
         self._config = config
         self._model = model
         self._optimizers = optimizers
@@ -97,6 +107,8 @@ class Saver:
 
         Raises:
             SaveError: with `wait`, it could not be written.
+            LostTableError: it would not hold the whole model, and no other would.
+            LostLockError: the folder is another job's by now.
         """
         begin_s = time.perf_counter()
         self.check(wait=True)
@@ -162,9 +174,12 @@ class Saver:
         """Write and commit; runs in the thread."""
         begin_s = time.perf_counter()
         path = join(self._folder.path, saved.name)
-        files, error = {}, None
+        files: dict[str, tuple[int, int | None]] = {}
+        error: str | Exception | None = None
         try:
             files = self._write_files(path, marker, state)
+        except LostTableError as lost:
+            error = lost
         except CheckpointException as failed:  # DCP's own, of every rank; no Exception to Python
             error = _first_line(next(cause for cause, _ in failed.failures.values()))
         except Exception as caught:  # every rank must hear of it
@@ -185,6 +200,7 @@ class Saver:
         index = write_tensors(state, folder, self._copy_group)
         if index is None:
             return {}
+        check_whole(index, [table.name for table in self._model.plan.tables])
         files: dict[str, tuple[int, int | None]] = {file: (size, None) for file, size in index.part_sizes().items()}
         for file, text in ((INDEX, index.to_json()), (PLAN, self._model.plan.to_json())):
             write_text(join(folder, file), text)
@@ -197,11 +213,18 @@ class Saver:
             f"training waited {self.stalls_s[-1]:.2f} s"
         )
 
-    def _commit(self, path: str, marker: Marker) -> str | None:
-        """Write the marker, and remove what need not be kept; returns what went wrong."""
+    def _commit(self, path: str, marker: Marker) -> str | Exception | None:
+        """Once every part is seen, write the marker, and remove what need not be kept; returns what went wrong."""
         try:
+            missing = self._folder.await_files(path.rpartition("/")[2], marker)
+            if missing is not None:
+                return f"{missing}; do all hosts write to one shared folder there?"
+            if self._lock is not None:
+                self._lock.require_held()
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_text(join(path, MARKER), replace(marker, saved_at=now).to_json())
+        except LostLockError as error:
+            return error
         except Exception as error:  # every rank must hear of it
             return _first_line(error)
         try:
@@ -210,9 +233,12 @@ class Saver:
             logger.warning("older checkpoints could not be removed: %s", error)
         return None
 
-    def _agree(self, saved: Saved, error: str | None) -> None:
-        """Raise on every rank what went wrong on any, and remove what was written."""
-        errors: list[str | None] = [None] * self._ranks.world_size
+    def _agree(self, saved: Saved, error: str | Exception | None) -> None:
+        """Raise on every rank what went wrong on any, and remove what was written.
+
+        An exception would come at every save: it ends the job. A text is of this save alone.
+        """
+        errors: list[str | Exception | None] = [None] * self._ranks.world_size
         dist.all_gather_object(errors, error, group=self._all)
         found = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
         if not found:
@@ -223,7 +249,28 @@ class Saver:
                 remove_folder(path)
             except OSError as problem:
                 logger.warning("%s could not be removed: %s", path, problem)
+        final = next((error for error in errors if isinstance(error, Exception)), None)
+        if final is not None:
+            raise final
         raise SaveError(f"checkpoint {path} could not be written: {found[0]}")
+
+
+def check_whole(index: Index, tables: Sequence[str]) -> None:
+    """Check that a checkpoint holds all tables of the plan, and of every tensor all values.
+
+    Raises:
+        LostTableError: it does not.
+    """
+    lost = [name for name in tables if weight_key(name) not in index.tensors]
+    for key, tensor in index.tensors.items():
+        num_values = sum(math.prod(block.sizes) for block in tensor.blocks)
+        if num_values != math.prod(tensor.shape):
+            lost.append(f"{key} ({num_values:,} of {math.prod(tensor.shape):,} values)")
+    if lost:
+        raise LostTableError(
+            f"the model as it was sharded lacks {', '.join(lost)}, which the plan has: no checkpoint of it would be "
+            "whole, so none is written. Plan anew (leave out sharding.plan, or make it again with `papilio plan`)"
+        )
 
 
 def _copy_group(model: ShardedModel, ranks: Ranks) -> dist.ProcessGroup | None:

@@ -52,8 +52,8 @@ def test_hosts_with_nothing_wrong_are_ready(hosts, preflight, tmp_path) -> None:
     assert findings_of(report) == findings_of(report, "warn") == []
     assert [host.status for host in hosts] == [0, 0, 0]
     assert {finding["check"]: finding["hosts"] for finding in report["findings"]} == {
-        **{name: list(NAMES) for name in ("arrival", "names", "ports", "clocks", "versions", "code", "gpus")},
-        **{name: list(NAMES) for name in ("memory", "run folder", "room", "data", "links")},
+        **{name: list(NAMES) for name in ("arrival", "names", "ports", "clocks", "versions", "code", "recipe")},
+        **{name: list(NAMES) for name in ("gpus", "memory", "run folder", "room", "data", "links")},
         "plan": [],
     }
     assert list((tmp_path / "runs").iterdir()) == []
@@ -207,6 +207,49 @@ def test_a_host_whose_links_are_all_slow(hosts, preflight) -> None:
     (links,) = findings_of(preflight(hosts, host=None))  # held against each other, as no profile was named
     assert links[:2] == ("links", ["127.0.0.12"])
     assert links[2] == "70.0 MB/s a rank between it and both its neighbours; others reach 1.00 GB/s"
+
+
+def test_a_link_that_is_worlds_slower_fails_whoever_the_hosts_are(hosts, preflight) -> None:
+    """Neither that no profile was named nor that the hosts are one machine explains a factor of 800."""
+    hosts[2].mb_per_s = 1.25
+    (links,) = findings_of(preflight(hosts, host=None))
+    assert links[2] == ("1.2 MB/s a rank from 127.0.0.12 to 127.0.0.13; others reach 1.00 GB/s, 800 times as much")
+    for host in hosts:
+        host.name = "localhost"
+    (links,) = findings_of(preflight(hosts, host=None))
+    assert links[2].endswith("800 times as much")
+    assert "ethtool" in links[3]
+
+
+@pytest.mark.parametrize(
+    ("rates", "found"),
+    [
+        ((1000, 1.25), "others reach 1.00 GB/s, 800 times as much"),
+        (
+            (1.25, 1.25),
+            "more than 1.2 MB/s a rank from the one before; 1 Gbit/s Ethernet gives 125.0 MB/s",
+        ),
+        ((1000, 900), None),
+    ],
+)
+def test_two_hosts_without_a_figure_of_their_network(hosts, preflight, rates, found) -> None:
+    """A profile made on one host says nothing of the links between hosts."""
+    for host, rate in zip(hosts, rates, strict=False):
+        host.mb_per_s = rate
+    links = findings_of(preflight(hosts[:2], host="cpu_laptop"))
+    assert [line[0] for line in links] == ([] if found is None else ["links"])
+    assert found is None or links[0][2].endswith(found)
+
+
+def test_a_host_with_another_recipe_under_the_same_path(hosts, preflight) -> None:
+    hosts[1].overrides = ("--optimizer.dense.learning_rate=0.2",)
+    (recipe,) = findings_of(preflight(hosts))
+    assert recipe == (
+        "recipe",
+        ["127.0.0.12"],
+        "optimizer.dense.learning_rate = 0.2 there, elsewhere 0.03",
+        "bring the same recipe file to all hosts",
+    )
 
 
 def test_ranks_that_do_not_come_to_the_end(hosts, preflight) -> None:

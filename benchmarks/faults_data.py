@@ -114,7 +114,8 @@ def _ids(generator: np.random.Generator, count: int, rows: int) -> np.ndarray[tu
 def write_recipe(path: str, data: str, size: Size, types: dict[str, str]) -> str:
     """Write the recipe of a run whose tables are sharded by `types`; returns its path."""
     constraints = "".join(
-        f'\n[[sharding.constraints]]\ntables = ["t_{name}"]\ntypes = ["{kind}"]\n' for name, kind in types.items()
+        f'\n[[sharding.constraints]]\ntables = ["t_{name}"]\ntypes = ["{kind}"]\nmin_partition = {size.dim // 2}\n'
+        for name, kind in types.items()
     )
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"""name = "faults"

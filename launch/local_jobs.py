@@ -35,17 +35,17 @@ def run_train(namespace: argparse.Namespace) -> int:
     nproc = _num_ranks(namespace.nproc)
     if namespace.max_restarts < 0:
         raise UsageError(f"--max-restarts {namespace.max_restarts}: 0 for none, or more")
-    with refusing():
-        finished = check_start(config)
-    if finished is not None:
-        print(finished)
-        return 0
     job = None if meeting is None else named_at(meeting.rdzv_id, meeting.endpoint)
     try:
         require_unlocked(_folders(config), job, partial(print, "papilio:", file=sys.stderr, flush=True))
     except LockedError as error:
         print(f"papilio train: error: {error}", file=sys.stderr)
         return NO_RESTART_EXIT_CODE
+    with refusing():
+        finished = check_start(config)
+    if finished is not None:
+        print(finished)
+        return 0
     if meeting is None:
         return run_locally(
             components.train(*overrides, recipe=recipe, nproc=nproc, max_restarts=namespace.max_restarts)

@@ -107,7 +107,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         SchedulerError: one of them cannot be made or written.
     """
-    for place, how in ((folder, "-cfg jobs_dir=FOLDER"), (_index(), "XDG_STATE_HOME=FOLDER in the environment")):
+    # The job's own folder last, so that none is left of a job that cannot be noted.
+    for place, how in ((_index(), "XDG_STATE_HOME=FOLDER in the environment"), (folder, "-cfg jobs_dir=FOLDER")):
         try:
             place.mkdir(parents=True, exist_ok=place != folder)
             (place / ".writable").touch()

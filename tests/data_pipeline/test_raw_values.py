@@ -127,7 +127,7 @@ def test_numbers_that_do_not_fit_32_bits_are_malformed() -> None:
     faults = Faults()
     dense_values(pa.array([1e39, -1e39]), DenseColumn(name="x"), faults)
     assert faults.first_of_row == {}  # its logarithm fits
-    values, _ = dense_values(pa.array([2**60 + 1, None]), column, faults)
+    values, *_ = dense_values(pa.array([2**60 + 1, None]), column, faults)
     assert values.tolist() == [2.0**60, -1.0]
 
 

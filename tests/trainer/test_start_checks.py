@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from data_pipeline.manifest import DatasetError
+from data_pipeline.manifest import DatasetError, read_manifest, write_manifest
 from launch import cli, local_jobs
 from tests.support.datasets import SPLIT_ROWS, write_dataset
 from tests.support.small_runs import make_config, metric_lines, run
@@ -88,7 +88,7 @@ def test_a_data_set_that_cannot_be_trained_on_is_refused(command, data, capsys, 
     (edited / "manifest.json").write_text(Path(data, "manifest.json").read_text())
     assert f"data.path: shard {edited}/train/0.arrow is missing; restore it" in refused(edited)
     (edited / "manifest.json").write_bytes(b"\xff\xfe")
-    assert f"data.path = {edited} cannot be read: 'utf-8' codec" in refused(edited)
+    assert f"data.path: {edited}/manifest.json is damaged ('utf-8' codec" in refused(edited)
     (edited / "manifest.json").unlink()
     (edited / "manifest.json").symlink_to("manifest.json")
     assert refused(edited).startswith("papilio train: error: data.path")
@@ -135,10 +135,10 @@ def test_what_needs_validation_rows_is_refused_by_its_key(train_only, tmp_path):
 
 def test_labels_of_one_class_are_a_finding(one_rank, tmp_path):
     data = write_dataset(tmp_path / "data", split_rows={**SPLIT_ROWS, "train": 100, "validation": 1})
-    manifest = Path(data, "manifest.json")
-    tree = json.loads(manifest.read_text())
-    tree["splits"]["train"]["num_positives"] = 100
-    manifest.write_text(json.dumps(tree))
+    manifest = read_manifest(data)
+    train = manifest.splits["train"].model_copy(update={"num_positives": 100})
+    Path(data, "manifest.json").unlink()
+    write_manifest(manifest.model_copy(update={"splits": {**manifest.splits, "train": train}}), data)
     printed = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 1}))[0]
     of_train = "label rate on train is 1: all 100 labels are the same, so there is nothing to learn from"
     assert f"WARNING: {of_train}" in printed

@@ -17,8 +17,7 @@ from launch.usage import UsageError, refusing, require_files, require_folder
 from trainer.checkpoint.places import CHECKPOINTS
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.exit_codes import NO_RESTART_EXIT_CODE
-from trainer.run_lock import LockedError, named_at, require_unlocked
+from trainer.run_lock import named_at, require_unlocked
 from trainer.start_checks import check_evaluation, check_start
 
 NUM_CPU_RANKS = 2
@@ -41,11 +40,8 @@ def run_train(namespace: argparse.Namespace) -> int:
         print(finished)
         return 0
     job = None if meeting is None else named_at(meeting.rdzv_id, meeting.endpoint)
-    try:
+    with refusing():
         require_unlocked(_folders(config), job, partial(print, "papilio:", file=sys.stderr, flush=True))
-    except LockedError as error:
-        print(f"papilio train: error: {error}", file=sys.stderr)
-        return NO_RESTART_EXIT_CODE
     if meeting is None:
         return run_locally(
             components.train(*overrides, recipe=recipe, nproc=nproc, max_restarts=namespace.max_restarts)

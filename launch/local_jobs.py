@@ -65,7 +65,7 @@ def run_evaluate(namespace: argparse.Namespace) -> int:
         require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
     nproc = _num_ranks(namespace.nproc)
     with refusing():
-        check_evaluation(namespace.run, namespace.data, namespace.split, namespace.checkpoint)
+        check_evaluation(namespace.run, namespace.data, namespace.split, namespace.checkpoint, nproc)
     app = components.evaluate(
         run=namespace.run,
         data=namespace.data,

@@ -10,6 +10,8 @@ from launch.schedulers.job_folder import last_event, read_events
 
 # What the agents and ranks say once they know (trainer/failures.py, trainer/agent.py).
 FAILED_FIRST = re.compile(r"rank \d+ \(host \S+\) failed first(, at step [\d,]+)?: .*")
+# All that an agent knows of a rank that left no word on the way.
+EXITED = re.compile(r" failed first(, at step [\d,]+)?: exited with status \d+")
 ERROR = re.compile(r"papilio[ \w]*: error: (.*)")
 RANK_PREFIX = re.compile(r"^\[\d+\]:(?:\[rank\d+\]: ?)?")
 # What an agent says before its ranks start anew.
@@ -36,6 +38,9 @@ class ErrorWatch:
     @property
     def found(self) -> str | None:
         """Who failed first and why, or else the first error of any kind."""
+        is_bare = self._failed_first is not None and EXITED.search(self._failed_first) is not None
+        if is_bare and self._error is not None and not FAILED_FIRST.search(self._error):
+            return self._error  # the rank had said itself why it ends
         return self._failed_first or self._error
 
     def take(self, line: str) -> None:

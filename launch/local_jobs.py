@@ -17,8 +17,7 @@ from launch.usage import UsageError, refusing, require_files, require_folder
 from trainer.checkpoint.places import CHECKPOINTS
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.exit_codes import NO_RESTART_EXIT_CODE
-from trainer.run_lock import LockedError, named_at, require_unlocked
+from trainer.run_lock import named_at, require_unlocked
 from trainer.start_checks import check_evaluation, check_start
 
 NUM_CPU_RANKS = 2
@@ -36,12 +35,8 @@ def run_train(namespace: argparse.Namespace) -> int:
     if namespace.max_restarts < 0:
         raise UsageError(f"--max-restarts {namespace.max_restarts}: 0 for none, or more")
     job = None if meeting is None else named_at(meeting.rdzv_id, meeting.endpoint)
-    try:
-        require_unlocked(_folders(config), job, partial(print, "papilio:", file=sys.stderr, flush=True))
-    except LockedError as error:
-        print(f"papilio train: error: {error}", file=sys.stderr)
-        return NO_RESTART_EXIT_CODE
     with refusing():
+        require_unlocked(_folders(config), job, partial(print, "papilio:", file=sys.stderr, flush=True))
         finished = check_start(config)
     if finished is not None:
         print(finished)
@@ -69,7 +64,7 @@ def run_evaluate(namespace: argparse.Namespace) -> int:
         require_folder("--data", namespace.data, "`papilio preprocess` or `papilio generate`")
     nproc = _num_ranks(namespace.nproc)
     with refusing():
-        check_evaluation(namespace.run, namespace.data, namespace.split, namespace.checkpoint)
+        check_evaluation(namespace.run, namespace.data, namespace.split, namespace.checkpoint, nproc)
     app = components.evaluate(
         run=namespace.run,
         data=namespace.data,

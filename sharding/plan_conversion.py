@@ -13,7 +13,7 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
-from sharding.plan_file import PlanFile, PlannedTable
+from sharding.plan_file import PlanFile, PlannedTable, shown
 from sharding.planning.errors import PlanError
 from sharding.planning.geometry import check_geometry
 from sharding.planning.job import Cluster, Job
@@ -37,6 +37,12 @@ def check_plan(plan: PlanFile, job: Job, cluster: Cluster, source: str) -> None:
     """
     _check_machine(plan, cluster, source)
     _check_tables(plan, job, source)
+    # What cut columns mean to training, and what fits into memory, is the optimizer's.
+    if plan.sparse_optimizer != job.sparse_optimizer:
+        raise PlanError(
+            f"{source} was made for optimizer.sparse.name = {shown(plan.sparse_optimizer)}, this job trains with "
+            f"{job.sparse_optimizer}; make the plan again with `papilio plan`"
+        )
     for table in plan.tables:
         if table.sharding_type == "data_parallel" and cluster.num_groups > 1:
             raise PlanError(
@@ -65,6 +71,11 @@ def _check_machine(plan: PlanFile, cluster: Cluster, source: str) -> None:
             f"{source} was made for {plan.machine.device} ({plan.machine.hardware}), this job runs on "
             f"{cluster.hardware.device}; make the plan again with --hardware"
         )
+    if [rank.rank for rank in plan.ranks] != list(range(cluster.group_size)):
+        raise PlanError(
+            f"{source} does not list ranks 0 to {cluster.group_size - 1}, each once and in order; make the plan again "
+            "with `papilio plan`"
+        )
 
 
 def _describe_ranks(found: tuple[int, int, int]) -> str:
@@ -80,7 +91,10 @@ def _check_tables(plan: PlanFile, job: Job, source: str) -> None:
     missing = [name for name in expected if name not in planned]
     unknown = [name for name in planned if name not in expected]
     if missing or unknown:
-        found = [*(f"it does not place {name}" for name in missing[:3]), *(f"it places {n}" for n in unknown[:3])]
+        found = [
+            *(f"it does not place {name}" for name in missing[:3]),
+            *(f"it places {shown(n)}" for n in unknown[:3]),
+        ]
         more = len(missing) + len(unknown) - len(found)
         raise PlanError(
             f"{source} is of another model: {'; '.join(found)}{f'; and {more} more' if more else ''}; make the plan "
@@ -90,8 +104,8 @@ def _check_tables(plan: PlanFile, job: Job, source: str) -> None:
         for key in ("module", "num_embeddings", "embedding_dim", "pooling", "precision"):
             if getattr(planned[name], key) != getattr(table, key):
                 raise PlanError(
-                    f"{source} is of another model: table {name} has {key} {getattr(planned[name], key)} there and "
-                    f"{getattr(table, key)} here; make the plan again with `papilio plan`"
+                    f"{source} is of another model: table {name} has {key} {shown(getattr(planned[name], key))} there "
+                    f"and {getattr(table, key)} here; make the plan again with `papilio plan`"
                 )
 
 

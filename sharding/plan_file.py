@@ -10,13 +10,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.config import KernelName, ShardingTypeName
 
 FORMAT_VERSION = 4
+MAX_SHOWN = 40
+# More is no memory, no count and no time of this world, and would overflow where it is shown.
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+StepSeconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class PlanFileError(ValueError):
@@ -66,8 +70,8 @@ class PlannedTable(_Section):
     name: str
     module: str
     feature: str
-    num_embeddings: int
-    embedding_dim: int
+    num_embeddings: Count
+    embedding_dim: Count
     pooling: str
     pooling_factor: float
     precision: str
@@ -76,24 +80,24 @@ class PlannedTable(_Section):
     cache_load_factor: float | None = None
     ranks: tuple[int, ...]
     shards: tuple[ShardPlace, ...]
-    weights_bytes: int
-    optimizer_bytes: int
+    weights_bytes: Count
+    optimizer_bytes: Count
     phases: Phases
 
 
 class MemoryUse(_Section):
     """Bytes of one rank at the peak of a step. Those of the device first, the host's (UVM) last."""
 
-    weights_bytes: int = 0
-    optimizer_bytes: int = 0
-    cache_bytes: int = 0
-    gradients_bytes: int = 0
-    activations_bytes: int = 0
-    input_bytes: int = 0
-    dense_bytes: int = 0
-    checkpoint_bytes: int = 0
-    framework_bytes: int = 0
-    host_bytes: int = 0
+    weights_bytes: Count = 0
+    optimizer_bytes: Count = 0
+    cache_bytes: Count = 0
+    gradients_bytes: Count = 0
+    activations_bytes: Count = 0
+    input_bytes: Count = 0
+    dense_bytes: Count = 0
+    checkpoint_bytes: Count = 0
+    framework_bytes: Count = 0
+    host_bytes: Count = 0
 
     @property
     def device_bytes(self) -> int:
@@ -104,9 +108,9 @@ class MemoryUse(_Section):
 class PlannedRank(_Section):
     """What one rank holds and does in a step."""
 
-    rank: int
-    node: int
-    num_shards: int
+    rank: Count
+    node: Count
+    num_shards: Count
     memory: MemoryUse
     phases: Phases
 
@@ -132,7 +136,7 @@ class StepPrediction(_Section):
     overhead_s: float
     replica_sync_s: float = 0.0
     hidden_s: float = 0.0
-    total_s: float
+    total_s: StepSeconds
 
 
 class PlannedOn(_Section):
@@ -141,12 +145,12 @@ class PlannedOn(_Section):
     hardware: str
     description: str
     device: Literal["cpu", "cuda"]
-    num_nodes: int = Field(ge=1)
-    ranks_per_node: int = Field(ge=1)
+    num_nodes: int = Field(ge=1, le=1 << 31)
+    ranks_per_node: int = Field(ge=1, le=1 << 31)
     num_groups: int = Field(1, ge=1)
-    device_memory_bytes: int
-    usable_memory_bytes: int
-    host_memory_bytes: int
+    device_memory_bytes: Count
+    usable_memory_bytes: Count
+    host_memory_bytes: Count
 
     @property
     def num_ranks(self) -> int:
@@ -166,7 +170,7 @@ class PlanFile(_Section):
     papilio_version: str
     recipe: str
     machine: PlannedOn
-    global_batch_size: int
+    global_batch_size: Count
     sparse_optimizer: str
     precision: str
     tables: tuple[PlannedTable, ...]
@@ -189,6 +193,11 @@ def checksum_of(tree: Mapping[str, Any]) -> str:
     """Return the checksum that belongs to a plan's parsed text: SHA-256 of all but the checksum, 16 hex digits."""
     content = {key: value for key, value in tree.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shown(value: object) -> str:
+    """Return what a file says as an error may show it: cut, and without what would move a terminal's cursor."""
+    return ascii(str(value))[1:-1][:MAX_SHOWN]
 
 
 def read_plan_file(path: str) -> PlanFile:
@@ -225,22 +234,25 @@ def plan_from_json(text: str, source: str) -> PlanFile:
     if version != FORMAT_VERSION:
         written_by = tree.get("papilio_version", "unknown") if isinstance(tree, dict) else "unknown"
         raise PlanFileError(
-            f"plan file {source} has format version {str(version)[:20]} (written by Papilio {str(written_by)[:20]}); "
+            f"plan file {source} has format version {shown(version)} (written by Papilio {shown(written_by)}); "
             f"this Papilio reads {FORMAT_VERSION}: make the plan again with `papilio plan`"
         )
     _check_checksum(tree, source)
     try:
-        return PlanFile.model_validate({key: value for key, value in tree.items() if key != "checksum"})
+        plan = PlanFile.model_validate({key: value for key, value in tree.items() if key != "checksum"})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise PlanFileError(f"plan file {source} is damaged ({key}: {first['msg']}); make it again") from None
+    if not plan.step.total_s:  # samples a second are divided by it
+        raise PlanFileError(f"plan file {source} is damaged (step.total_s: no step takes 0 s); make it again")
+    return plan
 
 
 def _check_checksum(tree: Mapping[str, Any], source: str) -> None:
     found, right = tree.get("checksum"), checksum_of(tree)
     if found != right:
         raise PlanFileError(
-            f"plan file {source} is not as it was written: its checksum is {str(found)[:20]}, its content has {right}; "
+            f"plan file {source} is not as it was written: its checksum is {shown(found)}, its content has {right}; "
             "make it again with `papilio plan`, or, if you edited it on purpose, set its checksum to that"
         )

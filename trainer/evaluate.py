@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from data_pipeline.dataset import open_dataset
@@ -11,19 +12,17 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.loading import load, load_newest
 from trainer.checkpoint.places import LATEST, find_checkpoint
 from trainer.config import Config
-from trainer.config_file import ConfigError
 from trainer.evaluation import evaluate
 from trainer.exit_codes import leave
 from trainer.health import diagnose
 from trainer.install import check_install
 from trainer.job_health import job_health
 from trainer.ranks import STALL_TIMEOUT_S, Ranks, process_group
-from trainer.run_folder import checkpoints_dir, load_run_config
+from trainer.run_folder import checkpoints_dir, load_run_config, read_run
 from trainer.runtime import configure_runtime
 from trainer.same_columns import check_same_columns
 from trainer.sharded_model import build_sharded_model
-from trainer.start_checks import check_evaluation
-from trainer.storage import read_json
+from trainer.start_checks import check_evaluation, check_num_ranks
 from trainer.summary import format_metrics
 from trainer.train import EXPECTED_ERRORS, fail
 
@@ -40,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_install()
         config = load_run_config(known.run)
-        check_evaluation(known.run, known.data, known.split, known.checkpoint)
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        check_evaluation(known.run, known.data, known.split, known.checkpoint, num_ranks)
         with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
             evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks, known.checkpoint)
     except EXPECTED_ERRORS as error:
@@ -66,10 +66,10 @@ def evaluate_run(
         CheckpointError: there is no such checkpoint, or it is damaged.
         ConfigError: the data set has other columns, or independent tables do not fit the number of ranks.
     """
-    check_num_ranks(config.sharding.replicas, run_dir, ranks)
+    check_num_ranks(config.sharding.replicas, run_dir, ranks.world_size)
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
     dataset.open_split(split)
-    check_same_columns(dataset, read_json(f"{run_dir}/data.json"), run_dir)
+    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     name = ranks.ask_first(lambda: find_checkpoint(folder, checkpoint))
@@ -103,19 +103,6 @@ def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:
         reserve_fraction=trained.reserve_fraction,
         replicas=groups,
     )
-
-
-def check_num_ranks(replicas: ReplicasConfig, run_dir: str, ranks: Ranks) -> None:
-    """Check that each group with independent tables gets as many ranks as the others.
-
-    Raises:
-        ConfigError: the groups do not divide the ranks.
-    """
-    if replicas.independent_tables and ranks.world_size % replicas.num_groups:
-        raise ConfigError(
-            f"{run_dir} holds independent tables of {replicas.num_groups} groups, which cannot share "
-            f"{ranks.world_size} rank(s) evenly; give --nproc {replicas.num_groups} or a multiple of it"
-        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -66,6 +67,17 @@ def create_local(path: str, data: bytes) -> bool:
             os.unlink(path)
         raise
     return True
+
+
+def odd_kind(path: str) -> str | None:
+    """Say what lies at a path, if it is no regular file: to read it might never end, or lead elsewhere."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
 
 
 def remove_local_if_same(path: str, data: bytes) -> bool:

@@ -38,6 +38,7 @@ from trainer.storage import (
     read_if_there,
     remove_empty_folder,
     remove_if_same,
+    what_is_no_file,
     write_passing,
 )
 
@@ -53,6 +54,8 @@ SETTLE_S = 1.0
 ONCE = RetryPolicy(num_attempts=1)
 # The agent, and the command that started it.
 NUM_PARENTS = 2
+# Longer words, and greater numbers of processes (pid_max of Linux), are damage.
+MAX_WORD, MAX_PID = 1_000, 1 << 22
 
 Tell = Callable[[str], None]
 
@@ -111,10 +114,22 @@ class Holder:
     def from_bytes(cls, raw: bytes) -> Holder | None:
         """Read what `to_bytes` wrote; None for anything else."""
         try:
-            tree = json.loads(raw)
-            return cls(**{**tree, "parents": tuple((int(pid), int(start)) for pid, start in tree["parents"])})
-        except (ValueError, KeyError, TypeError):
+            tree = json.loads(raw.decode())
+            found = cls(**{**tree, "parents": tuple((pid, start) for pid, start in tree["parents"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
+        return found if found._is_plausible() else None
+
+    def _is_plausible(self) -> bool:
+        """Whether all values are of a kind that `here` gives: they are printed, and processes looked for by them."""
+        words = (self.token, self.host, self.space, self.since, *([] if self.job is None else [self.job]))
+        pids = (self.pid, *(pid for pid, _ in self.parents))
+        counts = (self.beat, *([] if self.start is None else [self.start]), *(start for _, start in self.parents))
+        return (
+            all(isinstance(word, str) and len(word) <= MAX_WORD and word.isprintable() for word in words)
+            and all(type(pid) is int and 0 < pid <= MAX_PID for pid in pids)
+            and all(type(count) is int and count >= 0 for count in counts)
+        )
 
     def is_of(self, other: Holder) -> bool:
         """Whether this is another's earlier self: the same job, or the same process."""
@@ -163,10 +178,11 @@ def require_unlocked(folders: Sequence[str], job: str | None, tell: Tell, waits:
 
     Raises:
         LockedError: one does.
+        StorageError: a lock cannot be read or removed.
     """
     for folder in dict.fromkeys(folders):
         file = _LockFile(folder, Holder.here(job), tell, waits or Waits())
-        while (raw := read_if_there(file.path)) is not None and not file.is_mine(raw):
+        while (raw := file.read()) is not None and not file.is_mine(raw):
             if file.is_free(raw):
                 remove_if_same(file.path, raw)
 
@@ -242,6 +258,8 @@ class _LockFile:
         self._tell = tell
         self._waits = waits
         self._is_new_folder = False
+        self._num_beats = 0
+        self._damaged: bytes | None = None
 
     def take(self) -> None:
         self._is_new_folder = not exists(self.folder)
@@ -254,9 +272,24 @@ class _LockFile:
                 self._waits.sleep(self._waits.settle_s)
                 if self.other_holder() is None:
                     return
-            raw = read_if_there(self.path)
+            raw = self.read()
             if raw is not None and (self.is_mine(raw) or self.is_free(raw)):
                 is_taking_over |= remove_if_same(self.path, raw)
+
+    def read(self) -> bytes | None:
+        """Return what the lock says; None if there is none.
+
+        Raises:
+            LockedError: what lies there is no file, and none of ours.
+            StorageError: it cannot be read.
+        """
+        kind = what_is_no_file(self.path)
+        if kind is not None:
+            raise LockedError(
+                f"{self.path} is {kind}, where the file belongs that says which job has this folder: remove it, or "
+                "choose another folder (output.run_dir, checkpoint.folder)"
+            )
+        return read_if_there(self.path)
 
     def is_mine(self, raw: bytes) -> bool:
         """Whether a lock that reads so is this job's own, of before a restart."""
@@ -307,9 +340,12 @@ class _LockFile:
                 create_file(self.path, self._holder.to_bytes(), retries=ONCE)
                 return
             holder = Holder.from_bytes(raw)
-            if holder is not None and holder.token == self._holder.token:
-                text = replace(holder, beat=holder.beat + 1).to_bytes().decode()
+            # Damaged at two heartbeats, it is not another's that is just being written: others are not to wait it out.
+            if (holder is None and raw == self._damaged) or (holder is not None and holder.token == self._holder.token):
+                self._num_beats += 1
+                text = replace(self._holder, beat=self._num_beats).to_bytes().decode()
                 write_passing(self.path, text, retries=ONCE)
+            self._damaged = raw if holder is None else None
 
     def release(self) -> None:
         with suppress(StorageError):
@@ -352,6 +388,8 @@ def _state_of(holder: Holder | None) -> str:
     """Say how a holder is, as far as this host knows: gone, ending, held, elsewhere."""
     if holder is None or not holder.space or (holder.host, holder.space) != (socket.gethostname(), _space()):
         return "elsewhere"
+    if _is_hidden(holder.pid):
+        return "elsewhere"
     if _start_of(holder.pid) != holder.start:
         return "gone"
     has_lost_parent = any(_start_of(pid) != start for pid, start in holder.parents)
@@ -373,6 +411,19 @@ def _stat_of(pid: int) -> list[str]:
     except OSError:
         return []
     return [] if fields[0] in "ZX" else fields
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process is there of which /proc does not tell: another user's, where it is mounted with hidepid."""
+    if os.path.exists(f"/proc/{pid}"):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _start_of(pid: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.manifest import DatasetError
 from data_pipeline.paths import join
+from sharding.config import ReplicasConfig
 from sharding.hardware import load_hardware
 from sharding.plan_file import read_plan_file
 from trainer.checkpoint.compatibility import safe_changes
@@ -24,6 +25,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.retries import StorageError
 from trainer.run_folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
+from trainer.same_columns import check_same_columns
 from trainer.storage import exists, read_json, require_writable
 
 
@@ -126,17 +128,37 @@ def check_start(config: Config) -> FinishedRun | None:
     return None
 
 
-def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str) -> None:
-    """Check that a run has the checkpoint, and the data set the rows, that are to be evaluated.
+def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str, num_ranks: int) -> None:
+    """Check all that is known of an evaluation before it starts: the run, one of its checkpoints, the data set's rows.
 
     Raises:
-        CheckpointError, ConfigError, DatasetError, StorageError: it would fail.
+        CheckpointError, ConfigError, DatasetError, HardwareError, StorageError: it would fail.
     """
     config = load_run_config(run_dir)
+    check_num_ranks(config.sharding.replicas, run_dir, num_ranks)
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     name = find_checkpoint(folder, checkpoint)
+    # Should the latest be damaged, the one before is taken.
     _check_readable(folder, folder.committed_names() if checkpoint == LATEST else [name])
-    open_dataset(data or config.data.path, verify_checksums=False).open_split(split)
+    dataset = open_dataset(data or config.data.path, verify_checksums=False)
+    dataset.open_split(split)
+    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
+    _check_shards(dataset, split)
+    if config.sharding.hardware is not None:
+        load_hardware(config.sharding.hardware)
+
+
+def check_num_ranks(replicas: ReplicasConfig, run_dir: str, num_ranks: int) -> None:
+    """Check that each group with independent tables gets as many ranks as the others.
+
+    Raises:
+        ConfigError: the groups do not divide the ranks.
+    """
+    if replicas.independent_tables and num_ranks % replicas.num_groups:
+        raise ConfigError(
+            f"{run_dir} holds independent tables of {replicas.num_groups} groups, which cannot share {num_ranks} "
+            f"rank(s) evenly; give --nproc {replicas.num_groups} or a multiple of it"
+        )
 
 
 def _check_readable(folder: CheckpointFolder, names: Sequence[str]) -> None:
@@ -246,7 +268,14 @@ def _finished(folder: CheckpointFolder, newest: Committed, config: Config, run_d
         summary = read_json(join(run_dir, SUMMARY))
     except StorageError:
         return None
-    if not isinstance(summary, dict) or summary.get("num_steps") != marker.step or "final" not in summary:
+    if not isinstance(summary, dict) or summary.get("num_steps") != marker.step or not _is_summary(summary):
         return None
     is_whole = all(problem is None for _, _, problem in folder.verify(newest.name))
     return FinishedRun(run_dir, summary) if is_whole else None
+
+
+def _is_summary(tree: dict[str, Any]) -> bool:
+    """Whether `Summary.from_dict` can read it."""
+    final = tree.get("final")
+    are_metrics = isinstance(final, dict) and all(isinstance(values, dict) for values in final.values())
+    return type(tree["num_steps"]) is int and are_metrics and isinstance(tree.get("findings"), list)

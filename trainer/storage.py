@@ -21,6 +21,7 @@ from trainer.local_files import (
     create_local,
     free_local_bytes,
     make_local_folder,
+    odd_kind,
     read_local,
     read_local_into,
     remove_local_folder,
@@ -167,6 +168,12 @@ def read_if_there(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bytes
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise
+
+
+def what_is_no_file(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> str | None:
+    """Say what lies at a path where a file belongs, as in "a folder"; None for a file, or nothing."""
+    local = _local_path(path)
+    return None if local is None else attempt("look at", path, lambda: odd_kind(local), retries)
 
 
 def remove_if_same(path: str, data: bytes, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:

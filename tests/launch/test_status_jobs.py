@@ -152,6 +152,17 @@ def test_the_first_error_is_that_after_the_last_restart() -> None:
     assert errors.found == "rank 1 (host b) failed first, at step 1,200: DatasetError: shard x is missing"
 
 
+def test_what_a_rank_said_is_more_than_its_exit_status() -> None:
+    errors = ErrorWatch()
+    exited = "rank 0 (host a) failed first: exited with status 78; its last sign was of step 0"
+    errors.take(f"papilio: error: {exited}")
+    assert errors.found == exited
+    errors = ErrorWatch()
+    errors.take("[0]:papilio train: error: runs/a is in use by job x (host a, pid 7): one job at a time trains there")
+    errors.take(f"papilio: error: {exited}")
+    assert errors.found == "runs/a is in use by job x (host a, pid 7): one job at a time trains there"
+
+
 def test_native_stacks_are_left_out_of_what_is_shown() -> None:
     stream = io.StringIO()
     printer = LinePrinter(stream, None)

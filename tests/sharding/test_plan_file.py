@@ -209,6 +209,49 @@ def test_a_plan_that_takes_other_hosts_than_training_is_refused(sharding_type, s
     assert message in refusal(edited(plan, shards), job, cluster)
 
 
+def test_a_plan_for_another_optimizer_is_refused():
+    """Of columns that are cut, only row-wise Adagrad's log has to warn, so the plan must know who trains."""
+    job, cluster = make_job((50,), optimizer="sgd"), make_cluster(ranks_per_node=2, hardware="cpu_host")
+    plan = plan_of(job, cluster, types=["column_wise"], min_partition=8)
+    message = "plan.json was made for optimizer.sparse.name = sgd, this job trains with rowwise_adagrad; make the plan"
+    assert message in refusal(plan, make_job((50,), optimizer="rowwise_adagrad"), cluster)
+    assert "= a\\x1b[2J, this job" in refusal(changed(plan, sparse_optimizer="a\x1b[2J"), job, cluster)
+
+
+@pytest.mark.parametrize("ranks", [[], [0], [1, 0], [0, 0], [0, 1, 2]])
+def test_a_plan_that_does_not_list_the_ranks_is_refused(ranks):
+    """The head of a job's log and its last lines are made of them."""
+    cluster = make_cluster(ranks_per_node=2)
+    plan = plan_of(cluster=cluster)
+    listed = json.loads(plan.to_json())["ranks"]
+    edited = changed(plan, ranks=[listed[0] | {"rank": rank} for rank in ranks])
+    assert "plan.json does not list ranks 0 to 1, each once and in order" in refusal(edited, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("step", "total_s"), 0),
+        (("step", "total_s"), 1e308),
+        (("ranks", 0, "memory", "dense_bytes"), 10**400),
+        (("ranks", 0, "memory", "host_bytes"), -1),
+        (("machine", "usable_memory_bytes"), 10**400),
+        (("machine", "num_nodes"), 10**400),
+        (("tables", 0, "num_embeddings"), 10**400),
+    ],
+)
+def test_a_figure_that_no_machine_has_is_refused_as_it_is_read(place, value):
+    tree = json.loads(plan_of().to_json())
+    inner = tree
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with pytest.raises(
+        PlanFileError, match=rf"damaged \({'.'.join(map(str, place))}: (Input should be|no step takes 0 s)"
+    ):
+        read(tree)
+
+
 def test_an_edited_or_damaged_plan_is_refused_by_its_checksum():
     text = plan_of().to_json()
     assert plan_from_json(text.replace("\n", "\n\n"), "plan.json") == plan_of(), "white space is no content"

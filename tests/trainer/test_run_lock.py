@@ -125,6 +125,74 @@ def test_a_lock_that_nobody_renews_counts_no_more_after_a_minute(tmp_path: Path,
     lock.release()
 
 
+def test_a_lock_with_values_that_no_job_writes_is_a_damaged_one(tmp_path: Path) -> None:
+    here = json.loads(holder(os.getpid()).to_bytes())
+    changes = [
+        {"pid": "../1"}, {"pid": "\0"}, {"pid": [1]}, {"pid": 0}, {"pid": 10**30}, {"parents": [[1e999, 1]]},
+        {"parents": [[1, "2"]]}, {"host": "a\x1b[2J"}, {"host": "\ud800"}, {"host": "h" * 5_000}, {"job": ["mine"]},
+        {"beat": None}, {"start": "5"}, {"since": 7},
+    ]  # fmt: skip
+    damaged = [b"[" * 100_000, b'{"a":' * 100_000, json.dumps(here).encode("utf-16")]
+    assert Holder.from_bytes(json.dumps(here).encode()) is not None
+    for raw in [*damaged, *(json.dumps(here | change).encode() for change in changes)]:
+        assert Holder.from_bytes(raw) is None, raw[:99]
+    (tmp_path / LOCK).write_bytes(damaged[0])
+    clock = Clock()
+    lock, said = take(tmp_path, clock)
+    assert 60 <= clock.seconds < 62
+    assert "a job whose name cannot be read" in said[0]
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkdir, "a folder"),
+        (os.mkfifo, "a pipe"),
+        (lambda path: os.symlink("nowhere", path), "a link"),
+        (lambda path: os.symlink(LOCK, path), "a link"),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_a_lock_is_refused(
+    tmp_path: Path,
+    make: Callable[[str], None],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A pipe would be read for ever, and of a link to nowhere each try would find that another was faster."""
+    monkeypatch.setattr(local_jobs, "check_start", lambda config: None)
+    make(str(tmp_path / LOCK))
+    with pytest.raises(LockedError, match=rf"job.lock is {kind}.*remove it, or choose another folder \(output.run_dir"):
+        take(tmp_path)
+    assert cli.main(["train", "--recipe", "quickstart", f"--output.run_dir={tmp_path}"]) == 78
+    assert capsys.readouterr().err.startswith(f"papilio train: error: {tmp_path / LOCK} is {kind}")
+
+
+def test_a_lock_that_was_damaged_is_mended_by_its_holder_at_the_second_heartbeat(tmp_path: Path) -> None:
+    lock, _ = take(tmp_path)
+    (tmp_path / LOCK).write_bytes(b"")
+    lock._files[0].beat()
+    assert (tmp_path / LOCK).read_bytes() == b"", "another job may be writing it just now"
+    lock._files[0].beat()
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == lock.holder.token
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_process_that_proc_hides_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc mounted with hidepid hides other users' processes, while signals say that they are there."""
+
+    def forbid(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    there = replace(holder(os.getpid()), start=1, pid=run_lock.MAX_PID)
+    monkeypatch.setattr(os, "kill", forbid)
+    write(tmp_path, there)
+    with pytest.raises(LockedError, match="in use by job other"):
+        take(tmp_path, Clock(lambda: write(tmp_path, replace(there, beat=1))))
+
+
 def test_ranks_whose_command_was_killed_are_waited_for(tmp_path: Path) -> None:
     with another_process() as command, another_process() as rank:
         write(tmp_path, holder(rank.pid, parents=((command.pid, 1),)))
@@ -260,6 +328,7 @@ def test_train_in_a_folder_in_use_starts_nothing_and_ends_with_78(
         raise AssertionError("ranks were started")
 
     monkeypatch.setattr(local_jobs, "run_locally", start)
+    monkeypatch.setattr(local_jobs, "check_start", lambda config: None)  # of the data set, which need not be there
     for folder in (tmp_path, tmp_path / "checkpoints"):
         write(folder, holder(os.getppid(), "train-x7"))
         assert cli.main(["train", "--recipe", "quickstart", f"--output.run_dir={tmp_path}"]) == 78

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.dataset import open_dataset
 from data_pipeline.manifest import DatasetError, read_manifest, write_manifest
 from launch import cli, local_jobs
 from tests.support.datasets import SPLIT_ROWS, write_dataset
@@ -16,6 +17,7 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.places import BEST, find_checkpoint
 from trainer.config_file import ConfigError
 from trainer.metrics import MetricValues
+from trainer.run_folder import data_identity
 from trainer.start_checks import check_start
 from trainer.storage import StorageError
 from trainer.summary import Summary
@@ -94,6 +96,54 @@ def test_a_data_set_that_cannot_be_trained_on_is_refused(command, data, capsys, 
     assert refused(edited).startswith("papilio train: error: data.path")
     empty = write_dataset(tmp_path / "empty", split_rows={"train": 0, "validation": 5, "test": 0})
     assert "has no rows in split 'train'; splits with rows: validation" in refused(empty)
+
+
+@pytest.fixture
+def evaluation(monkeypatch, tmp_path, data):
+    """`papilio evaluate` of a run whose only checkpoint is damaged, with one file of it replaced."""
+    monkeypatch.setattr(local_jobs, "run_locally", lambda app: 0)
+    run_dir, name = tmp_path / "run", "step_0000000008-abcdef"
+    config = make_config(data, run_dir).model_dump(mode="json")
+    texts = {
+        "config.json": json.dumps({"format_version": 1, **config}),
+        "data.json": json.dumps(data_identity(open_dataset(str(data)))),
+        f"checkpoints/{name}/checkpoint.json": "{",
+    }
+
+    def call(*options, change=lambda config: None, **changed):
+        change(config)
+        texts["config.json"] = json.dumps({"format_version": 1, **config})
+        for file, text in {**texts, **{f"{key}.json": value for key, value in changed.items()}}.items():
+            (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
+            (run_dir / file).write_text(text)
+        return cli.main(["evaluate", "--run", str(run_dir), "--nproc", "3", *options])
+
+    return call
+
+
+def test_an_evaluation_that_would_fail_is_refused_before_it_starts(evaluation, capsys):
+    assert evaluation() == 0, "of the latest, should it be damaged, the one before is taken"
+
+    def independent(config):
+        config["sharding"]["replicas"] |= {"num_groups": 2, "independent_tables": True}
+
+    def elsewhere(config):
+        config["sharding"]["replicas"] = {}
+        config["sharding"]["hardware"] = "gone.toml"
+
+    cases = [
+        (["--checkpoint", "8"], {}, "checkpoint.json is damaged: it is not a checkpoint's marker"),
+        (["--checkpoint", "9" * 5_000], {}, f"there is no checkpoint {'9' * 99} in "),
+        (["--checkpoint", "a\x1b[2J"], {}, "there is no checkpoint 'a\\x1b[2J' in "),
+        ([], {"data": "{}"}, "differs from the one"),
+        ([], {"data": "["}, "data.json is not JSON"),
+        ([], {"change": independent}, "2 groups, which cannot share 3 rank(s) evenly; give --nproc 2"),
+        ([], {"change": elsewhere}, "hardware gone.toml: no such profile or file"),
+    ]
+    for options, changes, message in cases:
+        assert evaluation(*options, **changes) == 78, message
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
 
 
 def test_a_shard_that_was_cut_short_is_found_before_training(tmp_path):

@@ -22,6 +22,7 @@ CONFIG = "config.json"
 PACKAGE = "package.json"
 LATEST, BEST = "latest", "best"
 MAX_NAMED = 5
+MAX_DIGITS = 100  # of a step, leading zeros included
 
 
 class NoRunError(CheckpointError):
@@ -70,13 +71,14 @@ def find_checkpoint(folder: CheckpointFolder, word: str) -> str:
             f"{join(folder.path, word)} was never completed (it has no {MARKER}): it is being saved now, or its save "
             "was cut off"
         )
-    step = int(word) if word.isdecimal() else None
+    step = int(word) if word.isdecimal() and len(word) <= MAX_DIGITS else None
     meant = [name for name in names if name.startswith(word) or _step(name) == step]
     if len(meant) == 1 or (meant and step is not None):
         return meant[-1]
     nearest = meant or difflib.get_close_matches(word, names, 1) or names[-MAX_NAMED:]
     hint = f"did you mean {nearest[0]}?" if len(nearest) == 1 else f"there are {_listed(nearest)}"
-    raise CheckpointError(f"there is no checkpoint {word} in {folder.path}; {hint}")
+    shown = word[:99] if word.isprintable() and word.strip() else repr(word[:99])
+    raise CheckpointError(f"there is no checkpoint {shown} in {folder.path}; {hint}")
 
 
 def complete_ones(folder: CheckpointFolder) -> list[Committed]:

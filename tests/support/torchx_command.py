@@ -23,7 +23,8 @@ def run_torchx(
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchx` with the entry points that setup.cfg names, or none; in an empty folder, if no other is given.
 
-    `first` are folders that PYTHONPATH names before all others. `place` makes of the command one that runs it elsewhere.
+    `first` are folders that PYTHONPATH names before all others. `place` makes of the command one that runs it
+    elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_information(Path(folder, "site"), with_entry_points)

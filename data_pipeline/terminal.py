@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -15,6 +16,7 @@ from typing import TextIO
 
 # People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
 MIN_COLUMNS = 80
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What stands for characters that a stream's encoding does not have, where another says the same.
 PLAIN = str.maketrans(
     dict.fromkeys("█▉▊▋▌▍▐■▓", "#")
@@ -74,13 +76,13 @@ def has_colors(stream: TextIO | None = None) -> bool:
 
 @contextmanager
 def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
-    """End the process with a status and without a traceback when its reader has gone (`| head`), or on Ctrl-C.
+    """End the process with a status and without a traceback when what it prints cannot be written, or on Ctrl-C.
 
     Args:
         is_child: its parent got the Ctrl-C, too, and says so.
 
     Raises:
-        SystemExit: 141 or 130, as a shell has it.
+        SystemExit: 141 when its reader has gone (`| head`), 130, as a shell has it, or 1 when a disk is full.
     """
     try:
         try:
@@ -93,6 +95,14 @@ def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
         if not discard_unread():  # another pipe or connection broke
             raise
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        name = discard_unwritten() if error.errno in FULL else None
+        if name is None:  # a file of the job's own
+            raise
+        with contextlib.suppress(OSError):
+            print(f"papilio: error: {name} cannot be written: {error.strerror}; lead it elsewhere", file=sys.stderr)
+            sys.stderr.flush()
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         if not is_child:
             print("papilio: interrupted", file=sys.stderr)
@@ -110,3 +120,16 @@ def discard_unread() -> bool:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 has_found = True
     return has_found
+
+
+def discard_unwritten() -> str | None:
+    """Let the first of stdout and stderr that takes nothing more (a full disk) lead nowhere, and name it."""
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        with contextlib.suppress(ValueError, AttributeError):  # closed, none, or no file
+            try:
+                stream.flush()
+                os.write(stream.fileno(), b"\n")  # a stream may have dropped what it could not write
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                return name
+    return None

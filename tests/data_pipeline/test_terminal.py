@@ -1,5 +1,6 @@
 """What is shown where characters, colors, a terminal, or a reader are missing."""
 
+import errno
 import io
 import os
 import subprocess
@@ -50,6 +51,21 @@ def test_a_reader_that_goes_ends_a_process_without_a_traceback() -> None:
         )
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_under_stdout_is_told_in_one_line() -> None:
+    for words in (["-m", "launch.cli", "--help"], [*module_command("launch.cli", "--help")[1:]]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, *words], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+            )
+        told = b"papilio: error: stdout cannot be written: No space left on device; lead it elsewhere\n"
+        assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_a_full_disk_under_another_file_is_not_said_to_be_stdouts() -> None:
+    with pytest.raises(OSError, match="No space"), terminal.ends_quietly():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_another_pipe_that_breaks_is_no_reader_that_goes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import io
 import os
 import select
 import shutil
@@ -12,7 +13,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
 MIN_COLUMNS = 80
@@ -37,6 +41,27 @@ def make_streams_safe() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where it was closed, another object in tests
             stream.reconfigure(errors="plain")
+
+
+def drop_what_has_no_room() -> None:
+    """Let stdout and stderr drop what a full disk does not take: a training is worth more than its words."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, none, or no file
+            buffer = io.BufferedWriter(_RoomyFile(stream.fileno(), "w", closefd=False))
+            roomy = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
+            stream.flush()
+            setattr(sys, name, roomy)
+
+
+class _RoomyFile(io.FileIO):
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return memoryview(data).nbytes
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -63,6 +63,15 @@ def test_a_full_disk_under_stdout_is_told_in_one_line() -> None:
         assert (done.returncode, done.stderr) == (1, told)
 
 
+def test_what_a_full_disk_does_not_take_ends_no_training() -> None:
+    code = "from data_pipeline import terminal as t; t.drop_what_has_no_room(); print('lost' * 9000, flush=True)"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_full_disk_under_another_file_is_not_said_to_be_stdouts() -> None:
     with pytest.raises(OSError, match="No space"), terminal.ends_quietly():
         raise OSError(errno.ENOSPC, "No space left on device")

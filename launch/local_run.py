@@ -183,6 +183,7 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
             try:
                 close()
             except OSError as error:
+                app.close = lambda: None  # TorchX closes it again and again
                 print(
                     f"papilio: the logs under {log_dir} cannot be written: {error.strerror}; part of what the job "
                     "printed is missing; make room there, or set TMPDIR",

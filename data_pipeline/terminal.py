@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
+import io
 import os
 import select
 import shutil
@@ -11,12 +13,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 from data_pipeline.crash import describe_unforeseen
 
 # People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
 MIN_COLUMNS = 80
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What stands for characters that a stream's encoding does not have, where another says the same.
 PLAIN = str.maketrans(
     dict.fromkeys("█▉▊▋▌▍▐■▓", "#")
@@ -37,6 +43,27 @@ def make_streams_safe() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where it was closed, another object in tests
             stream.reconfigure(errors="plain")
+
+
+def drop_what_has_no_room() -> None:
+    """Let stdout and stderr drop what a full disk does not take: a training is worth more than its words."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, none, or no file
+            buffer = io.BufferedWriter(_RoomyFile(stream.fileno(), "w", closefd=False))
+            roomy = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
+            stream.flush()
+            setattr(sys, name, roomy)
+
+
+class _RoomyFile(io.FileIO):
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return memoryview(data).nbytes
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -76,14 +103,14 @@ def has_colors(stream: TextIO | None = None) -> bool:
 
 @contextmanager
 def ends_quietly(*, is_child: bool = False, shows_traceback: bool = False) -> Iterator[None]:
-    """End the process with a status and in a line at most: its reader has gone (`| head`), Ctrl-C, or an error.
+    """End the process with a status and in a line at most: its output cannot be written, Ctrl-C, or an error.
 
     Args:
         is_child: its parent got the Ctrl-C, too, and says so.
         shows_traceback: of an error that nobody foresaw, as a process does whose output is a log.
 
     Raises:
-        SystemExit: 141 or 130, as a shell has it; 1 after an error.
+        SystemExit: 141 when its reader has gone (`| head`), 130, as a shell has it, or 1 after an error.
     """
     try:
         try:
@@ -102,9 +129,15 @@ def ends_quietly(*, is_child: bool = False, shows_traceback: bool = False) -> It
             print("papilio: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
-        if shows_traceback:
+        name = discard_unwritten() if isinstance(error, OSError) and error.errno in FULL else None
+        if name is None and shows_traceback:
             raise
-        print(f"papilio: error: {describe_unforeseen(error)}", file=sys.stderr)
+        what = describe_unforeseen(error)
+        if name is not None:
+            what = f"{name} cannot be written: {os.strerror(error.errno or 0)}; lead it elsewhere"  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError):
+            print(f"papilio: error: {what}", file=sys.stderr)
+            sys.stderr.flush()
         raise SystemExit(1) from None
 
 
@@ -119,3 +152,16 @@ def discard_unread() -> bool:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 has_found = True
     return has_found
+
+
+def discard_unwritten() -> str | None:
+    """Let the first of stdout and stderr that takes nothing more (a full disk) lead nowhere, and name it."""
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        with contextlib.suppress(ValueError, AttributeError):  # closed, none, or no file
+            try:
+                stream.flush()
+                os.write(stream.fileno(), b"\n")  # a stream may have dropped what it could not write
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                return name
+    return None

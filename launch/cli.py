@@ -118,10 +118,10 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
         if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
             importlib.import_module("trainer.install").check_install()
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
-    except BrokenPipeError:  # which is for the caller, as under `| head`
-        raise
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            if isinstance(error, OSError) and error.filename is None:
+                raise  # of what is printed, perhaps: the caller knows, as under `| head`
             return _fail(f"papilio {verb.name}", describe_unforeseen(error), 1)
         status = 2 if isinstance(error, UsageError) else NO_RESTART_EXIT_CODE if isinstance(error, RefusedError) else 1
         return _fail(f"papilio {verb.name}", str(error), status)

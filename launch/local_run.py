@@ -174,6 +174,24 @@ class _Scheduler(LocalScheduler):  # type: ignore[misc]
         process: subprocess.Popen[bytes] = replica.proc
         return process
 
+    def survive_full_disk(self, log_dir: str) -> None:
+        """Let TorchX's note that the job has ended be missing where the disk of the logs is full."""
+        (app,) = self._apps.values()
+        close = app.close
+
+        def close_or_not() -> None:
+            try:
+                close()
+            except OSError as error:
+                app.close = lambda: None  # TorchX closes it again and again
+                print(
+                    f"papilio: the logs under {log_dir} cannot be written: {error.strerror}; part of what the job "
+                    "printed is missing; make room there, or set TMPDIR",
+                    file=sys.stderr,
+                )
+
+        app.close = close_or_not
+
 
 def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter, errors: ErrorWatch) -> int:
     scheduler = _Scheduler("papilio", CWDImageProvider)
@@ -181,6 +199,7 @@ def _follow(app: specs.AppDef, log_dir: str, printer: LinePrinter, errors: Error
     with Runner("papilio", {"local_cwd": lambda session_name: scheduler}) as runner:
         stopper.watch()
         handle = runner.run(app, "local_cwd", cfg={"log_dir": log_dir})
+        scheduler.survive_full_disk(log_dir)
         agent = scheduler.agent()
         stopper.agent_started(agent.pid)
         try:

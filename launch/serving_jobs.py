@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from launch.child_process import run_module
@@ -36,4 +37,5 @@ def run_serve(namespace: argparse.Namespace) -> int:
     read_package(options.package)
     sys.stdout.flush()
     command = module_command("trainer.inference.serving.main", options.model_dump_json())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # to look again where the link leads, which a start does anyway
     os.execv(sys.executable, command)

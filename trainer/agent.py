@@ -30,6 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
+from data_pipeline.terminal import drop_what_has_no_room
 from trainer.bootstrap import FILE, bound
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from trainer.failures import last_error
@@ -53,6 +54,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this host's part of a job; return 0, 1, 75 (resume me), 78 (do not retry), or 128 + a signal's number."""
+    drop_what_has_no_room()
     # With torch's shared store an agent that joins after a loss waits for an address that nobody writes, and the
     # survivors die after 60 s (seen 2 times of 2 with torch 2.13.0).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

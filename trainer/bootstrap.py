@@ -60,11 +60,13 @@ def bound(command: Sequence[str], number: signal.Signals = signal.SIGTERM) -> li
 
 
 def prefer_installed() -> None:
-    """Let nothing but the standard library stand before our home on sys.path, here and in Python's own children.
-
-    The entries of PYTHONPATH go to the end.
-    """
+    """Let nothing but the standard library stand before our home on sys.path, here and in Python's own children."""
     os.environ["PYTHONSAFEPATH"] = "1"  # of `python -c` and `python -m`: spawned workers, torch's compile workers
+    order_path()
+
+
+def order_path() -> None:
+    """Do so in this process alone, as in TorchX's, which starts jobs of others, too. PYTHONPATH's entries go last."""
     sys.path[:] = arranged(sys.path, os.environ.get("PYTHONPATH", ""), HOME)
 
 

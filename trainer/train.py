@@ -14,6 +14,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import DatasetError
 from data_pipeline.order import ReadPosition
+from data_pipeline.terminal import drop_what_has_no_room
 from sharding.hardware import HardwareError
 from sharding.plan_file import PlanFileError
 from sharding.planning.errors import PlanError
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, help="TOML file, or the name of a shipped recipe")
     parser.add_argument("--host", help="hardware of the hosts, where the recipe has no sharding.hardware")
     known, overrides = parser.parse_known_args(arguments)
+    drop_what_has_no_room()
     configure_runtime()
     try:
         check_install()

@@ -1,5 +1,6 @@
 """What is shown where characters, colors, a terminal, or a reader are missing."""
 
+import errno
 import io
 import os
 import subprocess
@@ -62,6 +63,32 @@ def test_another_pipe_that_breaks_is_no_reader_that_goes(capsys: pytest.CaptureF
 def test_a_job_whose_output_is_a_log_shows_the_traceback() -> None:
     with pytest.raises(KeyError), terminal.ends_quietly(shows_traceback=True):
         raise KeyError("t_3")
+
+
+def test_a_full_disk_under_stdout_is_told_in_one_line() -> None:
+    for words in (["-m", "launch.cli", "--help"], [*module_command("launch.cli", "--help")[1:]]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, *words], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+            )
+        told = b"papilio: error: stdout cannot be written: No space left on device; lead it elsewhere\n"
+        assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_what_a_full_disk_does_not_take_ends_no_training() -> None:
+    code = "from data_pipeline import terminal as t; t.drop_what_has_no_room(); print('lost' * 9000, flush=True)"
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_full_disk_under_another_file_is_not_said_to_be_stdouts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, terminal.ends_quietly():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "papilio: error: No space left on device: /data/x\n"
 
 
 def test_ctrl_c_ends_a_process_with_its_status() -> None:

@@ -207,7 +207,6 @@ def test_a_setting_in_object_storage_is_refused(key: str, capsys: pytest.Capture
         ),
         (OSError(36, "File name too long", "/x/yyy"), "File name too long: /x/yyy$"),
         (PermissionError(13, "Permission denied", "/x\n/y"), "Permission denied: /x /y$"),
-        (OSError("of a library"), "internal error: OSError: of a library"),
     ],
 )
 def test_what_nobody_foresaw_is_one_line_and_its_traceback_a_file(

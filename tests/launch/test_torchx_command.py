@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES
@@ -69,3 +70,15 @@ def test_a_mistake_is_told_in_one_line() -> None:
 def test_torchx_own_components_still_run() -> None:
     done = run_torchx("run", "-s", "local_cwd", "utils.echo", "--msg", "still here")
     assert done.returncode == 0, done.stderr
+
+
+def test_no_launch_on_pythonpath_runs_in_place_of_ours(tmp_path: Path) -> None:
+    for name in ("launch", "trainer", "sharding", "data_pipeline"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the {name} of others')\n")
+    for words in (["-s", "local_cwd", "papilio.train"], ["-s", "slurm", "papilio.train"]):
+        done = run_torchx(
+            *("run", "--dryrun", "--json", "--workspace", "", *words, "--recipe", "quickstart"),
+            first=(tmp_path,),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "of others" not in done.stderr + done.stdout

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -18,15 +18,18 @@ def run_torchx(
     cwd: Path | None = None,
     with_entry_points: bool = True,
     environment: Mapping[str, str] = os.environ,
+    first: Sequence[Path] = (),
     place: Callable[[list[str]], list[str]] = list,
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchx` with the entry points that setup.cfg names, or none; in an empty folder, if no other is given.
 
-    `place` makes of the command one that runs it elsewhere.
+    `first` are folders that PYTHONPATH names before all others. `place` makes of the command one that runs it
+    elsewhere.
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_information(Path(folder, "site"), with_entry_points)
-        own = {**environment, "PYTHONPATH": os.pathsep.join([str(Path(folder, "site")), str(REPOSITORY)])}
+        path = [*first, Path(folder, "site"), REPOSITORY]
+        own = {**environment, "PYTHONPATH": os.pathsep.join(map(str, path))}
         command = [str(Path(sys.executable).with_name("torchx")), "--log_level", "ERROR", *words]
         return subprocess.run(
             place(command), capture_output=True, text=True, env=own, cwd=cwd or folder, timeout=120, check=False

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("trainer").setLevel(logging.INFO)
     # Until there is something to swap it means nothing; by default it would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     for name, value in PASSIVE_WAITS.items():
         os.environ.setdefault(name, value)
     options = ServeOptions.model_validate_json(arguments[0])

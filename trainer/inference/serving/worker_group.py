@@ -62,8 +62,11 @@ class _Group:
         worker = Worker(number, self._listener.fileno(), self._cells, self._parent)
         command = child_command(_MODULE, self._options.model_dump_json(), worker.to_argument())
         descriptors = (worker.listener, worker.cells, worker.parent)
+        # A worker unblocks SIGHUP once it ends no process any more.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         # In a session of its own: Ctrl-C on a terminal reaches this process alone, which passes it on.
         self.processes[number] = subprocess.Popen(command, pass_fds=descriptors, start_new_session=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._started_s[number] = time.monotonic()
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -99,7 +102,7 @@ class _Group:
     def wait(self) -> bool:
         """Wait for all to end; whether all ended well (or while they were loading, by the signal that told them to)."""
         statuses = [process.wait() for process in self.processes.values()]
-        return all(status in {0, -signal.SIGTERM, -signal.SIGINT} for status in statuses)
+        return all(status in {0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT} for status in statuses)
 
 
 def run_workers(options: ServeOptions, listener: socket.socket, cells: int) -> int:

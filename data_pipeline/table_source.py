@@ -239,7 +239,9 @@ def _read_text(lines: _Lines, header: tuple[str, ...], delimiter: str) -> tuple[
             table = parsed(lines.body)
         else:
             # pyarrow cannot hand over a row that is not UTF-8, so rows of too many or few fields are found without.
-            parsed(np.where(lines.body < 128, lines.body, np.uint8(ord("?"))))
+            first = parsed(np.where(lines.body < 128, lines.body, np.uint8(ord("?"))))
+            if first.num_rows + len(reasons) != len(lines.numbers):
+                raise PreprocessError(lines.count_fault())
             table = parsed(lines.body_without(reasons))
     except pa.ArrowInvalid as error:
         raise PreprocessError(f"not a table of delimited text ({error}); look for a quote that is not closed") from None

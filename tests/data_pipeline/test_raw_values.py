@@ -273,6 +273,8 @@ def test_a_quoted_line_break_is_not_made_up_for_by_a_stray_carriage_return() -> 
         _text_block(b'1,2,a,"b\nc"\n1,2,a,b\r0,3,b,d\n')
     with pytest.raises(PreprocessError, match="line 2 from there holds a carriage return"):
         _text_block(b"1,2,a,b\n1,2,a,b\r\r\n")
+    with pytest.raises(PreprocessError, match="line 2 from there holds a carriage return"):
+        _text_block(b"1,2,a,\xff\n0,3\rb,d\n0,3,b,d\n")  # two rows of the wrong width are no two lines
 
 
 def test_a_byte_order_mark_at_the_start_of_a_block_is_part_of_its_first_field() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from data_pipeline.schema import Schema
 from data_pipeline.table_columns import categorical_codes, dense_values, labels_of
 
 _PARQUET_BUFFER_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 
 
@@ -141,7 +142,7 @@ def parse_text_block(
     line_numbers = lines.numbers
     if bad_rows:
         line_numbers = line_numbers[~np.isin(line_numbers, [row.line for row in bad_rows])]
-    if table.num_rows != len(line_numbers):
+    if table.num_rows != len(line_numbers) or lines.holds_both_faults():
         raise PreprocessError(lines.count_fault())
     wanted = schema.roles()
     arrays = {name: plain_column(table.column(name)) for name in header if name in wanted}
@@ -167,10 +168,39 @@ class _Lines:
         else:
             self.body = text[np.repeat(is_row, lengths)]
 
+    def is_unicode(self) -> bool:
+        """Whether the rows are UTF-8."""
+        ends = pa.py_buffer(np.array([0, self.body.size], np.int64))
+        text = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(self.body)])
+        try:
+            text.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            return False
+        return True
+
+    def body_without(self, rows: Collection[int]) -> NDArray[np.uint8]:
+        """The text of all rows but some (rows that are in no line count for nothing)."""
+        is_kept = np.ones(len(self.numbers), np.bool_)
+        is_kept[[row for row in rows if row < len(is_kept)]] = False
+        lengths = np.diff(self._ends, prepend=0)[self.numbers - 1]
+        return self.body[np.repeat(is_kept, lengths)]
+
+    def holds_both_faults(self) -> bool:
+        """Whether some quoted line break may be made up for by a stray carriage return: a row less, a row more."""
+        text = self._text.tobytes()
+        if b'"' not in text or text.count(b"\r") == text.count(b"\r\n"):
+            return False
+        quotes = np.add.reduceat(self._text == ord('"'), np.concatenate([[0], self._ends[:-1]]), dtype=np.int64)
+        return bool((quotes % 2).any())
+
+    def _stray_returns(self) -> NDArray[np.int64]:
+        is_stray = self._text == ord("\r")
+        is_stray[:-1] &= self._text[1:] != ord("\n")
+        return np.flatnonzero(is_stray)
+
     def count_fault(self) -> str:
         """Say why there are more or fewer rows than lines."""
-        padded = np.append(self._text, np.uint8(0))
-        stray = np.flatnonzero((padded[:-1] == ord("\r")) & (padded[1:] != ord("\n")))
+        stray = self._stray_returns()
         if len(stray):
             line = int(np.searchsorted(self._ends, stray[0], side="right")) + 1
             return f"line {line} from there holds a carriage return: {RETURNS_HINT}"
@@ -182,27 +212,45 @@ class _Lines:
 
 
 def _read_text(lines: _Lines, header: tuple[str, ...], delimiter: str) -> tuple[pa.Table, list[BadRow]]:
-    bad_rows: list[BadRow] = []
+    reasons: dict[int, str] = {}
 
     def set_aside(row: Any) -> str:
-        line = int(lines.numbers[row.number - 1])
-        reason = f"{row.actual_columns} fields, the header has {row.expected_columns}"
-        bad_rows.append(BadRow(line, "(row)", reason, lines.read(line)))
+        reasons[row.number - 1] = f"{row.actual_columns} fields, the header has {row.expected_columns}"
         return "skip"
 
-    types = {name: pa.binary() for name in header}
-    if not len(lines.numbers):
-        return pa.table({name: pa.array([], pa.binary()) for name in header}), bad_rows
-    try:
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(pa.py_buffer(lines.body)),
+    def parsed(body: NDArray[np.uint8]) -> pa.Table:
+        if not body.size:
+            return pa.table({name: pa.array([], pa.binary()) for name in header})
+        if body[: len(_BYTE_ORDER_MARK)].tobytes() == _BYTE_ORDER_MARK:
+            # Arrow takes one off, but this one is not the file's: it is part of a field.
+            body = np.concatenate([body[: len(_BYTE_ORDER_MARK)], body])
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(pa.py_buffer(body)),
             # One Arrow block and one thread: else rows are not numbered.
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=lines.body.size + 1, column_names=list(header)),
+            pyarrow.csv.ReadOptions(use_threads=False, block_size=body.size + 1, column_names=list(header)),
             pyarrow.csv.ParseOptions(delimiter=delimiter, ignore_empty_lines=False, invalid_row_handler=set_aside),
-            pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False, check_utf8=False),
+            pyarrow.csv.ConvertOptions(
+                column_types={name: pa.binary() for name in header}, strings_can_be_null=False, check_utf8=False
+            ),
         )
+
+    try:
+        if lines.is_unicode():
+            table = parsed(lines.body)
+        else:
+            # pyarrow cannot hand over a row that is not UTF-8, so rows of too many or few fields are found without.
+            first = parsed(np.where(lines.body < 128, lines.body, np.uint8(ord("?"))))
+            if first.num_rows + len(reasons) != len(lines.numbers):
+                raise PreprocessError(lines.count_fault())
+            table = parsed(lines.body_without(reasons))
     except pa.ArrowInvalid as error:
         raise PreprocessError(f"not a table of delimited text ({error}); look for a quote that is not closed") from None
+    bad_rows = []
+    for row, reason in reasons.items():
+        if row >= len(lines.numbers):
+            raise PreprocessError(lines.count_fault())
+        line = int(lines.numbers[row])
+        bad_rows.append(BadRow(line, "(row)", reason, lines.read(line)))
     return table, bad_rows
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.arrow_types import type_fault
 from data_pipeline.bad_rows import PreprocessError
-from data_pipeline.byte_blocks import Block, load_block
+from data_pipeline.byte_blocks import PADDING_BYTES, Block, load_block
 from data_pipeline.raw_values import Faults, is_printed_list
 from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 from data_pipeline.table_columns import categorical_codes, dense_values, labels_of
@@ -127,7 +127,7 @@ def test_numbers_that_do_not_fit_32_bits_are_malformed() -> None:
     faults = Faults()
     dense_values(pa.array([1e39, -1e39]), DenseColumn(name="x"), faults)
     assert faults.first_of_row == {}  # its logarithm fits
-    values, *_ = dense_values(pa.array([2**60 + 1, None]), column, faults)
+    values, _, _ = dense_values(pa.array([2**60 + 1, None]), column, faults)
     assert values.tolist() == [2.0**60, -1.0]
 
 
@@ -244,3 +244,39 @@ def test_a_header_that_is_none_is_refused(line, message) -> None:
     with pytest.raises(PreprocessError, match=message) as error:
         parse_header(line, "t.csv", SCHEMA)
     assert len(str(error.value)) < 700
+
+
+_HEADER = ("label", "age", "user", "title")
+
+
+def _text_block(text: bytes):
+    schema = Schema(
+        dense=(DenseColumn(name="age"),), categorical=(CategoricalColumn(name="user"), CategoricalColumn(name="title"))
+    )
+    buffer = np.frombuffer(bytes(PADDING_BYTES) + text, np.uint8)
+    return parse_text_block(buffer, _HEADER, ",", schema, starts_file=False)
+
+
+def test_a_row_of_too_few_fields_that_is_not_utf8_is_set_aside_as_any_other(capfd) -> None:
+    chunk = _text_block(b"1,2,a,b\n1,2,a\xff\n1,2,\xfe,c\n0,3,b,d,\xff\n0,3,b,d\n")
+    assert [(row.line, row.field, row.reason, row.raw) for row in chunk.bad_rows] == [
+        (2, "(row)", "3 fields, the header has 4", b"1,2,a\xff\n"),
+        (3, "user", "'\\\\xfe' is not UTF-8 text", b"1,2,\xfe,c\n"),
+        (4, "(row)", "5 fields, the header has 4", b"0,3,b,d,\xff\n"),
+    ]
+    assert (chunk.line_numbers.tolist(), chunk.labels.tolist()) == ([1, 5], [1, 0])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_quoted_line_break_is_not_made_up_for_by_a_stray_carriage_return() -> None:
+    with pytest.raises(PreprocessError, match="line 3 from there holds a carriage return"):
+        _text_block(b'1,2,a,"b\nc"\n1,2,a,b\r0,3,b,d\n')
+    with pytest.raises(PreprocessError, match="line 2 from there holds a carriage return"):
+        _text_block(b"1,2,a,b\n1,2,a,b\r\r\n")
+    with pytest.raises(PreprocessError, match="line 2 from there holds a carriage return"):
+        _text_block(b"1,2,a,\xff\n0,3\rb,d\n0,3,b,d\n")  # two rows of the wrong width are no two lines
+
+
+def test_a_byte_order_mark_at_the_start_of_a_block_is_part_of_its_first_field() -> None:
+    chunk = _text_block(b"\xef\xbb\xbf1,2,a,b\n0,2,a,b\n")
+    assert [(row.line, row.reason) for row in chunk.bad_rows] == [(1, "'\\ufeff1' is not a number")]

@@ -243,6 +243,8 @@ def _check_job(
         raise UsageError(
             f"--name {name[:MAX_NAME_LENGTH]!r}: 1 to {MAX_NAME_LENGTH} letters that can be printed are needed"
         )
+    if surroundings.python is not None and not surroundings.python.strip():
+        raise UsageError("--python '': it is empty; give the path of an interpreter, or leave it out")
     check_request(request, surroundings.omp_threads, surroundings.max_retries)
     require_number("--grace_s", grace_s, 1, MAX_GRACE_S)
     if rdzv_port is not None:

@@ -22,7 +22,7 @@ from torchx.specs import AppState
 from launch import cli
 from launch.first_error import find_first_error
 from launch.schedulers.errors import SchedulerError
-from launch.schedulers.job_folder import JobRecord, find_record, new_folder, read_events
+from launch.schedulers.job_folder import JobRecord, find_record, make_folder, new_folder, read_events
 from launch.schedulers.local_supervisor import PID
 from launch.schedulers.runner import make_runner
 from launch.schedulers.slurm_scripts import quote, render, resolve_role
@@ -408,7 +408,7 @@ def test_a_job_that_cannot_be_noted_is_not_started(tmp_path: Path, monkeypatch: 
     """As where HOME cannot be written; not even its folder is made."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file/state"))
-    expected = f"noted in {tmp_path}/file/state/papilio/jobs, and {tmp_path}/file cannot be written; set XDG_STATE_HOME"
+    expected = f"{tmp_path}/file/state/papilio/jobs cannot be made or written (Not a directory), and nothing was"
     with pytest.raises(SchedulerError, match=re.escape(expected)):
-        new_folder(str(tmp_path / "jobs"), "train")
+        make_folder(new_folder(str(tmp_path / "jobs"), "train"))
     assert not (tmp_path / "jobs").exists()

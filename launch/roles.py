@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
+from data_pipeline.local_path import PathError, check_local_path
 from launch.cli import parse_arguments
 from launch.hosts.request import (
     MAX_HOSTS,
@@ -223,6 +224,18 @@ def require_split(split: str) -> None:
     """
     if split not in SPLITS:
         raise UsageError(f"--split {split}: one of {', '.join(SPLITS)} is needed")
+
+
+def require_disk(flag: str, path: str) -> None:
+    """Check that a path is one of the hosts' files.
+
+    Raises:
+        UsageError: it is a URI.
+    """
+    try:
+        check_local_path(path, flag)
+    except PathError as error:
+        raise UsageError(str(error)) from None
 
 
 def powers_of_two(most: int) -> list[int]:

@@ -436,3 +436,23 @@ def test_an_image_that_would_not_be_used_is_refused(slurm: Slurm, papilio: Papil
     assert (status, f"--image r/x:1: {scheduler} starts no containers; leave --image out" in err) == (2, True)
     status, _, err = papilio("launch", *words, "--python", "")
     assert (status, "--python '': it is empty" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "message"),
+    [
+        (("launch", "calibrate", "--output", "s3://b/k"), 2, "--output = s3://b/k: object storage is not supported"),
+        (("launch", "evaluate", "--run", "s3://b/k"), 2, "--run = s3://b/k: object storage is not supported here"),
+        (("launch", "train", "--recipe", "quickstart", "--train.epochs=-1"), 78, "train.epochs = -1: "),
+        (("status", "kubernetes://papilio/x"), 2, "a job on Kubernetes is NAMESPACE:NAME"),
+        (("cancel", "kubernetes://papilio/a:b:c"), 2, "a job on Kubernetes is NAMESPACE:NAME"),
+        (("status", "."), 3, "papilio status: error: . is not a run folder"),
+    ],
+)
+def test_a_job_that_cannot_be_meant_is_one_line(
+    slurm: Slurm, papilio: Papilio, words: tuple[str, ...], expected: int, message: str
+) -> None:
+    words = ("launch", "--dryrun", *words[1:]) if words[0] == "launch" else words
+    status, out, err = papilio(*words)
+    assert (status, out, err.count("\n")) == (expected, "", 1)
+    assert message in err

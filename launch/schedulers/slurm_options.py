@@ -134,8 +134,8 @@ def _time_options(role: specs.Role, cfg: SlurmSettings) -> list[str]:
     warning_s = (int(grace) if grace.isdecimal() else DEFAULT_GRACE_S) + MARGIN_S
     if limit > MAX_LIMIT_S:
         raise RequestError(
-            f"-cfg time={str(cfg.time)[:40]} is more than 10 years; give minutes or days-hours:minutes:seconds, or leave "
-            "time out"
+            f"-cfg time={str(cfg.time)[:40]} is more than 10 years; give minutes or days-hours:minutes:seconds, or "
+            "leave time out"
         )
     if limit < warning_s + START_S:
         raise RequestError(

@@ -23,7 +23,7 @@ from torchx.util.types import to_dict
 
 from launch import components
 from launch.cli import parse_arguments
-from launch.usage import UsageError
+from launch.usage import UsageError, refusing
 from launch.verbs import Verb
 from trainer.config_file import load_config
 
@@ -44,7 +44,7 @@ def build_app(name: str, words: Sequence[str]) -> specs.AppDef:
 
     Raises:
         UsageError: there is no such component.
-        ConfigError: the recipe or a setting of it is wrong; found here, not after the job has waited in a queue.
+        RefusedError: the recipe or a setting of it is wrong; found here, not after the job has waited in a queue.
     """
     bare = name.removeprefix("papilio.")
     component = our_components().get(bare)
@@ -54,7 +54,8 @@ def build_app(name: str, words: Sequence[str]) -> specs.AppDef:
     namespace = vars(parse_arguments(_as_verb(bare, component), known))
     overrides = namespace.pop("overrides")
     if bare == "train":
-        load_config(namespace["recipe"], overrides)
+        with refusing():
+            load_config(namespace["recipe"], overrides)
     if PORT in namespace and namespace[PORT] is None:
         namespace[PORT] = _free_looking_port()
     app: specs.AppDef = component(*overrides, *rest, **namespace)

@@ -118,6 +118,7 @@ def evaluate(
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     roles.require_split(split)
+    roles.require_disk("--run", run)
     words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
     words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
@@ -159,6 +160,7 @@ def calibrate(
         omp_threads: threads of each rank inside a CPU operator
         max_retries: how often the scheduler starts the job again after a failure, where it can
     """
+    roles.require_disk("--output", output)
     words = ["trainer.calibrate", "--output", output]
     words += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
     asked = hosts.request_host(None, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)

@@ -32,6 +32,7 @@ STATUS_CODES: Mapping[AppState, int] = {
     AppState.CANCELLED: 4,
 }
 UNKNOWN_CODE = 3
+KUBERNETES_ID = re.compile(r"[a-z0-9-]+:[a-z0-9.-]+", re.ASCII)
 # What training prints when it begins (trainer/train.py), in the log of the first host.
 RUN_FOLDER = re.compile(r"^(?:\[0\]:)?run folder: (.+)$")
 
@@ -86,6 +87,10 @@ def status_of(runner: Runner, handle: str) -> AppStatus:
     scheduler, app_id = _parts(handle)
     if scheduler == "slurm" and not (app_id.isascii() and app_id.isdecimal()):
         raise UsageError(f"{handle}: a job on Slurm has a number, as in slurm://papilio/12")
+    if scheduler == "kubernetes" and KUBERNETES_ID.fullmatch(app_id) is None:
+        raise UsageError(
+            f"{handle}: a job on Kubernetes is NAMESPACE:NAME, as in kubernetes://papilio/default:train-x1"
+        )
     if scheduler not in SCHEDULERS:
         raise UsageError(f"{handle}: Papilio has no scheduler {scheduler}; it has {', '.join(SCHEDULERS)}")
     status = runner.status(handle)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
+from data_pipeline.local_path import PathError, check_local_path
 from launch.cli import parse_arguments
 from launch.hosts.request import (
     MAX_HOSTS,
@@ -225,6 +226,18 @@ def require_split(split: str) -> None:
         raise UsageError(f"--split {split}: one of {', '.join(SPLITS)} is needed")
 
 
+def require_disk(flag: str, path: str) -> None:
+    """Check that a path is one of the hosts' files.
+
+    Raises:
+        UsageError: it is a URI.
+    """
+    try:
+        check_local_path(path, flag)
+    except PathError as error:
+        raise UsageError(str(error)) from None
+
+
 def powers_of_two(most: int) -> list[int]:
     """Return 1, 2, 4... up to `most`."""
     return [1 << power for power in range(most.bit_length())]
@@ -243,6 +256,8 @@ def _check_job(
         raise UsageError(
             f"--name {name[:MAX_NAME_LENGTH]!r}: 1 to {MAX_NAME_LENGTH} letters that can be printed are needed"
         )
+    if surroundings.python is not None and not surroundings.python.strip():
+        raise UsageError("--python '': it is empty; give the path of an interpreter, or leave it out")
     check_request(request, surroundings.omp_threads, surroundings.max_retries)
     require_number("--grace_s", grace_s, 1, MAX_GRACE_S)
     if rdzv_port is not None:

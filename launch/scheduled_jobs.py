@@ -19,7 +19,7 @@ from torchx.schedulers.api import Stream
 from torchx.specs import AppStatus
 
 from data_pipeline.terminal import can_draw_over, num_columns
-from launch.component_arguments import build_app
+from launch.component_arguments import build_app, our_components
 from launch.first_error import slurm_error
 from launch.job_status import (
     exit_status,
@@ -33,6 +33,7 @@ from launch.job_status import (
 )
 from launch.live_text import table
 from launch.local_run import LinePrinter
+from launch.roles import NO_IMAGE
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, ListedJob, read_index
 from launch.schedulers.runner import make_runner, scheduler_of
@@ -46,6 +47,7 @@ MAX_LISTED = 20
 def run_launch(namespace: argparse.Namespace) -> int:
     """Submit a component as a job, or print what would be submitted; with --follow, show its output to its end."""
     app = build_app(namespace.component, namespace.arguments)
+    _check_image(namespace.component, app, namespace.scheduler)
     with make_runner() as runner:
         settings = _settings(runner, namespace.scheduler, namespace.cfg)
         info = runner.dryrun(app, namespace.scheduler, cfg=settings)
@@ -167,11 +169,38 @@ def _settings(runner: Runner, scheduler: str, words: list[str]) -> dict[str, Any
         UsageError: it has none of this name, or a word is no setting.
     """
     known = set(dict(runner.scheduler_run_opts(scheduler)))
+    seen: set[str] = set()
     for word in words:
-        names = {part.partition("=")[0] for part in re.split(r",(?=[^,=]*=)", word)}
-        if "=" not in word or not names <= known:
+        parts = [part.partition("=") for part in re.split(r",(?=[^,=]*=)", word)]
+        if "=" not in word or not {key for key, _, _ in parts} <= known:
             raise UsageError(f"-cfg {word}: the settings of {scheduler} are {', '.join(sorted(known))}, as key=value")
-    return dict(runner.cfg_from_str(scheduler, *words))
+        for key, _, value in parts:
+            if not value.strip():
+                raise UsageError(f"-cfg {key}=: it is empty; give a value, or leave it out")
+            if key in seen:
+                raise UsageError(f"-cfg {key} is given twice, with {value} last; leave one of them out")
+            seen.add(key)
+    try:
+        return dict(runner.cfg_from_str(scheduler, *words))
+    except ValueError as error:
+        raise UsageError(
+            f"-cfg {','.join(words)[:200]}: {error}; write key=value, and a value with = or , in it in quotes, as in "
+            "comment='\"a=b\"'"
+        ) from None
+
+
+def _check_image(name: str, app: specs.AppDef, scheduler: str) -> None:
+    """Check that an image which was asked for is used; jobs of TorchX's own components always name one.
+
+    Raises:
+        UsageError: it would not be.
+    """
+    image = app.roles[0].image
+    if scheduler != "kubernetes" and name.removeprefix("papilio.") in our_components() and image != NO_IMAGE:
+        raise UsageError(
+            f"--image {image}: {scheduler} starts no containers; leave --image out, or use -s kubernetes; --python "
+            "names the interpreter that runs the job"
+        )
 
 
 def _role(runner: Runner, handle: str) -> str:

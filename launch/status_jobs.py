@@ -43,11 +43,9 @@ def run_status(namespace: argparse.Namespace) -> int:
     """Print the state of a job, its ranks, and, if it failed, the first error; with --watch, again and again."""
     if namespace.watch and (namespace.json or not can_draw_over()):
         raise UsageError("--watch draws on a terminal; elsewhere use papilio status --json, or papilio logs -f")
-    if _is_run_folder(namespace.job):
-        return _show_run(namespace)
     try:
-        return _show_job(namespace)
-    except SchedulerError as error:
+        return _show_run(namespace) if _is_run_folder(namespace.job) else _show_job(namespace)
+    except (SchedulerError, LiveViewError, StorageError) as error:
         # Not the status of a job that failed.
         print(f"papilio status: error: {error}", file=sys.stderr)
         return UNKNOWN_CODE

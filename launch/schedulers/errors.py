@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from launch.usage import UsageError
+
 
 class SchedulerError(ValueError):
     """A scheduler cannot do what was asked; the message says why and what can be done."""
+
+
+class RequestError(SchedulerError, UsageError):
+    """A job or setting that a scheduler cannot take; what to change is on the command line."""

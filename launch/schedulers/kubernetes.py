@@ -30,7 +30,7 @@ from torchx.schedulers.api import DescribeAppResponse, ListAppResponse
 from torchx.schedulers.kubernetes_scheduler import KubernetesJob, KubernetesScheduler, Opts, sanitize_for_serialization
 
 from launch.roles import NO_IMAGE
-from launch.schedulers.errors import SchedulerError
+from launch.schedulers.errors import RequestError, SchedulerError
 from launch.schedulers.kubernetes_errors import explained, require_client
 from launch.schedulers.manifest_check import MAX_POD_NAME, find_problems
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
@@ -41,6 +41,13 @@ MAX_RESUMES = 10
 # <job>-<14 letters that TorchX adds>-<task>-<number> is a pod's name, and its host's.
 MAX_SUFFIX = 14
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+# As the API server has names of objects, and containers' runtimes those of images.
+SHORT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+OBJECT_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
+IMAGE = re.compile(
+    r"([A-Za-z0-9.-]+(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+:[0-9a-f]+)?",
+    re.ASCII,
+)
 # Files that are read where the job runs; others are data, for which there are mounts.
 FILE_OPTIONS = ("--recipe", "--host", "--hardware", "--sharding.plan", "--sharding.hardware")
 # What the words of our components run (launch/roles.py).
@@ -107,13 +114,18 @@ class KubernetesJobs(KubernetesScheduler):  # type: ignore[misc]
     def _submit_dryrun(self, app: specs.AppDef, cfg: Opts) -> specs.AppDryRunInfo[KubernetesJob]:
         for role in app.roles:
             if role.image == NO_IMAGE:
-                raise SchedulerError(
+                raise RequestError(
                     f"the job {app.name} names no image: give --image REGISTRY/NAME:TAG, a container image that holds "
                     "Papilio"
                 )
-            if not role.image.isascii() or re.search(r"\s", role.image):
-                raise SchedulerError(f"--image {role.image!r}: an image is as REGISTRY/NAME:TAG, without white space")
+            if IMAGE.fullmatch(role.image) is None:
+                raise RequestError(
+                    f"--image {role.image[:200]!r}: an image is as REGISTRY/NAME:TAG or REGISTRY/NAME@sha256:..., "
+                    "NAME in small letters, without white space"
+                )
             _check_name(app.name, role)
+            _check_mounts(role.mounts)
+        _check_settings(cfg)
         app = replace(app, roles=[replace(role, args=with_local_files(role)) for role in app.roles])
         info = super()._submit_dryrun(app, cfg)
         resource: dict[str, Any] = info.request.resource
@@ -132,19 +144,56 @@ def _check_name(name: str, role: specs.Role) -> None:
     """Check a job's name, of which TorchX would silently drop what Kubernetes does not take.
 
     Raises:
-        SchedulerError: it does not take it, or the names that are made of it are too long.
+        RequestError: it does not take it, or the names that are made of it are too long.
     """
     most = MAX_POD_NAME - MAX_SUFFIX - len(f"--{role.name}-{max(role.num_replicas - 1, 0)}-0")
     if NAME.fullmatch(name) is None or name.endswith(("-", "_", ".")):
-        raise SchedulerError(
+        raise RequestError(
             f"--name {name!r}: on Kubernetes a name has letters of English, digits, - and _, begins with a letter and "
             "ends with none but a letter or digit, as in train-2"
         )
     if len(name) > most:
-        raise SchedulerError(
+        raise RequestError(
             f"--name {name}: it has {len(name)} letters, on Kubernetes {most} are allowed here, as pods get "
             "longer names from it; shorten it"
         )
+
+
+def _check_settings(cfg: Opts) -> None:
+    """Check what names an object of the cluster.
+
+    Raises:
+        RequestError: none can have that name.
+    """
+    for key, pattern in (("namespace", SHORT_NAME), ("service_account", OBJECT_NAME), ("priority_class", OBJECT_NAME)):
+        value = getattr(cfg, key)
+        if value is not None and pattern.fullmatch(value) is None:
+            raise RequestError(
+                f"-cfg {key}={value[:80]!r}: on Kubernetes its name has small letters, digits and -, begins and ends "
+                "with a letter or digit, and has 63 letters at most"
+            )
+
+
+def _check_mounts(mounts: Iterable[Any]) -> None:
+    """Check what the API server would refuse of mounts.
+
+    Raises:
+        RequestError: it would.
+    """
+    taken: set[str] = set()
+    for mount in mounts:
+        if isinstance(mount, specs.VolumeMount) and OBJECT_NAME.fullmatch(mount.src) is None:
+            raise RequestError(
+                f"--mounts src={mount.src}: the name of a volume claim has small letters, digits, - and ., as in "
+                "src=datasets"
+            )
+        if isinstance(mount, specs.BindMount) and not mount.src_path.startswith("/"):
+            raise RequestError(f"--mounts src={mount.src_path}: a folder of the nodes begins with /, as in src=/data")
+        if not mount.dst_path.startswith("/") or ":" in mount.dst_path:
+            raise RequestError(f"--mounts dst={mount.dst_path}: a folder of the pods begins with / and has no :")
+        if mount.dst_path in taken:
+            raise RequestError(f"--mounts dst={mount.dst_path}: two mounts have this place; give each its own")
+        taken.add(mount.dst_path)
 
 
 def with_local_files(role: specs.Role) -> list[str]:

@@ -24,7 +24,7 @@ from torchx import specs
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler, Stream, StructuredOpts
 from torchx.specs import AppState
 
-from launch.schedulers.errors import SchedulerError
+from launch.schedulers.errors import RequestError, SchedulerError
 from launch.schedulers.following import follow_file
 from launch.schedulers.job_folder import (
     Event,
@@ -87,7 +87,7 @@ class LocalJobs(Scheduler[LocalSettings]):  # type: ignore[misc]
             )
         role = app.roles[0]
         if role.mounts:
-            raise SchedulerError(
+            raise RequestError(
                 f"local_cwd starts no containers, so the job's {len(role.mounts)} mount(s) ({role.mounts[0]}) would be "
                 "missing: give the paths of this machine, without --mounts"
             )

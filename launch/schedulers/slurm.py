@@ -22,7 +22,7 @@ from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Schedule
 from torchx.specs import AppState
 
 from launch.schedulers import slurm_queries as queries
-from launch.schedulers.errors import SchedulerError
+from launch.schedulers.errors import RequestError, SchedulerError
 from launch.schedulers.following import follow_file
 from launch.schedulers.job_folder import (
     JobRecord,
@@ -262,7 +262,7 @@ def _only_role(app: specs.AppDef) -> specs.Role:
         )
     role: specs.Role = app.roles[0]
     if role.mounts:
-        raise SchedulerError(
+        raise RequestError(
             f"Slurm starts no containers, so the job's {len(role.mounts)} mount(s) ({role.mounts[0]}) would be "
             "missing: give the paths that the hosts have, without --mounts"
         )

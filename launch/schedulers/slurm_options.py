@@ -14,7 +14,7 @@ from torchx import specs
 from torchx.schedulers.api import StructuredOpts
 
 from launch.schedulers import slurm_queries as queries
-from launch.schedulers.errors import SchedulerError
+from launch.schedulers.errors import RequestError
 
 # Below this a partition's memory is not configured, and Slurm refuses jobs that ask for any.
 LEAST_PARTITION_MEMORY_MB = 1_000
@@ -28,6 +28,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 MAX_VALUE_LENGTH = 1_000
 # 60, 60:30, 2:60:30 (minutes first where it is one or two numbers), 1-2, 1-2:30, 1-2:30:15.
 TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?)", re.ASCII)
+# What Slurm's 32 bits of minutes hold by far, and no cluster grants.
+MAX_LIMIT_S = 10 * 365 * 86_400
 NO_LIMIT = ("0", "INFINITE", "UNLIMITED", "-1")
 FREE_TEXTS = ("partition", "account", "qos", "constraint", "exclude", "reservation", "comment")
 
@@ -75,7 +77,7 @@ def sbatch_options(name: str, role: specs.Role, cfg: SlurmSettings, folder: Path
     """Return the options of a job whose scripts and logs are in `folder`, each as a #SBATCH line has it.
 
     Raises:
-        SchedulerError: a setting is none.
+        RequestError: a setting is none.
     """
     fewest = role.min_replicas or role.num_replicas
     hosts = str(fewest) if fewest == role.num_replicas else f"{fewest}-{role.num_replicas}"
@@ -105,13 +107,13 @@ def limit_s(cfg: SlurmSettings) -> int | None:
     """Return the time limit that a job asks for, None without one.
 
     Raises:
-        SchedulerError: it is no time.
+        RequestError: it is no time.
     """
     if cfg.time is None or cfg.time.upper() in NO_LIMIT:
         return None
     match = TIME.fullmatch(cfg.time)
     if match is None:
-        raise SchedulerError(
+        raise RequestError(
             f"-cfg time={cfg.time!r}: a time is minutes, minutes:seconds, hours:minutes:seconds, days-hours or "
             "days-hours:minutes:seconds, as in 60 or 1-12:00:00"
         )
@@ -130,8 +132,13 @@ def _time_options(role: specs.Role, cfg: SlurmSettings) -> list[str]:
         return [] if cfg.time is None else [f"--time={cfg.time}"]
     grace = role.env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
     warning_s = (int(grace) if grace.isdecimal() else DEFAULT_GRACE_S) + MARGIN_S
+    if limit > MAX_LIMIT_S:
+        raise RequestError(
+            f"-cfg time={str(cfg.time)[:40]} is more than 10 years; give minutes or days-hours:minutes:seconds, or "
+            "leave time out"
+        )
     if limit < warning_s + START_S:
-        raise SchedulerError(
+        raise RequestError(
             f"-cfg time={cfg.time} is {limit} s, of which {warning_s} s are for saving (--grace_s, {MARGIN_S} s) and "
             f"{START_S} s for starting: give at least {-(-(warning_s + START_S) // 60)} (minutes), or leave time out"
         )
@@ -142,14 +149,14 @@ def check_text(value: str, flag: str) -> None:
     """Check that a value fits into one line of a script.
 
     Raises:
-        SchedulerError: it does not.
+        RequestError: it does not.
     """
     if not value.strip():
-        raise SchedulerError(f"{flag} {value!r}: it is empty; give a value, or leave it out")
+        raise RequestError(f"{flag} {value!r}: it is empty; give a value, or leave it out")
     if found := UNPRINTABLE.search(value):
-        raise SchedulerError(f"{flag} {value!r}: the character {found[0]!r} cannot be part of it; leave it out")
+        raise RequestError(f"{flag} {value!r}: the character {found[0]!r} cannot be part of it; leave it out")
     if len(value) > MAX_VALUE_LENGTH:
-        raise SchedulerError(
+        raise RequestError(
             f"{flag} {value[:40]!r}...: it has {len(value)} letters, {MAX_VALUE_LENGTH} are allowed; shorten it"
         )
 

@@ -7,8 +7,7 @@ from torchx import specs
 
 from launch import components
 from launch.component_arguments import build_app, our_components
-from launch.usage import UsageError
-from trainer.config_file import ConfigError
+from launch.usage import RefusedError, UsageError
 
 TRAIN = ["--recipe", "quickstart", "--nproc", "3", "--nnodes", "2:4", "--rdzv_port", "1234", "--python", "python3"]
 
@@ -101,7 +100,7 @@ def test_a_component_that_is_not_there(name: str, message: str) -> None:
 
 
 def test_a_wrong_setting_is_found_before_the_job_waits_in_a_queue() -> None:
-    with pytest.raises(ConfigError, match=r"no key train\.epoch; did you mean train\.epochs\?"):
+    with pytest.raises(RefusedError, match=r"no key train\.epoch; did you mean train\.epochs\?"):
         build_app("train", ["--recipe", "quickstart", "--", "--train.epoch=2"])
 
 

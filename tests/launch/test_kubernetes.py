@@ -338,3 +338,32 @@ def test_a_wrong_field_or_type_is_found(made_by_us: Manifest, change: Callable[[
     change(changed)
     (found, *_) = find_problems(changed)
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"namespace": "Team_A"}, {}, "-cfg namespace='Team_A': on Kubernetes its name has small letters"),
+        ({"namespace": "a" * 64}, {}, "63 letters at most"),
+        ({"service_account": "x y"}, {}, "-cfg service_account='x y': "),
+        ({"priority_class": "$(X)"}, {}, "-cfg priority_class='$(X)': "),
+        ({}, {"image": "UPPER/X:1"}, "--image 'UPPER/X:1': an image is as REGISTRY/NAME:TAG"),
+        ({}, {"image": "r/x:$(y)"}, "--image 'r/x:$(y)': an image is as"),
+        ({}, {"mounts": ["type=volume", "src=My_Claim", "dst=/data"]}, "--mounts src=My_Claim: the name of a volume"),
+        ({}, {"mounts": ["type=bind", "src=data", "dst=/data"]}, "--mounts src=data: a folder of the nodes begins"),
+        ({}, {"mounts": ["type=volume", "src=a", "dst=data"]}, "--mounts dst=data: a folder of the pods begins"),
+        (
+            {},
+            {"mounts": [*("type=volume", "src=a", "dst=/d"), *("type=volume", "src=b", "dst=/d")]},
+            "--mounts dst=/d: two mounts have this place",
+        ),
+    ],
+)
+def test_what_the_cluster_would_refuse_is_refused_here(
+    settings: dict[str, str], arguments: dict[str, Any], message: str
+) -> None:
+    arguments = {"image": "registry.example:5000/team/papilio@sha256:0a"} | arguments
+    app = components.train(recipe="quickstart", **arguments)
+    with make_runner() as runner, pytest.raises(SchedulerError) as raised:
+        runner.dryrun(app, "kubernetes", cfg=SETTINGS | settings)
+    assert message in str(raised.value)

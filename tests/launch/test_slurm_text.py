@@ -405,3 +405,54 @@ def test_a_followed_job_outlives_a_controller_that_starts_anew(slurm: Slurm, tmp
         slurm.squeue = [row(record, "RUNNING")]
         status = runner.status(record.handle)
         assert status is not None and status.state == AppState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-s", "slurm", "-cfg", "partition="), "-cfg partition=: it is empty"),
+        (("-s", "kubernetes", "-cfg", "queue="), "-cfg queue=: it is empty"),
+        (("-s", "slurm", "-cfg", "partition=a,partition=b"), "-cfg partition is given twice"),
+        (("-s", "slurm", "-cfg", "time=60", "-cfg", "time=70"), "-cfg time is given twice"),
+        (("-s", "slurm", "-cfg", "comment=a=b"), "-cfg comment=a=b: `a` cannot be split"),
+        (("-s", "slurm", "-cfg", "jobs_dir=s3://bucket/jobs"), "-cfg jobs_dir = s3://bucket/jobs: object storage is"),
+        (("-s", "local_cwd", "-cfg", "jobs_dir=s3://bucket/jobs"), "-cfg jobs_dir = s3://bucket/jobs: object storage"),
+        (("-s", "slurm", "-cfg", "time=99999999999"), "-cfg time=99999999999 is more than 10 years"),
+        (("-s", "slurm", "-cfg", "time=1"), "-cfg time=1 is 60 s"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_is_one_line(
+    slurm: Slurm, papilio: Papilio, words: tuple[str, ...], message: str
+) -> None:
+    status, out, err = papilio("launch", *words, "--dryrun", "train", "--recipe", "quickstart")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "local_cwd"])
+def test_an_image_that_would_not_be_used_is_refused(slurm: Slurm, papilio: Papilio, scheduler: str) -> None:
+    words = ("-s", scheduler, "--dryrun", "train", "--recipe", "quickstart")
+    status, _, err = papilio("launch", *words, "--image", "r/x:1")
+    assert (status, f"--image r/x:1: {scheduler} starts no containers; leave --image out" in err) == (2, True)
+    status, _, err = papilio("launch", *words, "--python", "")
+    assert (status, "--python '': it is empty" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "message"),
+    [
+        (("launch", "calibrate", "--output", "s3://b/k"), 2, "--output = s3://b/k: object storage is not supported"),
+        (("launch", "evaluate", "--run", "s3://b/k"), 2, "--run = s3://b/k: object storage is not supported here"),
+        (("launch", "train", "--recipe", "quickstart", "--train.epochs=-1"), 78, "train.epochs = -1: "),
+        (("status", "kubernetes://papilio/x"), 2, "a job on Kubernetes is NAMESPACE:NAME"),
+        (("cancel", "kubernetes://papilio/a:b:c"), 2, "a job on Kubernetes is NAMESPACE:NAME"),
+        (("status", "."), 3, "papilio status: error: . is not a run folder"),
+    ],
+)
+def test_a_job_that_cannot_be_meant_is_one_line(
+    slurm: Slurm, papilio: Papilio, words: tuple[str, ...], expected: int, message: str
+) -> None:
+    words = ("launch", "--dryrun", *words[1:]) if words[0] == "launch" else words
+    status, out, err = papilio(*words)
+    assert (status, out, err.count("\n")) == (expected, "", 1)
+    assert message in err

@@ -113,7 +113,7 @@ def test_a_run_folder_is_shown_by_itself(papilio: Papilio, tmp_path: Path) -> No
     assert codes == [(3, 3), (0, 0), (0, 0), (1, 1)]
     (tmp_path / "empty").mkdir()
     status, out, err = papilio("status", "empty")
-    assert (status, out) == (1, "")
+    assert (status, out) == (3, "")
     assert err == "papilio status: error: empty is not a run folder; give the folder that training printed, or a job\n"
 
 

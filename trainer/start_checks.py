@@ -24,6 +24,7 @@ from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.retries import StorageError
 from trainer.run_folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
+from trainer.same_columns import check_same_columns
 from trainer.storage import exists, read_json, require_writable
 
 
@@ -127,14 +128,17 @@ def check_start(config: Config) -> FinishedRun | None:
 
 
 def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str) -> None:
-    """Check that a run has the checkpoint, and the data set the rows, that are to be evaluated.
+    """Check that a run has the checkpoint, and the data set the rows and columns, that are to be evaluated.
 
     Raises:
         CheckpointError, ConfigError, DatasetError, StorageError: it would fail.
     """
     config = load_run_config(run_dir)
     find_checkpoint(CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint)), checkpoint)
-    open_dataset(data or config.data.path, verify_checksums=False).open_split(split)
+    dataset = open_dataset(data or config.data.path, verify_checksums=False)
+    dataset.open_split(split)
+    _, trained_on = read_run(run_dir)
+    check_same_columns(dataset, trained_on, run_dir)
 
 
 def _places(config: Config, run_dir: str | None) -> dict[str, str]:

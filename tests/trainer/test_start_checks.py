@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from data_pipeline.manifest import DatasetError
+from data_pipeline.manifest import DatasetError, read_manifest
 from launch import cli, local_jobs
 from tests.support.datasets import SPLIT_ROWS, write_dataset
+from tests.support.datasets import edit_manifest as edit_values
 from tests.support.small_runs import make_config, metric_lines, run
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.places import BEST, find_checkpoint
@@ -88,7 +89,7 @@ def test_a_data_set_that_cannot_be_trained_on_is_refused(command, data, capsys, 
     (edited / "manifest.json").write_text(Path(data, "manifest.json").read_text())
     assert f"data.path: shard {edited}/train/0.arrow is missing; restore it" in refused(edited)
     (edited / "manifest.json").write_bytes(b"\xff\xfe")
-    assert f"data.path = {edited} cannot be read: 'utf-8' codec" in refused(edited)
+    assert f"data.path: {edited}/manifest.json is damaged ('utf-8' codec" in refused(edited)
     (edited / "manifest.json").unlink()
     (edited / "manifest.json").symlink_to("manifest.json")
     assert refused(edited).startswith("papilio train: error: data.path")
@@ -133,12 +134,19 @@ def test_what_needs_validation_rows_is_refused_by_its_key(train_only, tmp_path):
         check_start(config)
 
 
+def test_a_data_set_of_other_columns_is_not_evaluated(one_rank, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(local_jobs, "run_locally", lambda app: pytest.fail("ranks were started"))
+    one_rank.run(run, make_config(data, tmp_path / "run", train={"max_steps": 1}))
+    other = write_dataset(tmp_path / "other")
+    edit_values(other, '"transform": "identity"', '"transform": "log1p"')
+    assert cli.main(["evaluate", "--run", f"{tmp_path}/run", "--data", str(other)]) == 78
+    err = capsys.readouterr().err
+    assert f"data set {other} differs from the one {tmp_path}/run was trained on in: schema; its ids" in err
+
+
 def test_labels_of_one_class_are_a_finding(one_rank, tmp_path):
     data = write_dataset(tmp_path / "data", split_rows={**SPLIT_ROWS, "train": 100, "validation": 1})
-    manifest = Path(data, "manifest.json")
-    tree = json.loads(manifest.read_text())
-    tree["splits"]["train"]["num_positives"] = 100
-    manifest.write_text(json.dumps(tree))
+    edit_values(data, f'"num_positives": {read_manifest(data).splits["train"].num_positives}', '"num_positives": 100')
     printed = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 1}))[0]
     of_train = "label rate on train is 1: all 100 labels are the same, so there is nothing to learn from"
     assert f"WARNING: {of_train}" in printed

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from data_pipeline.crash import describe_unforeseen
+
 # People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
 MIN_COLUMNS = 80
 # What stands for characters that a stream's encoding does not have, where another says the same.
@@ -84,14 +86,15 @@ def has_colors(stream: TextIO | None = None) -> bool:
 
 
 @contextmanager
-def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
-    """End the process with a status and without a traceback when its reader has gone (`| head`), or on Ctrl-C.
+def ends_quietly(*, is_child: bool = False, shows_traceback: bool = False) -> Iterator[None]:
+    """End the process with a status and in a line at most: its reader has gone (`| head`), Ctrl-C, or an error.
 
     Args:
         is_child: its parent got the Ctrl-C, too, and says so.
+        shows_traceback: of an error that nobody foresaw, as a process does whose output is a log.
 
     Raises:
-        SystemExit: 141 or 130, as a shell has it.
+        SystemExit: 141 or 130, as a shell has it; 1 after an error.
     """
     try:
         try:
@@ -100,14 +103,20 @@ def ends_quietly(*, is_child: bool = False) -> Iterator[None]:
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if not discard_unread():  # another pipe or connection broke
-            raise
+            print(f"papilio: error: {describe_unforeseen(error)}", file=sys.stderr)
+            raise SystemExit(1) from None
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         if not is_child:
             print("papilio: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if shows_traceback:
+            raise
+        print(f"papilio: error: {describe_unforeseen(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def discard_unread() -> bool:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from data_pipeline.crash import describe_unforeseen
 from data_pipeline.local_path import PathError, check_local_path
 from data_pipeline.terminal import ends_quietly, fold, make_streams_safe
 from launch.usage import OUR_PACKAGES, RefusedError, UsageError
@@ -117,9 +118,11 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
         if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
             importlib.import_module("trainer.install").check_install()
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # which is for the caller, as under `| head`
+        raise
+    except Exception as error:
         if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
-            raise
+            return _fail(f"papilio {verb.name}", describe_unforeseen(error), 1)
         status = 2 if isinstance(error, UsageError) else NO_RESTART_EXIT_CODE if isinstance(error, RefusedError) else 1
         return _fail(f"papilio {verb.name}", str(error), status)
     except KeyboardInterrupt:

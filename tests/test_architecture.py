@@ -33,6 +33,7 @@ PROBE = "launch.fbgemm_probe"
 KNOW_IOPATH = {"data_pipeline.paths", "trainer.s3_storage", "trainer.storage"}
 # The jobs that launch starts in its own process: they import no torch (tests/launch/test_cli.py looks).
 JOBS_OF_LAUNCH = {
+    "data_pipeline.crash",
     "data_pipeline.generate",
     "data_pipeline.local_path",
     "data_pipeline.paths",

@@ -31,6 +31,8 @@ from collections.abc import Sequence
 FILE = os.path.abspath(__file__)
 HOME = os.path.dirname(os.path.dirname(FILE))
 PARENT = "--parent="
+# What prints into the log of a job, besides its ranks: there the traceback of an error that nobody foresaw belongs.
+LOGGED = ("trainer.agent", "launch.start", "launch.schedulers.local_supervisor")
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -125,7 +127,8 @@ def main() -> None:
 
     make_streams_safe()
     module, sys.argv = words[1], [FILE, *words[2:]]
-    with ends_quietly(is_child=is_child):
+    is_logged = module in LOGGED or "RANK" in os.environ
+    with ends_quietly(is_child=is_child, shows_traceback=is_logged):
         if HEARS_CTRL_C:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as a parent may have started it

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from sharding.plan_file import read_plan_file
 from trainer.checkpoint.compatibility import safe_changes
 from trainer.checkpoint.folder import CheckpointFolder, Committed
 from trainer.checkpoint.format import DamagedError
-from trainer.checkpoint.places import find_checkpoint
+from trainer.checkpoint.places import LATEST, find_checkpoint
 from trainer.config import Config
 from trainer.config_file import ConfigError
 from trainer.retries import StorageError
@@ -134,11 +134,30 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
         CheckpointError, ConfigError, DatasetError, StorageError: it would fail.
     """
     config = load_run_config(run_dir)
-    find_checkpoint(CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint)), checkpoint)
+    folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
+    name = find_checkpoint(folder, checkpoint)
+    _check_readable(folder, folder.committed_names() if checkpoint == LATEST else [name])
     dataset = open_dataset(data or config.data.path, verify_checksums=False)
     dataset.open_split(split)
     _, trained_on = read_run(run_dir)
     check_same_columns(dataset, trained_on, run_dir)
+
+
+def _check_readable(folder: CheckpointFolder, names: Sequence[str]) -> None:
+    """Check that marker and index of one of the checkpoints can be read, the newest that will do.
+
+    Raises:
+        DamagedError: of the newest, where none can.
+    """
+    problems = []
+    for name in reversed(names):
+        try:
+            folder.read_index(name, folder.read_marker(name))
+        except DamagedError as error:
+            problems.append(error)
+        else:
+            return
+    raise problems[0]
 
 
 def _places(config: Config, run_dir: str | None) -> dict[str, str]:

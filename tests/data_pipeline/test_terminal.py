@@ -52,9 +52,16 @@ def test_a_reader_that_goes_ends_a_process_without_a_traceback() -> None:
         assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_another_pipe_that_breaks_is_no_reader_that_goes() -> None:
-    with pytest.raises(BrokenPipeError), terminal.ends_quietly():
-        raise BrokenPipeError
+def test_another_pipe_that_breaks_is_no_reader_that_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, terminal.ends_quietly():
+        raise BrokenPipeError(32, "Broken pipe")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "papilio: error: Broken pipe\n"
+
+
+def test_a_job_whose_output_is_a_log_shows_the_traceback() -> None:
+    with pytest.raises(KeyError), terminal.ends_quietly(shows_traceback=True):
+        raise KeyError("t_3")
 
 
 def test_ctrl_c_ends_a_process_with_its_status() -> None:

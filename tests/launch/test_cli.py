@@ -95,13 +95,6 @@ def test_a_wrong_setting_is_found_before_any_rank_is_started(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_an_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    verb = Verb("boom", "fail", "papilio boom", lambda parser: None, "json:loads")
-    monkeypatch.setattr(cli, "VERBS", (verb,))
-    with pytest.raises(TypeError, match="the JSON object must be str"):
-        cli.main(["boom"])
-
-
 def test_overrides_are_gathered_in_order() -> None:
     verb = next(verb for verb in VERBS if verb.name == "train")
     words = ["--seed=3", "--recipe", "r", "--train.epochs=2", "--model.layers=[8, 1]", "--nproc", "4"]
@@ -203,3 +196,32 @@ def test_a_setting_in_object_storage_is_refused(key: str, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith(
         f"papilio train: error: quickstart: {key} = s3://bucket/x: object storage is not supported here; give a path"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            KeyError("t_3"),
+            r"internal error: KeyError: 't_3' \(a fault of Papilio; its traceback is in (\S+): please report",
+        ),
+        (OSError(36, "File name too long", "/x/yyy"), "File name too long: /x/yyy$"),
+        (PermissionError(13, "Permission denied", "/x\n/y"), "Permission denied: /x /y$"),
+        (OSError("of a library"), "internal error: OSError: of a library"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_and_its_traceback_a_file(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(namespace: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr("launch.data_jobs.run_generate", fail)
+    assert cli.main(["generate", "--rows", "1", "--output", "o"]) == 1
+    shown = capsys.readouterr().err.strip()
+    found = re.fullmatch(rf"papilio generate: error: .*{message}.*|papilio generate: error: {message}", shown)
+    assert found is not None, shown
+    reports = list((tmp_path / "papilio/crashes").glob("*.txt")) if "internal" in message else []
+    assert all("Traceback (most recent call last)" in report.read_text() for report in reports)
+    assert bool(reports) == ("internal" in message)

@@ -63,7 +63,7 @@ def test_the_command_is_ours_whatever_pythonpath_has(hostile: Path, tmp_path: Pa
         (hostile / name).unlink()
     done = run(command, hostile, PYTHONPATH=f"{hostile}:{REPOSITORY}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "papilio preflight: error: --nnodes 0 --nproc None: at least one of each is needed" in done.stderr
+    assert "papilio preflight: error: --nnodes 0: a number from 1 to 64 is needed" in done.stderr
 
 
 def test_pythonpath_adds_modules_but_replaces_none(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def _of_splits(found: Found) -> Iterator[str]:
             label = 1 if split.num_positives else 0
             yield (
                 f"split {name}: all {split.num_rows:,} labels are {label}, so AUC is not defined and a model learns "
-                f"nothing from them; check column {shown(found.schema.label)}, or {_SPLIT_HINT}"
+                f"nothing from them; check column {shown_name(found.schema.label)}, or {_SPLIT_HINT}"
             )
         elif split.num_rows < _FEWEST_ROWS or rarer < _FEWEST_OF_A_LABEL:
             small[name] = f"{name} {split.num_rows:,} rows, {rarer:,} of its rarer label"
@@ -92,7 +92,7 @@ def _differ(train: SplitInfo, split: SplitInfo) -> bool:
 
 
 def _of_dense(column: DenseColumn, stats: DenseStats, signs: ColumnSigns, i: int, num_rows: int) -> Iterator[str]:
-    name = f"dense column {shown(column.name)}"
+    name = f"dense column {shown_name(column.name)}"
     value, count = max(signs.modes[i].items(), key=lambda item: item[1], default=(0.0, 0))
     num_present = round((1 - stats.missing_rate) * num_rows)
     clipped_share = int(signs.num_clipped[i]) / max(num_present, 1)
@@ -114,7 +114,7 @@ def _of_dense(column: DenseColumn, stats: DenseStats, signs: ColumnSigns, i: int
 
 
 def _of_categorical(column: CategoricalColumn, stats: CategoricalStats, num_rows: int) -> list[str]:
-    name = f"categorical column {shown(column.name)}"
+    name = f"categorical column {shown_name(column.name)}"
     num_values = round(stats.mean_ids_per_sample * num_rows)
     if stats.missing_rate >= _MISSING_SHARE:
         what = "bags are empty" if column.multi_hot else "values are missing"
@@ -141,15 +141,15 @@ def _of_ids(
     for kind, (count, _, example) in signs.suspects[i].items():
         if count <= _SUSPECT_SHARES[kind] * num_values:
             continue
-        head = f"categorical column {shown(column.name)}: {count:,} of {num_values:,} ids"
+        head = f"categorical column {shown_name(column.name)}: {count:,} of {num_values:,} ids"
         yield {
-            "null": f"{head} are words for a missing value, such as {shown(example)}, but count as an id; leave the "
-            "field empty where nothing is known",
-            "list": f"{head} look like parts of a printed list, such as {shown(example)}; write bags as ids with "
-            f"{shown(column.separator)} between them and multi_hot = true, or as a list column of Parquet",
-            "decimal": f"{head} are decimal numbers, such as {shown(example)}; write whole numbers, or make it a "
+            "null": f"{head} are words for a missing value, such as {shown_name(example)}, but count as an id; leave "
+            "the field empty where nothing is known",
+            "list": f"{head} look like parts of a printed list, such as {shown_name(example)}; write bags as ids with "
+            f"{shown_name(column.separator)} between them and multi_hot = true, or as a list column of Parquet",
+            "decimal": f"{head} are decimal numbers, such as {shown_name(example)}; write whole numbers, or make it a "
             "[[dense]] column",
-            "blank": f"{head} begin or end with a blank, such as {shown(example)}, and differ from the same id "
+            "blank": f"{head} begin or end with a blank, such as {shown_name(example)}, and differ from the same id "
             "without; strip them",
         }[kind]
 
@@ -158,7 +158,7 @@ def _percent(share: float) -> str:
     return "all" if share == 1 else f"{min(share, 0.9999):.2%}" if share > 0.99 else f"{share:.0%}"
 
 
-def shown(text: str) -> str:
+def shown_name(text: str) -> str:
     """A name or a value as messages show it: quoted where blanks or odd characters are in it, and cut."""
     cut = text if len(text) <= 40 else text[:39] + "…"
     return cut if cut.isprintable() and cut == cut.strip() and cut else repr(cut)

@@ -75,6 +75,7 @@ def _num_bytes(array: pa.Array) -> int:
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:
+    """Whether `pc.binary_length` takes it: unlike `arrow_types.is_text`, no views."""
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
     return any(test(arrow_type) for test in tests)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.array_file import ArrayFile
 from data_pipeline.bad_rows import PreprocessError
+from data_pipeline.raw_values import shown
 from data_pipeline.schema import TRANSFORM_VERSION
 from data_pipeline.transforms import binary_array
 from data_pipeline.vocabulary import VOCABULARY_FOLDER
@@ -22,6 +24,7 @@ from data_pipeline.vocabulary import VOCABULARY_FOLDER
 STAGE_VERSION = 2
 STAGE_NAME = ".preprocess_in_progress"
 _REQUEST_NAME = "request.json"
+_MAX_DIFFERENCES = 4
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,37 @@ def _read_request(path: str, folder: str) -> dict[str, Any]:
 
 
 def _check_same(started: dict[str, Any], wanted: dict[str, Any], output: str, folder: str) -> None:
-    keys = [key for key in {**started, **wanted} if started.get(key) != wanted.get(key)]
-    if keys:
-        lines = "; ".join(f"{key}: was {started.get(key)!r}, now {wanted.get(key)!r}" for key in keys)
+    found = [line for key in {**started, **wanted} for line in _differences(started.get(key), wanted.get(key), key)]
+    if found:
+        more = [f"and {len(found) - _MAX_DIFFERENCES:,} more"] if len(found) > _MAX_DIFFERENCES else []
         raise PreprocessError(
-            f"{output} holds unfinished work of another command ({lines}). Give the first command again to continue "
-            f"it, choose another --output, or delete {folder} to start afresh"
+            f"{output} holds unfinished work of another command ({'; '.join(found[:_MAX_DIFFERENCES] + more)}). Give "
+            f"the first command again to continue it, choose another --output, or delete {folder} to start afresh"
         )
+
+
+def _differences(was: Any, now: Any, key: str) -> Iterator[str]:
+    """Say what differs between two JSON values; columns are told apart by name."""
+    if was == now:
+        return
+    old, new = _parts(was), _parts(now)
+    if not old or not new:
+        yield f"{key}: was {shown(was)}, now {shown(now)}"
+        return
+    for name in {**old, **new}:
+        if name in old and name in new:
+            yield from _differences(old[name], new[name], f"{key}.{name}")
+        else:
+            yield f"{key}.{name}: {'left out' if name in old else 'new'} now"
+    if list(old) != list(new) and sorted(old) == sorted(new):
+        yield f"{key}: now in another order"
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Return the parts of an object, or of a list of objects with names, by name; none of other values."""
+    if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in value):
+        return {item["name"]: item for item in value}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: str, value: Any) -> None:

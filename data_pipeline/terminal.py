@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -89,6 +90,16 @@ def num_columns(stream: TextIO | None = None) -> int | None:
 def table_columns(fewest: int = MIN_COLUMNS) -> int:
     """Return the width for tables on stdout: COLUMNS or the terminal's, but not fewer than are readable."""
     return max(fewest, shutil.get_terminal_size().columns)
+
+
+def fold(line: str, indent: int) -> str:
+    """Break a line at blanks, where the terminal would break it anywhere; what goes on begins with `indent` blanks."""
+    width = num_columns()
+    if width is None or len(line) <= width:
+        return line
+    return textwrap.fill(
+        line, max(width, indent + 20), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def can_draw_over(stream: TextIO | None = None) -> bool:

@@ -16,7 +16,7 @@ from importlib import metadata
 
 from data_pipeline.crash import describe_unforeseen
 from data_pipeline.local_path import PathError, check_local_path
-from data_pipeline.terminal import ends_quietly, make_streams_safe
+from data_pipeline.terminal import ends_quietly, fold, make_streams_safe
 from launch.usage import OUR_PACKAGES, RefusedError, UsageError
 from launch.verbs import VERBS, Verb
 from trainer.bootstrap import name_user, prefer_installed
@@ -142,7 +142,7 @@ def _overview() -> str:
             "",
             "Trains deep learning recommendation models with sharded embedding tables.",
             "",
-            *(f"  {verb.name:{width}}  {verb.summary}" for verb in VERBS),
+            *(fold(f"  {verb.name:{width}}  {verb.summary}", width + 4) for verb in VERBS),
             "",
             "`papilio VERB --help` explains a verb; `papilio --version` prints the version.",
         ]

@@ -14,6 +14,7 @@ from data_pipeline.generate_options import GenerateOptions
 from data_pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
 from data_pipeline.preprocess import preprocess
 from data_pipeline.preprocess_options import PreprocessOptions
+from data_pipeline.terminal import fold
 from launch.given_options import build_options, given_options
 from launch.usage import UsageError, require_files
 
@@ -75,7 +76,8 @@ def summarize(folder: str, manifest: Manifest) -> str:
         if split.best_auc is not None and split.best_logloss is not None:
             line += f"  best possible AUC {split.best_auc:.4f}, logloss {split.best_logloss:.4f}"
         lines.append(line)
-    return "\n".join([*lines, *_warning_lines(folder, manifest.warnings)])
+    folded = [fold(line, 4) for line in lines]
+    return "\n".join([*folded, *_warning_lines(folder, manifest.warnings)])
 
 
 def _warning_lines(folder: str, warnings: tuple[str, ...]) -> list[str]:

@@ -50,7 +50,7 @@ def _show(namespace: argparse.Namespace) -> int:
     if namespace.json:
         print(json.dumps(package.manifest.model_dump(mode="json"), indent=1))
         return 0
-    columns = _columns()
+    columns = table_columns()
     sections = [text.describe(package, text.utc_now(), columns)]
     sections.append(text.describe_tables(package.manifest.tables, columns, show_all=namespace.all))
     print(text.joined(sections))
@@ -95,7 +95,3 @@ def _build(namespace: argparse.Namespace) -> int:
     if namespace.threads is not None and namespace.threads < 1:
         raise UsageError(f"--threads {namespace.threads}: at least one thread is needed")
     return run_module("trainer.build_format", words)
-
-
-def _columns() -> int:
-    return table_columns()

@@ -25,6 +25,7 @@ from launch.hosts.request import (
     require_number,
 )
 from launch.usage import UsageError
+from launch.verb_arguments import SPLITS
 from launch.verbs import VERBS
 from trainer import bootstrap
 from trainer.exit_codes import NO_RESTART_EXIT_CODE
@@ -50,7 +51,6 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OF_BASH = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID", "RANDOM", "SECONDS", "LINENO", "GROUPS")
 MAX_GRACE_S = 86_400
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)
-SPLITS = ("train", "validation", "test")
 MAX_NAME_LENGTH = 200
 
 

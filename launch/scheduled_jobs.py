@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torchx import specs
@@ -42,6 +43,8 @@ from launch.usage import UsageError
 RANK_LINE = re.compile(r"^\[\d+\]:")
 POLL_S = 1.0
 MAX_LISTED = 20
+# Of the list of jobs: job, name, state. Further columns are left out where the terminal is too narrow for them.
+FEWEST_LISTED_COLUMNS = 3
 
 
 def run_launch(namespace: argparse.Namespace) -> int:
@@ -156,10 +159,20 @@ def run_list(namespace: argparse.Namespace) -> int:
         return 0
     shown = rows if namespace.all else rows[-MAX_LISTED:]
     cells = [["job", "name", "state", "hosts", "started", "folder"], *(_row_cells(job, rec) for _, job, rec in shown)]
-    print("\n".join(table(cells)) if shown else f"no jobs (on {', '.join(names)})")
+    print("\n".join(_fitting(cells)) if shown else f"no jobs (on {', '.join(names)})")
     if len(shown) < len(rows):
         print(f"{len(rows) - len(shown)} older ones: --all")
     return 0
+
+
+def _fitting(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table that the terminal shows without breaking its lines: without its last columns, if need be."""
+    width, lines = num_columns(), table(cells)
+    num_kept = len(cells[0])
+    while width is not None and max(map(len, lines)) > width and num_kept > FEWEST_LISTED_COLUMNS:
+        num_kept -= 1
+        lines = table([row[:num_kept] for row in cells])
+    return lines
 
 
 def _settings(runner: Runner, scheduler: str, words: list[str]) -> dict[str, Any]:

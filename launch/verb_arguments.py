@@ -233,9 +233,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in ("--port", "--workers", "--threads", "--max-batch", "--max-queue", "--max-requests"):
         add(flag, type=int, metavar="N")
     add("--max-body-bytes", type=int, metavar="BYTES")
+    for flag in ("--max-bag-ids", "--max-connections"):
+        add(flag, type=int, metavar="N")
     for flag in ("--max-wait-ms", "--max-delay-ms"):
         add(flag, type=float, metavar="MS")
-    for flag in ("--body-timeout-s", "--drain-s", "--stop-timeout-s", "--watch-s"):
+    for flag in ("--head-timeout-s", "--body-timeout-s", "--send-timeout-s", "--stall-timeout-s"):
+        add(flag, type=float, metavar="S")
+    for flag in ("--drain-s", "--stop-timeout-s", "--watch-s"):
         add(flag, type=float, metavar="S")
 
 

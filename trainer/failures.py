@@ -24,8 +24,12 @@ MAX_ERROR_CHARACTERS = 300
 # Errors of these say what was wrong and what mends it; of any other, where it came from says more.
 OUR_PACKAGES = ("data_pipeline", "sharding", "trainer")
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-# As Python ends a traceback, with the rank that torch puts before it.
-ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]*(?:Error|Exception|Interrupt)|Fatal Python error)\b.*)")
+# As Python ends a traceback, with the rank that torch puts before it; and as our entry points say what they foresaw,
+# which a rank without others does not note.
+ERROR_LINE = re.compile(
+    r"^(?:\[rank\d+\]: ?)?(?:papilio(?: \w+)?: error: (?=.)"
+    r"|(?=[\w.]*(?:Error|Exception|Interrupt)\b|Fatal Python error\b))(.*)"
+)
 MAX_LOG_BYTES = 64 * 1024
 # What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
 SYMPTOMS_OF_A_LOST_PEER = (

@@ -23,7 +23,6 @@ from trainer.live.figures import RankFigures
 # A store on a host that vanished answers nothing, not even an error.
 ANSWER_TIMEOUT_S = 3.0
 FAILURE_KEY = "first_failure"
-PREEMPTION_KEY = "preempted"
 NO_RESTART_KEY = "no_restart"
 
 T = TypeVar("T")

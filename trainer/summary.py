@@ -108,8 +108,8 @@ def _checkpoint_lines(stalls_s: Sequence[float]) -> Sequence[str]:
     if not stalls_s:
         return []
     return [
-        f" saved      {len(stalls_s)} checkpoint(s); training waited {statistics.median(stalls_s):.2f} s for each "
-        f"(median), {sum(stalls_s):.1f} s in all"
+        f" saved      {len(stalls_s)} checkpoint(s); training waited {sum(stalls_s):.1f} s, "
+        f"{statistics.median(stalls_s):.2f} s for each (median)"
     ]
 
 

@@ -33,11 +33,6 @@ class Line:
         """The address of this side."""
         return plain_address(self._connection.getsockname()[0])
 
-    @property
-    def peer_address(self) -> str:
-        """The address of the other side, as seen here."""
-        return plain_address(self._connection.getpeername()[0])
-
     def send(self, value: Any, timeout_s: float) -> None:
         """Send one value.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sharding.plan_file import MemoryUse, PlanFile
+from sharding.plan_file import PlanFile
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -56,11 +56,6 @@ def step_parts(plan: PlanFile) -> list[StepPart]:
         StepPart("hidden_s", "hidden by overlap", -step.hidden_s),
     ]
     return [part for part in parts if part.seconds]
-
-
-def memory_parts(memory: MemoryUse) -> dict[str, int]:
-    """Return the bytes on the device by the names that reports use."""
-    return {name: getattr(memory, key) for key, name in MEMORY_NAMES.items()}
 
 
 def size(num_bytes: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.data_warnings import shown
+from data_pipeline.data_warnings import shown_name
 from data_pipeline.dataset import open_dataset
 from data_pipeline.generate import generate
 from data_pipeline.generate_options import GenerateOptions
@@ -174,5 +174,5 @@ def test_warnings_are_shown_in_eighty_columns(tmp_path: Path) -> None:
 
 
 def test_names_are_quoted_and_cut_where_they_would_mislead() -> None:
-    assert [shown("age"), shown("a b"), shown("a\n"), shown("")] == ["age", "a b", r"'a\n'", "''"]
-    assert shown("x" * 50) == "x" * 39 + "…"
+    assert [shown_name("age"), shown_name("a b"), shown_name("a\n"), shown_name("")] == ["age", "a b", r"'a\n'", "''"]
+    assert shown_name("x" * 50) == "x" * 39 + "…"

@@ -127,6 +127,21 @@ def test_other_options_are_refused_with_the_differences(tmp_path):
     assert (manifest.num_rows, manifest.num_bad_rows) == (20, 1)
 
 
+def test_columns_that_changed_are_named_one_by_one(tmp_path):
+    (tmp_path / "in.csv").write_text("y,when,a,b\n1,today,2,3\n")
+    schema = tmp_path / "schema.toml"
+    options = {"source": "table", "inputs": (f"{tmp_path}/in.csv",), "output": f"{tmp_path}/out"}
+    options = PreprocessOptions(**options, schema_path=str(schema))
+    columns = ['label = "y"', '[[dense]]\nname = "a"', '[[categorical]]\nname = "b"']
+    schema.write_text("\n".join([*columns, '[[dense]]\nname = "when"']))
+    with pytest.raises(PreprocessError, match="field when: 'today' is not a number"):
+        preprocess(options)
+    schema.write_text("\n".join(columns).replace('"a"', '"a"\ntransform = "identity"'))
+    differences = r"\(schema\.dense\.a\.transform: was 'log1p', now 'identity'; schema\.dense\.when: left out now\)"
+    with pytest.raises(PreprocessError, match=differences):
+        preprocess(options)
+
+
 def test_a_finished_data_set_is_returned_or_kept(tmp_path):
     (tmp_path / "train.txt").write_bytes(b"\n".join(criteo_lines(20)) + b"\n")
     first: Manifest = preprocess(criteo_options(tmp_path / "train.txt", tmp_path / "out"))

@@ -19,7 +19,7 @@ from torchx.runner import Runner
 from torchx.schedulers import get_scheduler_factories
 from torchx.specs import AppState
 
-from launch import cli
+from launch import cli, scheduled_jobs
 from launch.first_error import find_first_error
 from launch.schedulers.errors import SchedulerError
 from launch.schedulers.job_folder import JobRecord, find_record, make_folder, new_folder, read_events
@@ -416,3 +416,11 @@ def test_a_job_that_cannot_be_noted_is_not_started(tmp_path: Path, monkeypatch: 
     ):
         make_folder(new_folder(str(tmp_path / "jobs"), "train"))
     assert not (tmp_path / "jobs").exists()
+
+
+def test_a_narrow_terminal_leaves_out_the_last_columns_of_the_list(monkeypatch) -> None:
+    cells = [["job", "name", "state", "hosts"], ["slurm://papilio/1", "train", "RUNNING", "4"]]
+    monkeypatch.setattr(scheduled_jobs, "num_columns", lambda: 33)
+    assert scheduled_jobs._fitting(cells) == ["job                name   state", "slurm://papilio/1  train  RUNNING"]
+    monkeypatch.setattr(scheduled_jobs, "num_columns", lambda: None)
+    assert scheduled_jobs._fitting(cells)[1] == "slurm://papilio/1  train  RUNNING  4"

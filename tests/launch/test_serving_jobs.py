@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import shutil
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import cli
+from launch.verb_arguments import serve_arguments
 from tests.support.served import json_body, records_of, text_rows, write_package
 from trainer.inference.formats.format_folder import Choice, Made, WayFigures, write_format
 from trainer.inference.package import read_package
+from trainer.inference.serving.serve_options import ServeOptions
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,13 @@ def test_predict_scores_raw_files(package, tmp_path, capfd) -> None:
 def test_wrong_options_are_told_before_anything_starts(package, words, message, capsys) -> None:
     assert cli.main([*words, "--package", package]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_limit_of_the_server_has_its_flag() -> None:
+    parser = argparse.ArgumentParser()
+    serve_arguments(parser)
+    fields = {action.dest for action in parser._actions if action.dest != "help"}
+    assert fields == set(ServeOptions.model_fields)
 
 
 @pytest.mark.parametrize("words", [["serve"], ["predict", "--data", "d", "--output", "s.parquet"]])

@@ -91,7 +91,8 @@ def test_what_fails_before_the_group_is_noted_for_those_that_wait(monkeypatch: p
         ),
         ("[rank1]: torch.OutOfMemoryError: CUDA out of memory\nbye\n", ": torch.OutOfMemoryError: CUDA out of memory"),
         ("Fatal Python error: Segmentation fault\n", ": Fatal Python error: Segmentation fault"),
-        ("no error: here\n", ""),
+        ("WARNING: x\npapilio evaluate: error: a key is wrong\nbye\n", ": a key is wrong"),
+        ("papilio: rank 1 failed first\nno error: here\n", ""),
     ],
 )
 def test_the_last_error_of_a_log(tmp_path: Path, log: str, expected: str) -> None:

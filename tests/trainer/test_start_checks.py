@@ -9,9 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from data_pipeline.dataset import open_dataset
-from data_pipeline.manifest import DatasetError, read_manifest, write_manifest
+from data_pipeline.manifest import DatasetError, read_manifest
 from launch import cli, local_jobs
 from tests.support.datasets import SPLIT_ROWS, write_dataset
+from tests.support.datasets import edit_manifest as edit_values
 from tests.support.small_runs import make_config, metric_lines, run
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.places import BEST, find_checkpoint
@@ -183,12 +184,19 @@ def test_what_needs_validation_rows_is_refused_by_its_key(train_only, tmp_path):
         check_start(config)
 
 
+def test_a_data_set_of_other_columns_is_not_evaluated(one_rank, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(local_jobs, "run_locally", lambda app: pytest.fail("ranks were started"))
+    one_rank.run(run, make_config(data, tmp_path / "run", train={"max_steps": 1}))
+    other = write_dataset(tmp_path / "other")
+    edit_values(other, '"transform": "identity"', '"transform": "log1p"')
+    assert cli.main(["evaluate", "--run", f"{tmp_path}/run", "--data", str(other)]) == 78
+    err = capsys.readouterr().err
+    assert f"data set {other} differs from the one {tmp_path}/run was trained on in: schema; its ids" in err
+
+
 def test_labels_of_one_class_are_a_finding(one_rank, tmp_path):
     data = write_dataset(tmp_path / "data", split_rows={**SPLIT_ROWS, "train": 100, "validation": 1})
-    manifest = read_manifest(data)
-    train = manifest.splits["train"].model_copy(update={"num_positives": 100})
-    Path(data, "manifest.json").unlink()
-    write_manifest(manifest.model_copy(update={"splits": {**manifest.splits, "train": train}}), data)
+    edit_values(data, f'"num_positives": {read_manifest(data).splits["train"].num_positives}', '"num_positives": 100')
     printed = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 1}))[0]
     of_train = "label rate on train is 1: all 100 labels are the same, so there is nothing to learn from"
     assert f"WARNING: {of_train}" in printed

@@ -138,14 +138,14 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
     check_num_ranks(config.sharding.replicas, run_dir, num_ranks)
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     name = find_checkpoint(folder, checkpoint)
-    # Should the latest be damaged, the one before is taken.
-    _check_readable(folder, folder.committed_names() if checkpoint == LATEST else [name])
     dataset = open_dataset(data or config.data.path, verify_checksums=False)
     dataset.open_split(split)
     check_same_columns(dataset, read_run(run_dir)[1], run_dir)
     _check_shards(dataset, split)
     if config.sharding.hardware is not None:
         load_hardware(config.sharding.hardware)
+    # Should the latest be damaged, the one before is taken.
+    _check_readable(folder, folder.committed_names() if checkpoint == LATEST else [name])
 
 
 def check_num_ranks(replicas: ReplicasConfig, run_dir: str, num_ranks: int) -> None:

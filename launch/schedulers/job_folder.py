@@ -25,7 +25,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from torchx.schedulers.api import ListAppResponse
 
-from launch.schedulers.errors import SchedulerError
+from data_pipeline.local_path import PathError, check_local_path
+from launch.schedulers.errors import RequestError, SchedulerError
 from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 JOB, EVENTS, CANCEL_EVENTS = "job.json", "job.events", "cancel.events"
@@ -89,13 +90,17 @@ def new_folder(jobs_dir: str, name: str) -> Path:
     """Return the name of a folder for one job, which is not made yet.
 
     Raises:
-        SchedulerError: scripts cannot name it.
+        RequestError: scripts cannot name it, or it is on no disk.
     """
+    try:
+        check_local_path(jobs_dir, "-cfg jobs_dir")
+    except PathError as error:
+        raise RequestError(str(error)) from None
     parent = Path(jobs_dir).absolute()
     found = NO_FOLDER_CHARACTERS.search(str(parent))
     if found is not None or not jobs_dir:
         seen = f"has the character {found[0]!r}" if found is not None else "is not named"
-        raise SchedulerError(f"the jobs folder {str(parent)!r} {seen}: choose another with -cfg jobs_dir=FOLDER")
+        raise RequestError(f"the jobs folder {str(parent)!r} {seen}: choose another with -cfg jobs_dir=FOLDER")
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:MAX_STEM]
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return parent / f"{stem}-{moment}-{secrets.token_hex(3)}"

@@ -77,12 +77,22 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.tee) == (str(nnodes), "2", "3")
 
 
+# What a host runs before the agent.
+COPIED = (
+    "launch/start.py",
+    "trainer/bootstrap.py",
+    "trainer/exit_codes.py",
+    "data_pipeline/crash.py",
+    "data_pipeline/terminal.py",
+)
+
+
 def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the role's command with a stand-in for trainer.agent that prints its arguments and its environment."""
     for package in ("launch", "trainer", "data_pipeline"):
         (tmp_path / package).mkdir(exist_ok=True)
         (tmp_path / package / "__init__.py").touch()
-    for name in ("launch/start.py", "trainer/bootstrap.py", "trainer/exit_codes.py", "data_pipeline/terminal.py"):
+    for name in COPIED:
         (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
     agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
     (tmp_path / "trainer/agent.py").write_text(agent)

@@ -46,13 +46,13 @@ def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> N
     entry_points.read_string(wheel.read(f"{folder}/entry_points.txt").decode())
     assert dict(entry_points["console_scripts"]) == {"papilio": "papilio_command:main"}
     assert dict(entry_points["torchx.components"]) == {
-        "papilio": "launch.components",
+        "papilio": "papilio_command:components",
         "dist": "torchx.components.dist",
         "utils": "torchx.components.utils",
     }
     assert dict(entry_points["torchx.schedulers"]) == {
         "local_docker": "torchx.schedulers.docker_scheduler:create_scheduler",
-        "slurm": "launch.schedulers.torchx_slurm:create_scheduler",
+        "slurm": "papilio_command:create_slurm_scheduler",
     }
     assert "Apache License" in wheel.read(f"{folder}/licenses/LICENSE").decode()
 

@@ -123,7 +123,8 @@ def evaluation(monkeypatch, tmp_path, data):
 
 
 def test_an_evaluation_that_would_fail_is_refused_before_it_starts(evaluation, capsys):
-    assert evaluation() == 0, "of the latest, should it be damaged, the one before is taken"
+    assert evaluation() == 78, "of the latest, should it be damaged, the one before is taken, but there is none"
+    assert "checkpoint.json is damaged: it is not a checkpoint's marker" in capsys.readouterr().err
 
     def independent(config):
         config["sharding"]["replicas"] |= {"num_groups": 2, "independent_tables": True}

@@ -44,7 +44,8 @@ def test_export_says_what_it_made_and_measured(work):
     assert lines[1] == "  3 tables (2 in int4, 1 in fp16): 704 B, 37.9% of their size in fp32"
     assert lines[2] == "  package/report.html shows what was measured, and what each table costs at each precision"
     assert "certified on 60 samples of split test: AUC " in done.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["data", "package", "run"]
+    left = {path.name for path in folder.iterdir()} - {"uncertified"}  # of another test, if that came first
+    assert left == {"data", "package", "run"}
 
 
 def test_show_tells_everything_of_a_package(work, capsys):

@@ -84,6 +84,9 @@ def test_a_user_without_an_entry_has_a_name_and_a_home(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     bootstrap.name_user()
     assert "USER" not in os.environ, "who has an entry needs nothing"
+    for name in ("USER", "HOME"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back, also where there was none
+        monkeypatch.delenv(name)
     monkeypatch.setattr("os.getuid", lambda: 54_321)
     bootstrap.name_user()
     assert (getpass.getuser(), Path.home()) == ("uid_54321", Path("/"))

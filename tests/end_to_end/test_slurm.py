@@ -34,6 +34,8 @@ from trainer.checkpoint.folder import CheckpointFolder
 TIMEOUT_S = 120
 # Slurm's own default is 300.
 HOST_TIMEOUT_S = 5
+# More than ranks need to save on a busy machine, and less than the cluster's KillWait.
+GRACE_S = 15
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Place:
 
     def words(self, run_dir: str, *more: str) -> list[str]:
         """Arguments of a job on two hosts, whose run folder has this name."""
-        words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1", "--grace_s", "5"]
-        return [*words, *more, "--", f"--output.run_dir={run_dir}"]
+        words = ["train", "--recipe", "small.toml", "--nnodes", "2", "--nproc", "1", "--cpu", "1"]
+        return [*words, "--grace_s", str(GRACE_S), *more, "--", f"--output.run_dir={run_dir}"]
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command of ours, where Slurm can be asked."""

@@ -72,7 +72,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout={host_timeout_s}
-KillWait=10
+KillWait=20
 MessageTimeout=2
 MinJobAge={job_age_s}
 """

@@ -126,7 +126,8 @@ def test_a_rank_whose_dense_layers_are_slow_is_named(run):
     printed, view = run("dense", 150)
     host = view.ranks[1].host
     assert f"rank 1 (host {host}) computes its dense layers " in printed
-    assert "rank 0 " not in "".join(line for line in printed.splitlines() if "everyone waits" in line)
+    # The host may really be slow to run rank 0 for a while, in lookups of some ms; but not in rank 1's dense layers.
+    assert not [line for line in printed.splitlines() if line.startswith("rank 0 ") and "dense layers" in line]
     assert view.ranks[1].dense_ms > 10.0 > view.ranks[0].dense_ms
     assert f"slowest rank 1 ({host}) by 1" in printed, "in the progress line, by 10 ms or some more"
 

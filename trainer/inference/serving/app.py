@@ -71,8 +71,9 @@ class ServingApp:
         self._count(1)
         try:
             answer = await self._scores(scope, receive, kind)
-            await self._send(answer, scope, send)
+            # Before it is sent: who has an answer finds it counted, whichever process is asked.
             self._metrics.record_request(kind, answer.status, time.perf_counter() - begin_s)
+            await self._send(answer, scope, send)
         except ClientGoneError:
             pass  # nobody is there to be answered
         finally:

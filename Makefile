@@ -7,7 +7,7 @@
 #   PYTHON    the interpreter the environment is made from (3.11 or newer)
 #   VENV      where the environment goes
 #   DEVICE    cpu or cuda; found by asking nvidia-smi
-#   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/trio.py)
+#   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/version_set.py)
 #   PIP_ARGS  passed to every `pip install`, for an index or a wheel folder of your own
 #   RECIPE, NPROC, ROWS  of `make train` and `make data` (ranks: one a GPU, or 2)
 #   TEST_WORKERS, PYTEST_ARGS  of `make test`: files of tests run side by side, as many as workers
@@ -26,7 +26,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 DATA := datasets/quickstart
 # The stamp's name holds all that the environment depends on, so any change of it asks for a new installation.
-KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/trio.py | cksum | cut -d' ' -f1)
+KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/version_set.py | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.papilio-stamp-$(KEY)
 MADE_HERE := $(VENV)/.papilio-made-here
 
@@ -65,8 +65,8 @@ $(STAMP):
 	@rm -f $(VENV)/.papilio-stamp-*
 	@echo "make: installing torch $(TORCH) for $(DEVICE) and the rest into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH))
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) $$($(PYTHON) launch/version_set.py $(DEVICE) --torch $(TORCH))
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/trio.py $(DEVICE) --torch $(TORCH) --no-deps)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $$($(PYTHON) launch/version_set.py $(DEVICE) --torch $(TORCH) --no-deps)
 	PATH="$(abspath $(BIN)):$$PATH" papilio doctor
 	@touch $@

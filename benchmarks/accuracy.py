@@ -31,7 +31,7 @@ def main() -> None:
         if options.data is None:
             options.data = os.path.join(folder, "data")
             command = ["generate", "--shape", "criteo_small", "--rows", str(ROWS), "--output", options.data]
-            subprocess.run([sys.executable, "-m", "launch.cli", *command], check=True)
+            subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], check=True)
         splits = json.loads(Path(options.data, "manifest.json").read_text())["splits"]
         best = splits["test"]["best_auc"]
         print(f"{'seed':>5}{'fp32':>9}{'bf16':>9}{'bf16 - fp32':>13}{'gap of bf16':>13}   (test AUC; best {best:.4f})")
@@ -48,7 +48,14 @@ def main() -> None:
 def train(options: argparse.Namespace, overrides: list[str], seed: int, precision: str, run_dir: str) -> float:
     """Train once and return the test AUC."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.nproc}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "trainer.train", "--recipe", "quickstart"]
+    command += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        "-m",
+        "papilio.trainer.train",
+        "--recipe",
+        "quickstart",
+    ]
     command += [f"--data.path={options.data}", f"--seed={seed}", f"--train.precision={precision}"]
     command += [f"--output.run_dir={run_dir}", "--output.tensorboard=false", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -20,19 +20,19 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.loader import Loader
-from sharding.table_shards import local_table_shards
-from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.loading import load
-from trainer.checkpoint.policy import Checkpoints, RunIdentity
-from trainer.checkpoint.saver import Saver
-from trainer.config_file import load_config
-from trainer.optimizers import Optimizers
-from trainer.ranks import Ranks, process_group
-from trainer.runtime import configure_runtime
-from trainer.sharded_model import ShardedModel, build_sharded_model
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.sharding.runtime.table_shards import local_table_shards
+from papilio.trainer.checkpoint.config import CheckpointConfig
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.loader import load
+from papilio.trainer.checkpoint.policy import Checkpoints, RunIdentity
+from papilio.trainer.checkpoint.saver import Saver
+from papilio.trainer.config_file import load_config
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.runtime import configure_runtime
+from papilio.trainer.sharded_model import ShardedModel, build_sharded_model
 
 WARM_UP_STEPS, STEPS = 10, 40
 MIB = 1 << 20

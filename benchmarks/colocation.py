@@ -30,9 +30,9 @@ from typing import Any
 
 from benchmarks.colocation_chart import LIMITS_MS, MAX_OTHER_CORES, best_within, words_on_disturbance, write_page
 from benchmarks.random_package import make_package
-from data_pipeline.progress import Progress
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
-from trainer.config import ModelConfig
+from papilio.data_pipeline.progress import Progress
+from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from papilio.trainer.config import ModelConfig
 
 COPIES = (1, 2, 4)
 BATCH_SIZES = (1, 16, 64, 256)

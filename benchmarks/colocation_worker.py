@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.inference.flat_model import FlatModel, build_flat_model
-from trainer.inference.package import Package, read_package
+from papilio.trainer.inference.backends.flat_model import FlatModel, build_flat_model
+from papilio.trainer.inference.package.format import Package, read_package
 
 # So many that those of a batch of one do not all stay in the cache.
 NUM_REQUEST_SAMPLES = 64
@@ -30,7 +30,7 @@ def main() -> None:
     """Measure the sets of copies described in the first argument, a JSON list; print a JSON line for each batch."""
     job = json.loads(sys.argv[1])
     # Copies are forked from a process that has imported torch and done nothing else.
-    multiprocessing.set_forkserver_preload(["trainer.inference.flat_model"])
+    multiprocessing.set_forkserver_preload(["papilio.trainer.inference.backends.flat_model"])
     context = multiprocessing.get_context("forkserver")
     for each in job["sets"]:
         for row in measure(context, each, job["batch_sizes"], job["seconds"]):

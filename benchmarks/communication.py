@@ -52,7 +52,7 @@ def main() -> None:
         if options.data is None:
             options.data = os.path.join(folder, "data")
             command = ["generate", "--shape", "criteo_small", "--rows", str(options.rows), "--output", options.data]
-            subprocess.run([sys.executable, "-m", "launch.cli", *command], check=True)
+            subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], check=True)
         _print_errors()
         _print_bytes(options.data)
         _print_accuracy(options, folder)

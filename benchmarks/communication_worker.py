@@ -18,23 +18,23 @@ import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.loader import Loader
-from sharding.communication import make_codecs
-from sharding.config import CommunicationConfig, ReplicasConfig, ShardingConfig
-from sharding.hardware import load_hardware
-from sharding.plan_conversion import to_sharding_plan
-from sharding.plan_file import PlanFile
-from sharding.planning.job import BYTES_PER_VALUE, Cluster, DenseWork, Job, Table
-from sharding.planning.make import make_plan
-from sharding.replicas import ReplicatedModelParallel
-from trainer.config import Config, SparseOptimizerConfig
-from trainer.config_file import load_config
-from trainer.optimizers import fuse_sparse_optimizer
-from trainer.ranks import Ranks, process_group
-from trainer.runtime import configure_runtime
-from trainer.sharded_model import build_sharded_model, shard
-from trainer.train import train
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.sharding.config import CommunicationConfig, ReplicasConfig, ShardingConfig
+from papilio.sharding.hardware import load_hardware
+from papilio.sharding.plan_conversion import to_sharding_plan
+from papilio.sharding.plan_file import PlanFile
+from papilio.sharding.planner.job import BYTES_PER_VALUE, Cluster, DenseWork, Job, Table
+from papilio.sharding.planner.make import make_plan
+from papilio.sharding.runtime.communication import make_codecs
+from papilio.sharding.runtime.replicas import ReplicatedModelParallel
+from papilio.trainer.config import Config, SparseOptimizerConfig
+from papilio.trainer.config_file import load_config
+from papilio.trainer.optimizers import fuse_sparse_optimizer
+from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.runtime import configure_runtime
+from papilio.trainer.sharded_model import build_sharded_model, shard
+from papilio.trainer.train import train
 
 NUM_STEPS = 4
 NUM_TABLES, ROWS, DIM, LOCAL_BATCH = 8, 10_000, 64, 1_024

@@ -24,22 +24,22 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.dataset import Dataset, open_dataset
-from data_pipeline.generate import generate
-from data_pipeline.generate_options import GenerateOptions
-from trainer.checkpoint.format import INDEX, MARKER, Block, Index, Marker, SavedTensor
-from trainer.config import Config, table_name
-from trainer.config_file import build_config
-from trainer.models.dense_part import build_dense_part
-from trainer.run_folder import data_identity
+from papilio.data_pipeline.dataset import Dataset, open_dataset
+from papilio.data_pipeline.generate.generate_options import GenerateOptions
+from papilio.data_pipeline.generate.generator import generate
+from papilio.trainer.checkpoint.format import INDEX, MARKER, Block, Index, Marker, SavedTensor
+from papilio.trainer.config import Config, table_name
+from papilio.trainer.config_file import build_config
+from papilio.trainer.models.dense_part import build_dense_part
+from papilio.trainer.run.folder import data_identity
 
 BLOCK_BYTES = 16 << 20
 WAYS = ("fp32", "fp16", "int8", "int4:minmax", "int4:greedy", "int4:least_squares", "int2:least_squares")
 LARGE = "C3"
 WORKER = """
 import json, re, sys, time
-from trainer.inference.export_options import ExportOptions
-from trainer.inference.exporting import export_package
+from papilio.trainer.inference.export.export_options import ExportOptions
+from papilio.trainer.inference.export.exporter import export_package
 
 def resident_mib(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

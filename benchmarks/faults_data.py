@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.manifest import CategoricalStats, Manifest, SplitInfo, write_manifest
-from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
-from data_pipeline.shards import Bags, Columns, write_shard
+from papilio.data_pipeline.manifest import CategoricalStats, Manifest, SplitInfo, write_manifest
+from papilio.data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
+from papilio.data_pipeline.shards import Bags, Columns, write_shard
 
 NUM_DENSE = 3
 MULTI_HOT = "c"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from benchmarks.faults_data import Size
 from benchmarks.faults_ranks import Attempt
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.read_blocks import read_block
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.read_blocks import read_block
 
 TIMES = ("samples_per_s", "data_wait_share")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from benchmarks.faults_data import Size
 from benchmarks.faults_evidence import Trained, joined_ranks, read_logs, step_of
 from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
-from trainer.agent import LAST_WORDS_S
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.side_channel import Failure, host_name, open_side_channel
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.elastic.agent import LAST_WORDS_S
+from papilio.trainer.elastic.health.health_store import Failure, host_name, open_side_channel
 
 END_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 900.0

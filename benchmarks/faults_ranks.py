@@ -1,7 +1,7 @@
 """Ranks of `benchmarks.faults`: forked from a process that has imported everything, so that a start takes a second.
 
-Each runs `trainer.train.main`, as under our agent, and notes in a log of its own what it trains: from which checkpoint
-it went on, and for every step the numbers of the samples in its slice. The trainer knows nothing of it.
+Each runs `papilio.trainer.train.main`, as under our agent, and notes in a log of its own what it trains: from which
+checkpoint it went on, and for every step the numbers of the samples in its slice. The trainer knows nothing of it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-import trainer.checkpoint.loading
-import trainer.loop
-import trainer.train
+import papilio.trainer.checkpoint.loader
+import papilio.trainer.loop
+import papilio.trainer.train
 from benchmarks.faults_data import SAMPLE_SCALE
-from data_pipeline.batch import Batch
-from trainer.checkpoint.saver import Saver
-from trainer.reporting import Reporter
+from papilio.data_pipeline.loading.batch import Batch
+from papilio.trainer.checkpoint.saver import Saver
+from papilio.trainer.reporting import Reporter
 
 POLL_S = 0.005
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job: arguments of `trainer.train`, ranks, and the prefix of the logs' names."""
+    """One start of a job: arguments of `papilio.trainer.train`, ranks, and the prefix of the logs' names."""
 
     arguments: list[str]
     world_size: int
@@ -152,13 +152,13 @@ def _reap(living: set[int]) -> Iterator[tuple[int, int]]:
 
 
 def _be_rank(attempt: Attempt, rank: int) -> None:
-    """Be a rank, and end as `python -m trainer.train` would."""
+    """Be a rank, and end as `python -m papilio.trainer.train` would."""
     output = os.open(attempt.output_path(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(attempt.environment, RANK=str(rank), LOCAL_RANK=str(rank))
     _note_what_is_trained(attempt.samples_path(rank))
-    sys.exit(trainer.train.main(attempt.arguments))
+    sys.exit(papilio.trainer.train.main(attempt.arguments))
 
 
 def _note_what_is_trained(path: str) -> None:
@@ -170,7 +170,7 @@ def _note_what_is_trained(path: str) -> None:
 
     _note_loading(note)
     samples: list[list[int]] = []
-    train = trainer.train.train
+    train = papilio.trainer.train.train
 
     def join_and_train(*arguments: Any) -> Any:
         note(joined=True)
@@ -181,7 +181,7 @@ def _note_what_is_trained(path: str) -> None:
             numbers = inputs[0].dense_features[: inputs[0].num_samples, 0] / SAMPLE_SCALE
             samples.append([round(number) for number in numbers.tolist()])
 
-    run_training, record = trainer.loop.run_training, Reporter.record
+    run_training, record = papilio.trainer.loop.run_training, Reporter.record
 
     def run_and_note(model: Any, *arguments: Any) -> None:
         model.module.register_forward_pre_hook(note_batch)
@@ -193,13 +193,13 @@ def _note_what_is_trained(path: str) -> None:
         samples.clear()
         note(step=step, samples=trained)
 
-    setattr(trainer.train, "train", join_and_train)  # noqa: B010  # as below
-    setattr(trainer.train, "run_training", run_and_note)  # noqa: B010  # mypy forbids plain assignment
+    setattr(papilio.trainer.train, "train", join_and_train)  # noqa: B010  # as below
+    setattr(papilio.trainer.train, "run_training", run_and_note)  # noqa: B010  # mypy forbids plain assignment
     setattr(Reporter, "record", record_and_note)  # noqa: B010  # as above
 
 
 def _note_loading(note: Any) -> None:
-    load, make_saver = trainer.checkpoint.loading.load, Saver.__init__
+    load, make_saver = papilio.trainer.checkpoint.loader.load, Saver.__init__
 
     def load_and_note(folder: Any, name: str, *arguments: Any) -> Any:
         marker = load(folder, name, *arguments)
@@ -210,5 +210,5 @@ def _note_loading(note: Any) -> None:
         make_saver(self, *arguments)
         note(mark=self._attempt)
 
-    setattr(trainer.checkpoint.loading, "load", load_and_note)  # noqa: B010  # mypy forbids plain assignment
+    setattr(papilio.trainer.checkpoint.loader, "load", load_and_note)  # noqa: B010  # mypy forbids plain assignment
     setattr(Saver, "__init__", make_and_note)  # noqa: B010  # as above

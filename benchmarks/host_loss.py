@@ -45,7 +45,7 @@ class Cluster:
         prepare(folder, FOREVER, STEP_S)
         write_data(str(folder / "data"), SIZE)
         recipe = write_recipe(str(folder / "recipe.toml"), str(folder / "data"), SIZE, TYPES_OF_CHANGING_RANKS)
-        self._command = ["-m", "launch.cli", "train", "--recipe", recipe, "--nproc", "1", "--nnodes", nnodes]
+        self._command = ["-m", "papilio.launch.cli", "train", "--recipe", recipe, "--nproc", "1", "--nnodes", nnodes]
         self._command += ["--rdzv-endpoint", f"{store}:{PORT}", "--max-restarts", "100"]
         self._command += [f"--output.run_dir={folder / 'run'}"]
         self._command += ["--checkpoint.keep_best=false", "--train.evaluate_every_steps=1000000"]
@@ -57,7 +57,7 @@ class Cluster:
 
     def hold_store(self, name: str) -> None:
         """Hold the store on a host, and return once it is there."""
-        words = ["-m", "launch.cli", "rendezvous", "--port", str(PORT)]
+        words = ["-m", "papilio.launch.cli", "rendezvous", "--port", str(PORT)]
         self.jobs[name] = HostJob(self.hosts, name, words, self.folder)
         self.jobs[name].wait_for("the store is at")
 
@@ -94,11 +94,11 @@ class Cluster:
 
     def end_rank(self, name: str) -> None:
         """Kill the rank of a host."""
-        self._kill(name, "trainer.train")
+        self._kill(name, "papilio.trainer.train")
 
     def end_agent(self, name: str) -> None:
         """Kill the agent of a host."""
-        self._kill(name, "trainer.agent")
+        self._kill(name, "papilio.trainer.elastic.agent")
 
     def terminate(self, name: str) -> None:
         """Send SIGTERM to the command on a host."""

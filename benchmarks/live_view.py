@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.rank_lines import run_ranks
-from trainer.live.figures import RankFigures
-from trainer.live.own_work import TIMED_EVERY_S, OwnWork
-from trainer.live.writer import LiveWriter, Run, Standing
-from trainer.ranks import Ranks, process_group
-from trainer.run_progress import Progress
-from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.side_channel import SideChannel, Sign
-from trainer.watchdog import BEAT_S, Watchdog
+from papilio.trainer.elastic.health.health_store import SideChannel, Sign
+from papilio.trainer.elastic.health.live_writer import LiveWriter, Run, Standing
+from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.step_timer import TIMED_EVERY_S, OwnWork
+from papilio.trainer.elastic.health.watchdog import BEAT_S, Watchdog
+from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.run_state import Progress
+from papilio.trainer.runtime import configure_runtime, no_garbage_collection
 
 GLOBAL_BATCH_SIZE = 2048
 NUM_RANKS = 2
@@ -55,7 +55,7 @@ def main() -> None:
         data = options.data or os.path.join(folder, "data")
         if options.data is None:
             command = ["generate", "--shape", "criteo", "--rows", str(options.rows), "--output", data]
-            subprocess.run([sys.executable, "-m", "launch.cli", *command], check=True)
+            subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], check=True)
         words = ["--worker", "--data", data, "--rounds", str(options.rounds), "--steps", str(options.steps)]
         (found,) = run_ranks("benchmarks.live_view", words, NUM_RANKS)
     _print(found)
@@ -193,11 +193,11 @@ def _make_step(data: str, ranks: Ranks) -> tuple[Callable[[], object], torch.nn.
     """Return Papilio's step, reporting left out, and the sharded model."""
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-    from data_pipeline.dataset import open_dataset
-    from data_pipeline.loader import Loader
-    from trainer.config_file import build_config
-    from trainer.optimizers import Optimizers
-    from trainer.sharded_model import build_sharded_model
+    from papilio.data_pipeline.dataset import open_dataset
+    from papilio.data_pipeline.loading.loader import Loader
+    from papilio.trainer.config_file import build_config
+    from papilio.trainer.optimizers import Optimizers
+    from papilio.trainer.sharded_model import build_sharded_model
 
     tree = {
         "name": "benchmark",

@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.dataset import open_dataset
-from data_pipeline.generate import generate
-from data_pipeline.generate_options import GenerateOptions
-from data_pipeline.loader import Loader
+from papilio.data_pipeline.config import DataConfig
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.generate.generate_options import GenerateOptions
+from papilio.data_pipeline.generate.generator import generate
+from papilio.data_pipeline.loading.loader import Loader
 
 NUM_PARTS = 5
 

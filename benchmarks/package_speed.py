@@ -28,14 +28,14 @@ from collections.abc import Mapping
 import torch
 
 from benchmarks.random_package import make_package
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
-from trainer.config import ModelConfig
-from trainer.inference.flat_model import FP32_OUTPUT, TableLookup, build_flat_model
-from trainer.inference.formats.build_options import DENSE_ARITHMETICS
-from trainer.inference.formats.fastest import choose_ways, example_batches, time_ways
-from trainer.inference.formats.predictor import RunGraph
-from trainer.inference.formats.ways import WAYS, run_of_model
-from trainer.inference.package import Package, PackageError, read_package
+from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from papilio.trainer.config import ModelConfig
+from papilio.trainer.inference.backends.build_options import DENSE_ARITHMETICS
+from papilio.trainer.inference.backends.cpu_backends import WAYS, run_of_model
+from papilio.trainer.inference.backends.fastest import choose_ways, example_batches, time_ways
+from papilio.trainer.inference.backends.flat_model import FP32_OUTPUT, TableLookup, build_flat_model
+from papilio.trainer.inference.backends.predictor import RunGraph
+from papilio.trainer.inference.package.format import Package, PackageError, read_package
 
 SIZES = (1, 32, 256, 2048)
 BAG_IDS = (1, 20)

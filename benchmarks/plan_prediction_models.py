@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from trainer.calibration.synthetic import Shape
+from papilio.trainer.calibration.synthetic import Shape
 
 SEED = 20261121
 MAX_MODEL_BYTES = 1 << 30

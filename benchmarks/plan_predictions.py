@@ -27,14 +27,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from benchmarks.plan_prediction_models import brute_force_shapes, can_replicate, study_shapes
-from sharding.config import ShardingConfig, TableConstraint
-from sharding.hardware import load_hardware
-from sharding.planning.job import Cluster
-from trainer.calibrate import time_in_turn
-from trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
-from trainer.measurement import process_memory_bytes
-from trainer.ranks import Ranks, process_group
-from trainer.runtime import configure_runtime, no_garbage_collection
+from papilio.sharding.config import ShardingConfig, TableConstraint
+from papilio.sharding.hardware import load_hardware
+from papilio.sharding.planner.job import Cluster
+from papilio.trainer.calibration.calibrate import time_in_turn
+from papilio.trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
+from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.run.measurement import process_memory_bytes
+from papilio.trainer.runtime import configure_runtime, no_garbage_collection
 
 MANY_RANK_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
 MIXED_TYPES = ("table_wise", "row_wise", "column_wise")
@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.hardware is None:
             options.hardware = os.path.join(folder, "this_machine.toml")
-            command = [sys.executable, "-m", "launch.cli", "calibrate", "--output", options.hardware]
+            command = [sys.executable, "-m", "papilio.launch.cli", "calibrate", "--output", options.hardware]
             subprocess.run(command, check=True)
         begin_s = time.perf_counter()
         found = {name: _study(name, options, folder) for name in options.studies}

@@ -62,7 +62,7 @@ def _run(planner: str, case: str, limit_s: float | None) -> dict[str, float] | N
 
 def _table_sizes(case: str) -> list[tuple[int, int, float]]:
     """Rows, columns and ids a sample of each table."""
-    from data_pipeline.shapes import SHAPES
+    from papilio.data_pipeline.generate.shapes import SHAPES
 
     kind = CASES[case][0]
     if isinstance(kind, str):
@@ -77,11 +77,11 @@ def _table_sizes(case: str) -> list[tuple[int, int, float]]:
 
 def _papilio(case: str) -> dict[str, float]:
     # What the command imports, so that the peak of memory is the command's.
-    import trainer.plan  # noqa: F401
-    from sharding.config import ShardingConfig
-    from sharding.hardware import load_hardware
-    from sharding.planning.job import Cluster, DenseWork, Job, Table
-    from sharding.planning.make import make_plan
+    import papilio.trainer.plan_run  # noqa: F401
+    from papilio.sharding.config import ShardingConfig
+    from papilio.sharding.hardware import load_hardware
+    from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table
+    from papilio.sharding.planner.make import make_plan
 
     _, num_nodes, batch_size = CASES[case]
     tables = tuple(

@@ -34,8 +34,8 @@ ROWS_AT_ONCE = 100_000
 SAMPLE_EVERY_S = 0.05
 
 _PAPILIO = """
-from data_pipeline.preprocess import preprocess
-from data_pipeline.preprocess_options import PreprocessOptions
+from papilio.data_pipeline.preprocess.engine import preprocess
+from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
 import sys, time
 if __name__ == "__main__":
     text, output, num_workers = sys.argv[1:]

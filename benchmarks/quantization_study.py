@@ -28,18 +28,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.dataset import Dataset, open_dataset
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.inference.comparison import Comparison, compare_scores, expected_loss_increases
-from trainer.inference.export_options import QUANTIZERS
-from trainer.inference.flat_model import FlatModel, build_dense_of, build_flat_model
-from trainer.inference.formats.dense_ways import for_many_samples
-from trainer.inference.held_out import BLOCK_ROWS, Block, HeldOut
-from trainer.inference.package import DENSE, Package, Precision, QuantizerName
-from trainer.inference.package_writer import write_model
-from trainer.inference.precision_search import choose
-from trainer.inference.table_writer import TableChoice
-from trainer.inference.trained_model import TrainedModel, open_trained_model
+from papilio.data_pipeline.dataset import Dataset, open_dataset
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.inference.backends.dense_backends import for_many_samples
+from papilio.trainer.inference.backends.flat_model import FlatModel, build_dense_of, build_flat_model
+from papilio.trainer.inference.export.comparison import Comparison, compare_scores, expected_loss_increases
+from papilio.trainer.inference.export.export_options import QUANTIZERS
+from papilio.trainer.inference.export.held_out import BLOCK_ROWS, Block, HeldOut
+from papilio.trainer.inference.export.precision_search import choose
+from papilio.trainer.inference.export.trained_model import TrainedModel, open_trained_model
+from papilio.trainer.inference.package.format import DENSE, Package, Precision, QuantizerName
+from papilio.trainer.inference.package.table_writer import TableChoice
+from papilio.trainer.inference.package.writer import write_model
 
 ROWS = 1_000_000
 NUM_ROUNDS = 15
@@ -125,7 +125,7 @@ def train_runs(options: argparse.Namespace, folder: str) -> list[str]:
     if options.data is None:
         options.data = os.path.join(folder, "data")
         command = ["generate", "--shape", "criteo_small", "--rows", str(options.rows), "--output", options.data]
-        subprocess.run([sys.executable, "-m", "launch.cli", *command], check=True)
+        subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], check=True)
     runs = []
     for seed in options.seeds:
         run = os.path.join(folder, f"run_{seed}")
@@ -133,7 +133,7 @@ def train_runs(options: argparse.Namespace, folder: str) -> list[str]:
         command += [f"--data.path={options.data}", f"--seed={seed}", f"--output.run_dir={run}"]
         command += ["--output.tensorboard=false"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-m", "launch.cli", *command], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], env=environment, check=True)
         runs.append(run)
     return runs
 

@@ -13,11 +13,12 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.schema import NUM_RESERVED_IDS, TRANSFORM_VERSION, CategoricalColumn, Schema
-from data_pipeline.vocabulary import save_vocabulary, vocabulary_file
-from trainer.config import ModelConfig
-from trainer.inference.flat_model import build_flat_model
-from trainer.inference.package import (
+from papilio.data_pipeline.preprocess.vocabulary import save_vocabulary, vocabulary_file
+from papilio.data_pipeline.schema import NUM_RESERVED_IDS, TRANSFORM_VERSION, CategoricalColumn, Schema
+from papilio.trainer.config import ModelConfig
+from papilio.trainer.inference.backends.flat_model import build_flat_model
+from papilio.trainer.inference.encoding.request_encoder import load_request_encoder
+from papilio.trainer.inference.package.format import (
     CONFIG,
     DENSE,
     SAMPLE,
@@ -36,9 +37,8 @@ from trainer.inference.package import (
     table_offsets,
     write_manifest,
 )
-from trainer.inference.request_encoder import load_request_encoder
-from trainer.inference.scorer import Scorer
-from trainer.models.dense_part import build_dense_part
+from papilio.trainer.inference.scorer import Scorer
+from papilio.trainer.models.dense_part import build_dense_part
 
 _CHUNK_BYTES = 16 << 20
 _WEIGHT_RANGE = 0.1

@@ -3,7 +3,8 @@
     python -m benchmarks.rowwise_adagrad_kernel [--dims 16 64 128] [--batch-size 2048] [--runs 21]
 
 26 tables of 100,000 rows, one id a sample and table, one thread; milliseconds of a backward pass with its update, the
-kernels taking turns, medians. sharding/rowwise_adagrad.py says why; benchmarks/sse_avx_mix.c shows the cause alone.
+kernels taking turns, medians. sharding/runtime/rowwise_adagrad.py says why; benchmarks/sse_avx_mix.c shows the cause
+alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from sharding.rowwise_adagrad import speed_up_rowwise_adagrad
+from papilio.sharding.runtime.rowwise_adagrad import speed_up_rowwise_adagrad
 
 NUM_TABLES = 26
 NUM_ROWS = 100_000

@@ -27,8 +27,8 @@ import pyarrow as pa
 import uvloop
 
 from benchmarks.random_package import make_package
-from data_pipeline.schema import criteo_schema
-from trainer.config import ModelConfig
+from papilio.data_pipeline.schema import criteo_schema
+from papilio.trainer.config import ModelConfig
 
 JSON_TYPE = "application/json"
 ARROW_TYPE = "application/vnd.apache.arrow.stream"
@@ -177,7 +177,7 @@ class Server:
     def __enter__(self) -> Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as file:
-            command = [sys.executable, "-m", "trainer.inference.serving.main", json.dumps(self._settings)]
+            command = [sys.executable, "-m", "papilio.trainer.inference.serving.main", json.dumps(self._settings)]
             self._process = subprocess.Popen(command, stderr=file, env=environment)
         while self._log.read_text().count("is served on") < self._settings["workers"]:
             if self._process.poll() is not None:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.runtime import no_garbage_collection
+from papilio.trainer.runtime import no_garbage_collection
 
 VARIANTS = ("papilio", "papilio_fp32", "torchrec", "pytorch")
 GLOBAL_BATCH_SIZE = 2048
@@ -52,7 +52,7 @@ def main() -> None:
         if options.data is None:
             options.data = os.path.join(folder, "data")
             command = ["generate", "--shape", "criteo", "--rows", str(options.rows), "--output", options.data]
-            subprocess.run([sys.executable, "-m", "launch.cli", *command], check=True)
+            subprocess.run([sys.executable, "-m", "papilio.launch.cli", *command], check=True)
         rounds = [{name: _run(name, options) for name in options.variants} for _ in range(options.rounds)]
     _print_table(rounds, options)
 
@@ -113,13 +113,13 @@ def _papilio(options: argparse.Namespace) -> Steps:
     """What `papilio train` does at each step, reporting and evaluation left out."""
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-    from data_pipeline.dataset import open_dataset
-    from data_pipeline.loader import Loader
-    from trainer.config_file import build_config
-    from trainer.optimizers import Optimizers
-    from trainer.ranks import process_group
-    from trainer.runtime import configure_runtime
-    from trainer.sharded_model import build_sharded_model
+    from papilio.data_pipeline.dataset import open_dataset
+    from papilio.data_pipeline.loading.loader import Loader
+    from papilio.trainer.config_file import build_config
+    from papilio.trainer.optimizers import Optimizers
+    from papilio.trainer.process_group import process_group
+    from papilio.trainer.runtime import configure_runtime
+    from papilio.trainer.sharded_model import build_sharded_model
 
     tree = {
         "name": "benchmark",
@@ -164,7 +164,7 @@ class _RowBatches:
     def __init__(self, data: str) -> None:
         import numpy as np
 
-        from data_pipeline.dataset import open_dataset
+        from papilio.data_pipeline.dataset import open_dataset
 
         self.dataset = open_dataset(data)
         columns = self.dataset.open_split("train").shard(0)

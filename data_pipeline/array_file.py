@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.bad_rows import PreprocessError
+from papilio.data_pipeline.preprocess.bad_rows import PreprocessError
 
 _FOOTER_END_BYTES = 24
 _ALIGNMENT = 8

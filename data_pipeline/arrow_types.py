@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.schema import Role
+from papilio.data_pipeline.schema import Role
 
 _WANTED: dict[Role, str] = {
     "label": "numbers or booleans, each 0 or 1",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.manifest import DatasetError, Manifest, SplitInfo, read_manifest
-from data_pipeline.paths import join
-from data_pipeline.schema import Schema
-from data_pipeline.shards import Columns, open_shard
+from papilio.data_pipeline.manifest import DatasetError, Manifest, SplitInfo, read_manifest
+from papilio.data_pipeline.paths import join
+from papilio.data_pipeline.schema import Schema
+from papilio.data_pipeline.shards import Columns, open_shard
 
 
 class Split:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.manifest import CategoricalStats, DatasetError, Manifest
-from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
-from data_pipeline.shapes import SHAPES
-from data_pipeline.toml_model import TomlError, explain, read_toml
-from data_pipeline.version import papilio_version
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.generate.shapes import SHAPES
+from papilio.data_pipeline.manifest import CategoricalStats, DatasetError, Manifest
+from papilio.data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
+from papilio.data_pipeline.toml_model import TomlError, explain, read_toml
+from papilio.data_pipeline.version import papilio_version
 
 
 class _Section(BaseModel):

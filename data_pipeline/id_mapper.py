@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.column_codes import ColumnCodes
-from data_pipeline.manifest import DatasetError, Manifest
-from data_pipeline.raw_values import Faults
-from data_pipeline.schema import MISSING_ID, CategoricalColumn
-from data_pipeline.shards import Bags
-from data_pipeline.table_columns import categorical_codes
-from data_pipeline.vocabulary import Vocabulary, load_vocabulary
+from papilio.data_pipeline.manifest import DatasetError, Manifest
+from papilio.data_pipeline.preprocess.column_codes import ColumnCodes
+from papilio.data_pipeline.preprocess.table_columns import categorical_codes
+from papilio.data_pipeline.preprocess.vocabulary import Vocabulary, load_vocabulary
+from papilio.data_pipeline.raw_values import Faults
+from papilio.data_pipeline.schema import MISSING_ID, CategoricalColumn
+from papilio.data_pipeline.shards import Bags
 
 
 class IdMapper:

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_pipeline.inner_path import InnerPath
-from data_pipeline.paths import join, path_manager, replace
-from data_pipeline.schema import TRANSFORM_VERSION, Schema
+from papilio.data_pipeline.inner_path import InnerPath
+from papilio.data_pipeline.paths import join, path_manager, replace
+from papilio.data_pipeline.schema import TRANSFORM_VERSION, Schema
 
 FORMAT_VERSION = 2  # 1 had no checksum and no warnings, and is still read
 _READ_VERSIONS = (1, FORMAT_VERSION)

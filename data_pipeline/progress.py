@@ -8,7 +8,7 @@ import time
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from data_pipeline.terminal import can_draw_over, num_columns
+from papilio.data_pipeline.terminal import can_draw_over, num_columns
 
 _LINE_EVERY_S = 10.0
 _logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.arrow_types import is_text
-from data_pipeline.transforms import binary_buffers
+from papilio.data_pipeline.arrow_types import is_text
+from papilio.data_pipeline.transforms import binary_buffers
 
 # Every integer up to this one is a float of its own.
 _MOST_EXACT = {16: 2**11 - 1, 32: 2**24 - 1, 64: 2**53 - 1}

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_pipeline.toml_model import TomlError, explain, read_toml
+from papilio.data_pipeline.toml_model import TomlError, explain, read_toml
 
 # Bumped when any transform or id rule below changes its result; a package or a data set says which one it holds.
 TRANSFORM_VERSION = 2

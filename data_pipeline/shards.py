@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.inner_path import link_problem
-from data_pipeline.manifest import DatasetError, ShardInfo
-from data_pipeline.paths import join, path_manager, replace
-from data_pipeline.schema import Schema
+from papilio.data_pipeline.inner_path import link_problem
+from papilio.data_pipeline.manifest import DatasetError, ShardInfo
+from papilio.data_pipeline.paths import join, path_manager, replace
+from papilio.data_pipeline.schema import Schema
 
 LABEL = "label"
 DENSE = "dense"

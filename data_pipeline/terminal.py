@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-from data_pipeline.crash import describe_unforeseen
+from papilio.data_pipeline.crash import describe_unforeseen
 
 # People read tables of fewer columns than this badly; NARROW is for where a line must not wrap.
 MIN_COLUMNS = 80

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.mixing import mix64
-from data_pipeline.schema import NUM_RESERVED_IDS, DenseColumn, DenseTransform
+from papilio.data_pipeline.mixing import mix64
+from papilio.data_pipeline.schema import NUM_RESERVED_IDS, DenseColumn, DenseTransform
 
 # FNV-1a, 64 bits (Fowler, Noll, Vo).
 _FNV_OFFSET = 0xCBF29CE484222325

@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, ShardInfo, read_manifest
-from data_pipeline.paths import join, path_manager
+from papilio.data_pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, ShardInfo, read_manifest
+from papilio.data_pipeline.paths import join, path_manager
 
 CHUNK_BYTES = 1 << 24
 MAX_PROBLEMS = 8

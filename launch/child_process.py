@@ -6,7 +6,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from trainer.bootstrap import child_command
+from papilio.trainer.elastic.bootstrap import child_command
 
 # Ctrl-C on a terminal reaches the child by itself; these reach only the process that was told.
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP)

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from data_pipeline.crash import describe_unforeseen
-from data_pipeline.local_path import PathError, check_local_path
-from data_pipeline.terminal import ends_quietly, fold, make_streams_safe
-from launch.usage import OUR_PACKAGES, RefusedError, UsageError
-from launch.verbs import VERBS, Verb
-from trainer.bootstrap import name_user, prefer_installed
-from trainer.exit_codes import NO_RESTART_EXIT_CODE
+from papilio.data_pipeline.crash import describe_unforeseen
+from papilio.data_pipeline.local_path import PathError, check_local_path
+from papilio.data_pipeline.terminal import ends_quietly, fold, make_streams_safe
+from papilio.launch.usage import RefusedError, UsageError, is_ours
+from papilio.launch.verbs import VERBS, Verb
+from papilio.trainer.elastic.bootstrap import name_user, prefer_installed
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 # How help calls an argument that is a path; and those of them that may also be a URI: folders of checkpoints.
 PATH_METAVARS = ("DIR", "FILE", "RUN", "RUN_DIR", "NAME|FILE", "diff OLD NEW")
@@ -115,11 +115,9 @@ class _Parser(argparse.ArgumentParser):
 def _run(verb: Verb, namespace: argparse.Namespace) -> int:
     module_name, _, function_name = verb.job.partition(":")
     try:
-        if verb.name != "doctor":  # which reports an unsound installation itself, among its other checks
-            importlib.import_module("trainer.install").check_install()
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+        if not is_ours(error):
             if isinstance(error, OSError) and error.filename is None:
                 raise  # of what is printed, perhaps: the caller knows, as under `| head`
             return _fail(f"papilio {verb.name}", describe_unforeseen(error), 1)

@@ -21,11 +21,11 @@ from torchx.specs import finder
 from torchx.specs.file_linter import get_fn_docstring
 from torchx.util.types import to_dict
 
-from launch import components
-from launch.cli import parse_arguments
-from launch.usage import UsageError, refusing
-from launch.verbs import Verb
-from trainer.config_file import load_config
+from papilio.launch import components
+from papilio.launch.cli import parse_arguments
+from papilio.launch.usage import UsageError, refusing
+from papilio.launch.verbs import Verb
+from papilio.trainer.config_file import load_config
 
 EXAMPLES = {
     "train": "--recipe quickstart --nnodes 4 --nproc 8 --train.epochs=2",

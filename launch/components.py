@@ -10,10 +10,10 @@ here for a component, so that only modules and classes are imported.
 
 from torchx import specs
 
-from launch import roles
-from launch.hosts import request as hosts
-from launch.roles import Surroundings
-from launch.torchx_errors import OneLineErrors
+from papilio.launch import host_request as hosts
+from papilio.launch import roles
+from papilio.launch.roles import Surroundings
+from papilio.launch.torchx_errors import OneLineErrors
 
 OneLineErrors.install()
 
@@ -67,7 +67,13 @@ def train(
         preflight: ask first on all nodes whether the job would run there, and end it with the table if it would not
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
-    words = ["trainer.train", "--recipe", recipe, *([f"--host={asked.hardware}"] if asked.hardware else []), *overrides]
+    words = [
+        "papilio.trainer.train",
+        "--recipe",
+        recipe,
+        *([f"--host={asked.hardware}"] if asked.hardware else []),
+        *overrides,
+    ]
     command = roles.agent_command(words, asked.nproc, nnodes, rdzv_port, max_restarts)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
     checks = roles.preflight_before(recipe, overrides, asked, nnodes) if preflight else []
@@ -119,7 +125,7 @@ def evaluate(
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     roles.require_split(split)
     roles.require_disk("--run", run)
-    words = ["trainer.evaluate", "--run", run, "--split", split, *(["--data", data] if data else [])]
+    words = ["papilio.trainer.evaluate_run", "--run", run, "--split", split, *(["--data", data] if data else [])]
     words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
@@ -161,7 +167,7 @@ def calibrate(
         max_retries: how often the scheduler starts the job again after a failure, where it can
     """
     roles.require_disk("--output", output)
-    words = ["trainer.calibrate", "--output", output]
+    words = ["papilio.trainer.calibration.calibrate", "--output", output]
     words += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
     asked = hosts.request_host(None, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     around = Surroundings(python, image, env, mounts, omp_threads, max_retries)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from launch.usage import UsageError
+from papilio.launch.usage import UsageError
 
 Options = TypeVar("Options", bound=BaseModel)
 

@@ -21,11 +21,11 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 
-from data_pipeline.terminal import can_draw_over, num_columns
-from launch.first_error import ErrorWatch
-from trainer.bootstrap import bound
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
-from trainer.progress import PROGRESS_BAR, fit_progress_line
+from papilio.data_pipeline.terminal import can_draw_over, num_columns
+from papilio.launch.jobs.first_error import ErrorWatch
+from papilio.trainer.elastic.bootstrap import bound
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from papilio.trainer.run.progress_lines import PROGRESS_BAR, fit_progress_line
 
 # "[1]:" is torchrun's; torch adds its own, "[rank1]: ", to tracebacks. In torchrun's report of a failure a line may be
 # "[1]:" and nothing else.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torchx import specs
 from torchx.specs.overlays import JOIN, set_overlay
 
-from data_pipeline.local_path import PathError, check_local_path
-from launch.cli import parse_arguments
-from launch.hosts.request import (
+from papilio.data_pipeline.local_path import PathError, check_local_path
+from papilio.launch.cli import parse_arguments
+from papilio.launch.host_request import (
     MAX_HOSTS,
     MAX_PORT,
     MAX_RANKS,
@@ -24,11 +24,11 @@ from launch.hosts.request import (
     check_request,
     require_number,
 )
-from launch.usage import UsageError
-from launch.verb_arguments import SPLITS
-from launch.verbs import VERBS
-from trainer import bootstrap
-from trainer.exit_codes import NO_RESTART_EXIT_CODE
+from papilio.launch.usage import UsageError
+from papilio.launch.verb_arguments import SPLITS
+from papilio.launch.verbs import VERBS
+from papilio.trainer.elastic import bootstrap
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 # Nodes of one job come up minutes apart when a cluster is busy; on one node all are there at once.
 JOIN_TIMEOUT_S = 900
@@ -83,7 +83,7 @@ def agent_command(
     max_restarts: int = 0,
     meeting: Meeting | None = None,
 ) -> list[str]:
-    """Return the words of the agent (trainer/agent.py) that starts `nproc` ranks of the module `command[0]` on a host.
+    """Return the words of the agent (trainer/elastic/agent.py) that starts `nproc` ranks of `command[0]` on a host.
 
     On several hosts, without a `meeting`, the words leave out where they meet; `launch/start.py` knows it once the job
     runs.
@@ -97,7 +97,7 @@ def agent_command(
     rendezvous += [f"last_call_timeout={LAST_CALL_TIMEOUT_S}", KEEP_ALIVE] if most > 1 else []
     # Without a scheduler nobody else starts a lost store again.
     rendezvous += [f"store_timeout={meeting.wait_s}"] if meeting else []
-    words = ["trainer.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
+    words = ["papilio.trainer.elastic.agent", f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]
     words += [f"--max-restarts={max_restarts}", "--rdzv-backend=c10d", f"--rdzv-conf={','.join(rendezvous)}"]
     words += [f"--rdzv-id={escape_macros(meeting.rdzv_id) if meeting else specs.macros.app_id}"]
     # Port 0: the agent takes a free one, so that jobs on one machine do not meet each other.
@@ -113,7 +113,7 @@ def verb_command(verb: str, words: Sequence[str]) -> list[str]:
     The verb reads them here already; wrong ones end this process with status 2, before the job waits in a queue.
     """
     parse_arguments(next(known for known in VERBS if known.name == verb), words)
-    return ["launch.cli", verb, *(escape_macros(word) for word in words)]
+    return ["papilio.launch.cli", verb, *(escape_macros(word) for word in words)]
 
 
 def preflight_command(
@@ -121,7 +121,15 @@ def preflight_command(
 ) -> list[str]:
     """Return the words of one host's part of a preflight (launch/preflight/worker.py), without where the hosts meet."""
     require_number("--wait_s", wait_s, 1, MAX_WAIT_S)
-    words = ["launch.preflight.worker", "--recipe", recipe, "--nnodes", str(nnodes), "--nproc", str(request.nproc)]
+    words = [
+        "papilio.launch.preflight.worker",
+        "--recipe",
+        recipe,
+        "--nnodes",
+        str(nnodes),
+        "--nproc",
+        str(request.nproc),
+    ]
     words += ["--index", specs.macros.replica_id, "--job", specs.macros.app_id, "--wait-s", f"{wait_s:g}"]
     words += ["--host", request.hardware] if request.hardware else []
     return [*words, *(escape_macros(word) for word in overrides)]
@@ -182,7 +190,7 @@ def make_app(
         surroundings.image or NO_IMAGE,
         # An image has an interpreter of its own, at another place than the machine that submits.
         entrypoint=surroundings.python or (sys.executable if surroundings.image is None else "python3"),
-        args=[*_bootstrap(surroundings), *(["launch.start", *first, "--", *command] if first else command)],
+        args=[*_bootstrap(surroundings), *(["papilio.launch.start", *first, "--", *command] if first else command)],
         env={"OMP_NUM_THREADS": str(surroundings.omp_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **plain},
         num_replicas=most,
         min_replicas=fewest if fewest < most else None,
@@ -196,13 +204,13 @@ def make_app(
 
 
 def _bootstrap(surroundings: Surroundings) -> list[str]:
-    """Return what starts a module (trainer/bootstrap.py): by its file where this machine's interpreter runs the job.
+    """Return what starts a module (trainer/elastic/bootstrap.py): by its file where this interpreter runs the job.
 
     Another interpreter finds Papilio where it is installed there, and not in the working directory (-P).
     """
     if surroundings.python is None and surroundings.image is None:
         return [escape_macros(bootstrap.FILE), "-m"]
-    return ["-P", "-m", "trainer.bootstrap", "-m"]
+    return ["-P", "-m", "papilio.trainer.elastic.bootstrap", "-m"]
 
 
 def bounds(nnodes: str) -> tuple[int, int]:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from torchx import specs
 
-from launch import roles
-from launch.components import GRACE_S
-from launch.hosts.request import request_host
-from launch.preflight.reach import gloo_address, interface_of
-from launch.usage import UsageError
-from trainer.addresses import addresses_of, is_loopback, own_address_towards
-from trainer.bootstrap import module_command
+from papilio.launch import roles
+from papilio.launch.components import GRACE_S
+from papilio.launch.host_request import request_host
+from papilio.launch.preflight.reach import gloo_address, interface_of
+from papilio.launch.usage import UsageError
+from papilio.trainer.elastic.addresses import addresses_of, is_loopback, own_address_towards
+from papilio.trainer.elastic.bootstrap import module_command
 
 # Torch's store looks up the name of whoever connects, while all others wait: a name server that is silent may cost 1 s,
 # not 10. And it prints a stack of C++ for each client that sends what it does not know.
@@ -65,7 +65,7 @@ def run_rendezvous(namespace: argparse.Namespace) -> int:
     if not 0 <= namespace.port < 1 << 16:
         raise UsageError(f"--port {namespace.port}: a port is 1 to 65535, or 0 for any that is free")
     sys.stdout.flush()
-    command = module_command("trainer.hold_store", "--port", str(namespace.port))
+    command = module_command("papilio.trainer.elastic.store_server", "--port", str(namespace.port))
     os.execve(sys.executable, command, {**STORE_ENVIRONMENT, **os.environ})
 
 

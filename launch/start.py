@@ -1,4 +1,4 @@
-"""What each host of a job runs first: `python -m launch.start [options] -- MODULE [arguments]`; it becomes that module.
+"""What each host runs first: `python -m papilio.launch.start [options] -- MODULE [arguments]`; it becomes that module.
 
 Schedulers lose things on the way: TorchX's Slurm cuts the value of a variable at its first comma, its Slurm and
 local_cwd ignore mounts, and none but some say which host is the first. Here what is carried another way is put in its
@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from trainer.bootstrap import child_command, module_command
-from trainer.exit_codes import NO_RESTART_EXIT_CODE
+from papilio.trainer.elastic.bootstrap import child_command, module_command
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 MOUNTS = "/proc/self/mountinfo"
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, set the environment, and become the module; returns only if something is missing."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--")
-    parser = argparse.ArgumentParser(prog="launch.start", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="papilio.launch.start", description=__doc__, allow_abbrev=False)
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--mounted", action="append", default=[], metavar="FOLDER")
     parser.add_argument("--head-node-in", metavar="NAME", help="variable that names the first host")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from launch.schedulers.errors import SchedulerError
-from launch.usage import UsageError
-from sharding.hardware import HardwareError
+from papilio.launch.schedulers.errors import SchedulerError
+from papilio.launch.usage import UsageError
+from papilio.sharding.hardware import HardwareError
 
 FORESEEN = (UsageError, SchedulerError, HardwareError)
 

@@ -6,10 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.retries import StorageError
-
-# An error whose class is defined in one of these is one we foresaw: its message says what to do, a traceback does not.
-OUR_PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
+from papilio.trainer.storage.retries import StorageError
 
 
 class UsageError(ValueError):
@@ -18,6 +15,11 @@ class UsageError(ValueError):
 
 class RefusedError(ValueError):
     """What was found before any process started, and would go wrong again however often it is tried: status 78."""
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether the error's class is one of ours: then it was foreseen, and its message says what to do."""
+    return type(error).__module__.partition(".")[0] == "papilio"
 
 
 @contextmanager
@@ -30,8 +32,11 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, StorageError) as error:
-        is_ours = type(error).__module__.partition(".")[0] in OUR_PACKAGES
-        if isinstance(error, UsageError) or not is_ours or (isinstance(error, StorageError) and error.is_passing):
+        if (
+            isinstance(error, UsageError)
+            or not is_ours(error)
+            or (isinstance(error, StorageError) and error.is_passing)
+        ):
             raise
         raise RefusedError(str(error)) from error
 

@@ -18,7 +18,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def preprocess_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_pipeline.preprocess_options import PreprocessOptions
+    from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
 
     add = _options_of(parser, PreprocessOptions)
     add("--source", required=True, choices=("criteo", "table"))
@@ -37,7 +37,7 @@ def preprocess_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    from data_pipeline.generate_options import GenerateOptions
+    from papilio.data_pipeline.generate.generate_options import GenerateOptions
 
     add = _options_of(parser, GenerateOptions)
     add("--shape", metavar="SHAPE")
@@ -183,7 +183,7 @@ def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.export_options import add_arguments
+    from papilio.trainer.inference.export.export_options import add_arguments
 
     add_arguments(parser)
 
@@ -201,13 +201,13 @@ def package_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--all", action="store_true", help="list every table, however many")
     show.add_argument("--json", action="store_true", help="print the manifest as JSON instead")
     add("verify", "read every byte and hold it against its checksum; status 1 if any is damaged")
-    from trainer.inference.formats.build_options import add_arguments
+    from papilio.trainer.inference.backends.build_options import add_arguments
 
     add_arguments(add("build", "build a compiled form of a package, beside its own files"))
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.predict_options import PredictOptions
+    from papilio.trainer.inference.predict_options import PredictOptions
 
     add = _options_of(parser, PredictOptions)
     add("--package", required=True, metavar="DIR")
@@ -223,7 +223,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.inference.serving.serve_options import ServeOptions
+    from papilio.trainer.inference.serving.serve_options import ServeOptions
 
     add = _options_of(parser, ServeOptions)
     add("--package", required=True, metavar="DIR")

@@ -78,7 +78,7 @@ class KernelRates:
 class Rates:
     """What one rank can do while all ranks of its host are busy, in bytes, seconds and floating-point operations.
 
-    The time of an operation is a fixed part plus its size over a rate; `sharding/planning/cost.py` has the formulas.
+    The time of an operation is a fixed part plus its size over a rate; `sharding/planner/cost.py` has the formulas.
     Figures with a default may be left out of a profile.
 
     Attributes:

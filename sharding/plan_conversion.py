@@ -13,10 +13,10 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
-from sharding.plan_file import PlanFile, PlannedTable, shown
-from sharding.planning.errors import PlanError
-from sharding.planning.geometry import check_geometry
-from sharding.planning.job import Cluster, Job
+from papilio.sharding.plan_file import PlanFile, PlannedTable, shown
+from papilio.sharding.planner.errors import PlanError
+from papilio.sharding.planner.geometry import check_geometry
+from papilio.sharding.planner.job import Cluster, Job
 
 
 def to_sharding_plan(plan: PlanFile, device: torch.device) -> ShardingPlan:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sharding.config import KernelName, ShardingTypeName
+from papilio.sharding.config import KernelName, ShardingTypeName
 
 FORMAT_VERSION = 4
 MAX_SHOWN = 40

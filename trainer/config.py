@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_pipeline.config import DataConfig
-from data_pipeline.local_path import check_local_path
-from sharding.config import ShardingConfig
-from trainer.checkpoint.config import CheckpointConfig
+from papilio.data_pipeline.config import DataConfig
+from papilio.data_pipeline.local_path import check_local_path
+from papilio.sharding.config import ShardingConfig
+from papilio.trainer.checkpoint.config import CheckpointConfig
 
 Pooling = Literal["sum", "mean"]
 SparseOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_pipeline.local_path import PathError, check_local_path
-from data_pipeline.toml_model import TomlError, explain, parse_toml, read_toml
-from trainer.config import Config
+from papilio.data_pipeline.local_path import PathError, check_local_path
+from papilio.data_pipeline.toml_model import TomlError, explain, parse_toml, read_toml
+from papilio.trainer.config import Config
 
 RECIPE_SUFFIX = ".toml"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torchrec.distributed import DistributedModelParallel
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader
-from trainer.config import Config
-from trainer.metrics import ClickMetrics, MetricValues
-from trainer.progress import ProgressPrinter
-from trainer.ranks import Ranks
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.trainer.config import Config
+from papilio.trainer.metrics import ClickMetrics, MetricValues
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.run.progress_lines import ProgressPrinter
 
 
 def evaluate(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_pipeline.batch import Batch
-from data_pipeline.dataset import Dataset
-from data_pipeline.order import ReadPosition
-from sharding.table_shards import set_optimizer_step
-from trainer.optimizers import Optimizers
-from trainer.ranks import Ranks
-from trainer.sharded_model import ShardedModel
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.loading.batch import Batch
+from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.sharding.runtime.table_shards import set_optimizer_step
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.sharded_model import ShardedModel
 
 # DDP with a static graph cuts anew in the forward pass after these.
 NUM_PASSES = 2

@@ -9,22 +9,22 @@ from functools import partial
 
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader
-from trainer.checkpoint.policy import Checkpoints
-from trainer.config import Config
-from trainer.job_health import JobHealth
-from trainer.live.own_work import OwnWork
-from trainer.live.view import CheckpointView
-from trainer.live.writer import Run, Standing
-from trainer.models.train_model import StepOutput
-from trainer.optimizers import Optimizers
-from trainer.preemption import Preemption
-from trainer.ranks import Ranks
-from trainer.reporting import Reporter
-from trainer.run_folder import RunFolder
-from trainer.run_progress import Progress
-from trainer.sharded_model import ShardedModel
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.trainer.checkpoint.policy import Checkpoints
+from papilio.trainer.config import Config
+from papilio.trainer.elastic.health.job_health import JobHealth
+from papilio.trainer.elastic.health.live_view import CheckpointView
+from papilio.trainer.elastic.health.live_writer import Run, Standing
+from papilio.trainer.elastic.health.step_timer import OwnWork
+from papilio.trainer.elastic.preemption import Preemption
+from papilio.trainer.models.train_model import StepOutput
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.reporting import Reporter
+from papilio.trainer.run.folder import RunFolder
+from papilio.trainer.run_state import Progress
+from papilio.trainer.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from sharding.data_parallel import data_parallel_weights
-from trainer.config import Config, DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
-from trainer.config_file import ConfigError
+from papilio.sharding.runtime.data_parallel import data_parallel_weights
+from papilio.trainer.config import Config, DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from papilio.trainer.config_file import ConfigError
 
 SPARSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torchrec.optim.SGD,

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from data_pipeline.dataset import Dataset
-from trainer.config import Config
-from trainer.evaluation import evaluate
-from trainer.health import NanWatch, diagnose
-from trainer.models.train_model import StepOutput
-from trainer.progress import ProgressPrinter
-from trainer.ranks import Ranks
-from trainer.run_folder import RunFolder
-from trainer.run_progress import Progress
-from trainer.sharded_model import ShardedModel
+from papilio.data_pipeline.dataset import Dataset
+from papilio.trainer.config import Config
+from papilio.trainer.evaluation import evaluate
+from papilio.trainer.models.train_model import StepOutput
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.run.folder import RunFolder
+from papilio.trainer.run.learning_alerts import NanWatch, diagnose
+from papilio.trainer.run.progress_lines import ProgressPrinter
+from papilio.trainer.run_state import Progress
+from papilio.trainer.sharded_model import ShardedModel
 
 
 class Reporter:

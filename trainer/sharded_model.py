@@ -12,21 +12,21 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 
-from data_pipeline.dataset import Dataset
-from sharding.communication import check_communication, make_codecs
-from sharding.config import ReplicasConfig
-from sharding.initial_weights import initialize_tables
-from sharding.plan_conversion import to_sharding_plan
-from sharding.plan_file import PlanFile
-from sharding.replicas import ReplicatedModelParallel
-from sharding.rowwise_adagrad import speed_up_rowwise_adagrad
-from sharding.sharders import BagSharder
-from trainer.config import Config
-from trainer.models.build import build_model
-from trainer.models.train_model import TrainModel
-from trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, fuse_sparse_optimizer
-from trainer.planning import plan_run
-from trainer.ranks import Ranks
+from papilio.data_pipeline.dataset import Dataset
+from papilio.sharding.config import ReplicasConfig
+from papilio.sharding.plan_conversion import to_sharding_plan
+from papilio.sharding.plan_file import PlanFile
+from papilio.sharding.runtime.communication import check_communication, make_codecs
+from papilio.sharding.runtime.initial_weights import initialize_tables
+from papilio.sharding.runtime.replicas import ReplicatedModelParallel
+from papilio.sharding.runtime.rowwise_adagrad import speed_up_rowwise_adagrad
+from papilio.sharding.runtime.sharders import BagSharder
+from papilio.trainer.config import Config
+from papilio.trainer.models.build import build_model
+from papilio.trainer.models.train_model import TrainModel
+from papilio.trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, fuse_sparse_optimizer
+from papilio.trainer.planner_inputs import plan_run
+from papilio.trainer.process_group import Ranks
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train a model: `python -m trainer.train --recipe R [--section.key=value ...]`, one process a rank (torchrun)."""
+"""Train a model: `python -m papilio.trainer.train --recipe R [--section.key=value ...]`, a process a rank."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import DatasetError
-from data_pipeline.order import ReadPosition
-from data_pipeline.terminal import drop_what_has_no_room
-from sharding.hardware import HardwareError
-from sharding.plan_file import PlanFileError
-from sharding.planning.errors import PlanError
-from sharding.reports.placement import describe_placement
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import CheckpointError
-from trainer.checkpoint.policy import Checkpoints, RunIdentity
-from trainer.checkpoint.saver import SaveError, Saver
-from trainer.config import Config
-from trainer.config_file import ConfigError, load_config
-from trainer.evaluation import evaluate
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError, describe_join_failure, note_early_failure
-from trainer.gradient_buckets import settle_gradient_buckets
-from trainer.health import TrainingError, diagnose, diagnose_labels
-from trainer.install import InstallError, check_install
-from trainer.job_health import JobHealth, job_health
-from trainer.loop import RunContext, run_training, total_steps
-from trainer.measurement import compare
-from trainer.optimizers import Optimizers
-from trainer.preemption import watch_for_preemption
-from trainer.ranks import Ranks, process_group
-from trainer.resume import go_on, lock_folders
-from trainer.run_folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
-from trainer.run_lock import LockedError, LostLockError, RunLock
-from trainer.run_progress import Progress
-from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.same_on_all_hosts import check_same_folder_on_all, check_same_job_on_all
-from trainer.sharded_model import ShardedModel, build_sharded_model
-from trainer.start_checks import check_input, check_run, open_run_data, without_validation
-from trainer.storage import StorageError
-from trainer.summary import Summary, format_summary
-from trainer.versions import package_versions
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.data_pipeline.manifest import DatasetError
+from papilio.data_pipeline.terminal import drop_what_has_no_room
+from papilio.sharding.hardware import HardwareError
+from papilio.sharding.plan_file import PlanFileError
+from papilio.sharding.planner.errors import PlanError
+from papilio.sharding.reports.placement import describe_placement
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.format import CheckpointError
+from papilio.trainer.checkpoint.policy import Checkpoints, RunIdentity
+from papilio.trainer.checkpoint.resume import go_on, lock_folders
+from papilio.trainer.checkpoint.saver import SaveError, Saver
+from papilio.trainer.checks.same_on_all_hosts import check_same_folder_on_all, check_same_job_on_all
+from papilio.trainer.checks.start_checks import check_input, check_run, open_run_data, without_validation
+from papilio.trainer.config import Config
+from papilio.trainer.config_file import ConfigError, load_config
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.health.failures import LostRankError, describe_join_failure, note_early_failure
+from papilio.trainer.elastic.health.job_health import JobHealth, job_health
+from papilio.trainer.elastic.preemption import watch_for_preemption
+from papilio.trainer.evaluation import evaluate
+from papilio.trainer.gradient_buckets import settle_gradient_buckets
+from papilio.trainer.loop import RunContext, run_training, total_steps
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.run.folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
+from papilio.trainer.run.learning_alerts import TrainingError, diagnose, diagnose_labels
+from papilio.trainer.run.lock import LockedError, LostLockError, RunLock
+from papilio.trainer.run.measurement import compare
+from papilio.trainer.run.summary import Summary, format_summary
+from papilio.trainer.run.versions import package_versions
+from papilio.trainer.run_state import Progress
+from papilio.trainer.runtime import configure_runtime, no_garbage_collection
+from papilio.trainer.sharded_model import ShardedModel, build_sharded_model
+from papilio.trainer.storage.api import StorageError
 
 EXPECTED_ERRORS = (
     CheckpointError,
@@ -55,7 +54,6 @@ EXPECTED_ERRORS = (
     DatasetError,
     dist.DistError,
     HardwareError,
-    InstallError,
     LockedError,
     LostLockError,
     LostRankError,
@@ -69,14 +67,13 @@ EXPECTED_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank."""
-    parser = argparse.ArgumentParser(prog="trainer.train", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="papilio.trainer.train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True, help="TOML file, or the name of a shipped recipe")
     parser.add_argument("--host", help="hardware of the hosts, where the recipe has no sharding.hardware")
     known, overrides = parser.parse_known_args(arguments)
     drop_what_has_no_room()
     configure_runtime()
     try:
-        check_install()
         config = load_config(known.recipe, overrides, known.host)
         check_input(config)  # before the ranks meet: one that waits for another which left shows a traceback
         with (

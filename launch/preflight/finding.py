@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.preflight.facts import Card, HostFacts, LinkFacts, PlanFacts
-from trainer.config import Config
+from papilio.launch.preflight.facts import Card, HostFacts, LinkFacts, PlanFacts
+from papilio.trainer.config import Config
 
 Status = Literal["ok", "warn", "FAIL"]
 MAX_NAMED = 4

@@ -6,12 +6,11 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from launch.preflight.facts import Folder
-from launch.preflight.meeting import Excuse
-from trainer.checkpoint.config import CheckpointConfig
-from trainer.config import OutputConfig
-from trainer.retries import RetryPolicy, StorageError
-from trainer.storage import (
+from papilio.launch.preflight.facts import Folder
+from papilio.launch.preflight.meeting import Excuse
+from papilio.trainer.checkpoint.config import CheckpointConfig
+from papilio.trainer.config import OutputConfig
+from papilio.trainer.storage.api import (
     exists,
     free_bytes,
     list_folder,
@@ -22,6 +21,7 @@ from trainer.storage import (
     require_writable,
     write_text,
 )
+from papilio.trainer.storage.retries import RetryPolicy, StorageError
 
 # How long a file written on one host may take to be seen on another, which never asked for it before.
 SEEN_TIMEOUT_S = 3.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from launch.preflight.facts import Gpu
+from papilio.launch.preflight.facts import Gpu
 
 MIB = 1 << 20
 TIMEOUT_S = 60

@@ -7,8 +7,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from trainer.install import PACKAGES
-
+# Those of papilio, each with a hash of its own, so that a report names the one that differs.
+PACKAGES = ("data_pipeline", "launch", "sharding", "trainer")
 # What decides numbers, formats or messages between ranks.
 DISTRIBUTIONS = (
     "papilio",
@@ -41,7 +41,7 @@ def installed_versions() -> dict[str, str]:
 
 def code_hashes() -> dict[str, str]:
     """Return a hash of the files of each of our packages, and of the lists of files of the trio's wheels."""
-    home = Path(__file__).resolve().parents[2]
+    home = Path(__file__).absolute().parents[2]  # not its real path: a checkout links its folders into the package
     found = {name: folder_hash(home / name) for name in PACKAGES}
     for name in HASHED:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launch.preflight.finding import Evidence, Finding
-from launch.preflight.judging_hosts import (
+from papilio.launch.preflight.finding import Evidence, Finding
+from papilio.launch.preflight.judging_hosts import (
     check_clocks,
     check_code,
     check_gpus,
@@ -11,9 +11,9 @@ from launch.preflight.judging_hosts import (
     check_settings,
     check_versions,
 )
-from launch.preflight.judging_links import check_links
-from launch.preflight.judging_network import check_arrival, check_interfaces, check_names, check_ports
-from launch.preflight.judging_storage import check_data, check_folders, check_room
+from papilio.launch.preflight.judging_links import check_links
+from papilio.launch.preflight.judging_network import check_arrival, check_interfaces, check_names, check_ports
+from papilio.launch.preflight.judging_storage import check_data, check_folders, check_room
 
 
 def judge(evidence: Evidence) -> list[Finding]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from launch.preflight.facts import Gpu, HostFacts
-from launch.preflight.finding import Evidence, Finding, Status, odd_ones_out, or_all_well
-from sharding.hardware import Hardware, HardwareError, load_hardware
-from sharding.reports.figures import size
-from trainer.checkpoint.compatibility import cut
-from trainer.install import PACKAGES
+from papilio.launch.preflight.facts import Gpu, HostFacts
+from papilio.launch.preflight.finding import Evidence, Finding, Status, odd_ones_out, or_all_well
+from papilio.launch.preflight.installed import PACKAGES
+from papilio.sharding.hardware import Hardware, HardwareError, load_hardware
+from papilio.sharding.reports.figures import size
+from papilio.trainer.checkpoint.compatibility import cut
 
 GIB = 1 << 30
 MAX_SETTINGS = 5

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from launch.preflight.facts import RankSpeed
-from launch.preflight.finding import Evidence, Finding, Status
-from sharding.hardware import HardwareError, Rates, load_hardware
+from papilio.launch.preflight.facts import RankSpeed
+from papilio.launch.preflight.finding import Evidence, Finding, Status
+from papilio.sharding.hardware import HardwareError, Rates, load_hardware
 
 # gloo's large all-to-alls move at half the line's rate, as its directions do not overlap (two hosts shaped to 1 Gbit/s,
 # torch 2.13, 2026-11-20): less than this share of the profile's figure is another matter.
@@ -159,7 +159,7 @@ def _sent_share(collective: str, evidence: Evidence) -> float:
 
 
 def _expected_s(collective: str, size: int, rates: Rates, evidence: Evidence) -> float:
-    """Seconds by the planner's formulas (sharding/planning/cost.py), for one message of so many bytes."""
+    """Seconds by the planner's formulas (sharding/planner/cost.py), for one message of so many bytes."""
     per_host, num_hosts = evidence.nproc, evidence.num_hosts
     ranks = per_host * num_hosts
     if collective == "all-to-all":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from launch.preflight.facts import Reached
-from launch.preflight.finding import MAX_NAMED, Evidence, Finding, named, or_all_well
-from launch.preflight.reach import TOO_LARGE
-from trainer.addresses import is_loopback
+from papilio.launch.preflight.facts import Reached
+from papilio.launch.preflight.finding import MAX_NAMED, Evidence, Finding, named, or_all_well
+from papilio.launch.preflight.reach import TOO_LARGE
+from papilio.trainer.elastic.addresses import is_loopback
 
 NEVER = (
     "papilio logs, or the scheduler's, show what happened on it; a host that is slow to start gets longer with --wait"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launch.preflight.facts import DataFacts
-from launch.preflight.finding import Evidence, Finding, named, or_all_well
-from sharding.reports.figures import size
+from papilio.launch.preflight.facts import DataFacts
+from papilio.launch.preflight.finding import Evidence, Finding, named, or_all_well
+from papilio.sharding.reports.figures import size
 
 GIB = 1 << 30
 # Metrics, TensorBoard's events, the report, logs.

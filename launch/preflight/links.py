@@ -1,4 +1,4 @@
-"""Starts the ranks that measure the links (trainer/link_speed.py) on this host, and reads what they print."""
+"""Starts the ranks that measure the links (trainer/calibration/link_speed.py) here, and reads what they print."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import IO, Any
 
-from launch.preflight.facts import LinkFacts, RankSpeed
-from trainer.bootstrap import bound, module_command
+from papilio.launch.preflight.facts import LinkFacts, RankSpeed
+from papilio.trainer.elastic.bootstrap import bound, module_command
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Rank:
         self._phase = "starting"
         self._last_words: list[str] = []
         self._process = subprocess.Popen(
-            bound(module_command("trainer.link_speed"), signal.SIGKILL),
+            bound(module_command("papilio.trainer.calibration.link_speed"), signal.SIGKILL),
             env={**os.environ, **_environment(job, local_rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from trainer.memory_limit import memory_limit_bytes
+from papilio.trainer.elastic.memory_limit import memory_limit_bytes
 
 
 def num_cores() -> int:

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.preflight.wire import Line, SilenceError, listen, why_not
-from trainer.addresses import is_own_address
+from papilio.launch.preflight.wire import Line, SilenceError, listen, why_not
+from papilio.trainer.elastic.addresses import is_own_address
 
 NUM_CLOCK_QUESTIONS = 5
 HANDSHAKE_TIMEOUT_S = 10.0

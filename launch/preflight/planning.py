@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from launch.preflight.facts import PlanFacts
-from sharding.plan_file import PlanFileError, plan_from_json
-from trainer.bootstrap import child_command
+from papilio.launch.preflight.facts import PlanFacts
+from papilio.sharding.plan_file import PlanFileError, plan_from_json
+from papilio.trainer.elastic.bootstrap import child_command
 
 TIMEOUT_S = 300
 PREFIX = "papilio plan: error: "
@@ -15,7 +15,7 @@ PREFIX = "papilio plan: error: "
 
 def plan_job(recipe: str, overrides: Sequence[str], hardware: str | None, num_hosts: int, nproc: int) -> PlanFacts:
     """Plan the job as `papilio plan` does."""
-    command = child_command("trainer.plan", "--recipe", recipe, "--json")
+    command = child_command("papilio.trainer.plan_run", "--recipe", recipe, "--json")
     command += ["--num-nodes", str(num_hosts), "--ranks-per-node", str(nproc)]
     command += [*(["--hardware", hardware] if hardware else []), *overrides]
     try:

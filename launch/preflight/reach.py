@@ -10,9 +10,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from launch.preflight.facts import Card, Reached
-from launch.preflight.wire import Line, SilenceError, listen, plain_address, why_not
-from trainer.addresses import is_loopback
+from papilio.launch.preflight.facts import Card, Reached
+from papilio.launch.preflight.wire import Line, SilenceError, listen, plain_address, why_not
+from papilio.trainer.elastic.addresses import is_loopback
 
 # More than one packet of any network: where packets of full size are dropped, a connection opens and then stalls.
 PARCEL_BYTES = 64 << 10

@@ -7,8 +7,8 @@ import json
 import textwrap
 from collections.abc import Sequence
 
-from data_pipeline.terminal import table_columns
-from launch.preflight.finding import Evidence, Finding, named
+from papilio.data_pipeline.terminal import table_columns
+from papilio.launch.preflight.finding import Evidence, Finding, named
 
 MAX_HOST_WIDTH = 24
 

@@ -1,4 +1,4 @@
-"""One host's part of a preflight: `python -m launch.preflight.worker --recipe R --nnodes N ...`, on every host.
+"""One host's part of a preflight: `python -m papilio.launch.preflight.worker --recipe R --nnodes N ...`, on every host.
 
 The hosts meet at the first one over plain TCP, find out what they can without torch, let their ranks measure the links,
 and send all to the first host, which judges it and prints the table. Nothing waits without a limit.
@@ -17,26 +17,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from data_pipeline.verification import check_data
-from launch.preflight.facts import Card, DataFacts, Gpu, HostFacts, LinkFacts, PlanFacts
-from launch.preflight.folders import SharedFolder, written_folders
-from launch.preflight.gpus import query_gpus
-from launch.preflight.installed import code_hashes, installed_versions
-from launch.preflight.judging import Evidence, judge
-from launch.preflight.links import LinkJob, measure_links
-from launch.preflight.machine import memory_bytes, num_cores, shared_memory_bytes
-from launch.preflight.meeting import Meeting, MeetingError, Place, holds_meeting, open_meeting
-from launch.preflight.planning import plan_job
-from launch.preflight.reach import DataPort, gloo_address, interface_of, reach_all
-from launch.preflight.report import format_report, report_as_json
-from launch.preflight.wire import free_port
-from launch.usage import UsageError
-from trainer.addresses import is_loopback
-from trainer.checkpoint.compatibility import shared_settings
-from trainer.config import Config
-from trainer.config_file import ConfigError, load_config
-from trainer.install import InstallError, check_install
-from trainer.storage import free_bytes
+from papilio.data_pipeline.verification import check_data
+from papilio.launch.preflight.facts import Card, DataFacts, Gpu, HostFacts, LinkFacts, PlanFacts
+from papilio.launch.preflight.folders import SharedFolder, written_folders
+from papilio.launch.preflight.gpus import query_gpus
+from papilio.launch.preflight.installed import code_hashes, installed_versions
+from papilio.launch.preflight.judging import Evidence, judge
+from papilio.launch.preflight.links import LinkJob, measure_links
+from papilio.launch.preflight.machine import memory_bytes, num_cores, shared_memory_bytes
+from papilio.launch.preflight.meeting import Meeting, MeetingError, Place, holds_meeting, open_meeting
+from papilio.launch.preflight.planning import plan_job
+from papilio.launch.preflight.reach import DataPort, gloo_address, interface_of, reach_all
+from papilio.launch.preflight.report import format_report, report_as_json
+from papilio.launch.preflight.wire import free_port
+from papilio.launch.usage import UsageError
+from papilio.trainer.checkpoint.compatibility import shared_settings
+from papilio.trainer.config import Config
+from papilio.trainer.config_file import ConfigError, load_config
+from papilio.trainer.elastic.addresses import is_loopback
+from papilio.trainer.storage.api import free_bytes
 
 FACTS_TIMEOUT_S = 300.0
 READ_S_PER_GIB = 60.0  # from a slow disk over a slow network
@@ -87,10 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Take part in a preflight; 0 when no check failed on any host, 1 if they did not meet, else --failure-status."""
     options = read_options(arguments)
     try:
-        check_install()
         config = load_config(options.recipe, options.overrides)
         return options.failure_status if take_part(options, config) else 0
-    except (ConfigError, InstallError, MeetingError, UsageError) as error:
+    except (ConfigError, MeetingError, UsageError) as error:
         print(f"papilio preflight: error: {error}", file=sys.stderr, flush=True)
         # The first host may be gone: that may go better another time.
         return 1 if isinstance(error, MeetingError) else options.failure_status
@@ -319,7 +317,7 @@ def _expected_names() -> dict[int, str]:
 
 def read_options(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line of a worker."""
-    parser = argparse.ArgumentParser(prog="launch.preflight.worker", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="papilio.launch.preflight.worker", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--nnodes", type=int, required=True)
     parser.add_argument("--nproc", type=int, required=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.usage import UsageError
+from papilio.launch.usage import UsageError
 
 
 class SchedulerError(ValueError):

@@ -25,9 +25,9 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from torchx.schedulers.api import ListAppResponse
 
-from data_pipeline.local_path import PathError, check_local_path
-from launch.schedulers.errors import RequestError, SchedulerError
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
+from papilio.data_pipeline.local_path import PathError, check_local_path
+from papilio.launch.schedulers.errors import RequestError, SchedulerError
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE
 
 JOB, EVENTS, CANCEL_EVENTS = "job.json", "job.events", "cancel.events"
 EVENT = re.compile(r"(\d+(?:\.\d+)?)\t(\d+)\t(\w+)\t(.*)", re.ASCII)

@@ -26,18 +26,18 @@ def scheduler_of(runner: Runner, name: str) -> Any:
 
 
 def _slurm(session_name: str, **parameters: Any) -> Scheduler[Any]:
-    from launch.schedulers.slurm import SlurmJobs
+    from papilio.launch.schedulers.slurm.scheduler import SlurmJobs
 
     return SlurmJobs(session_name, **parameters)
 
 
 def _local(session_name: str, **parameters: Any) -> Scheduler[Any]:
-    from launch.schedulers.local import LocalJobs
+    from papilio.launch.schedulers.local.scheduler import LocalJobs
 
     return LocalJobs(session_name, **parameters)
 
 
 def _kubernetes(session_name: str, **parameters: Any) -> Scheduler[Any]:
-    from launch.schedulers.kubernetes import create_scheduler
+    from papilio.launch.schedulers.kubernetes.scheduler import create_scheduler
 
     return create_scheduler(session_name, **parameters)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from sharding.calibration.fit import fit_line
+from papilio.sharding.calibration.fit import fit_line
 
 SIZES_BYTES = (16 << 10, 128 << 10, 1 << 20, 4 << 20, 16 << 20)
 # A rate for what cannot be measured: one rank sends nothing.

@@ -18,10 +18,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from sharding.calibration.fit import fit_relative
-from sharding.hardware import KernelRates
-from sharding.planning.cost import kernel_s, touched_row_bytes
-from sharding.rowwise_adagrad import speed_up_rowwise_adagrad
+from papilio.sharding.calibration.fit import fit_relative
+from papilio.sharding.hardware import KernelRates
+from papilio.sharding.planner.cost import kernel_s, touched_row_bytes
+from papilio.sharding.runtime.rowwise_adagrad import speed_up_rowwise_adagrad
 
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sharding.calibration.fit import fit_robust
-from sharding.hardware import KERNELS, KernelRates
+from papilio.sharding.calibration.fit import fit_robust
+from papilio.sharding.hardware import KERNELS, KernelRates
 
 OVERHEADS = (
     "step_s",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sharding.hardware import UNITS, Figure, Hardware, HardwareError, RatesEntry, load_hardware
+from papilio.sharding.hardware import UNITS, Figure, Hardware, HardwareError, RatesEntry, load_hardware
 
 SOURCE = "papilio calibrate"
 # Units to choose from, by how a figure's name ends; the largest that leaves a value of 1 or more.

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sharding.plan_file import PlanFile, PlannedTable, ShardPlace
-from sharding.reports.figures import count, places, size, step_parts
-from sharding.reports.moves import bytes_on_ranks, held_places, moved_bytes
+from papilio.sharding.plan_file import PlanFile, PlannedTable, ShardPlace
+from papilio.sharding.reports.figures import count, places, size, step_parts
+from papilio.sharding.reports.moves import bytes_on_ranks, held_places, moved_bytes
 
 
 @dataclass(frozen=True)

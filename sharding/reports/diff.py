@@ -6,9 +6,9 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from sharding.plan_file import PlannedTable
-from sharding.reports.changes import PlanDiff, TableChange, diff_plans
-from sharding.reports.figures import count, milliseconds, rank_ranges, size
+from papilio.sharding.plan_file import PlannedTable
+from papilio.sharding.reports.changes import PlanDiff, TableChange, diff_plans
+from papilio.sharding.reports.figures import count, milliseconds, rank_ranges, size
 
 __all__ = ["PlanDiff", "TableChange", "diff_plans", "format_diff"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from sharding.plan_file import PlanFile
-from sharding.planning.explain import OptionReport
+from papilio.sharding.plan_file import PlanFile
+from papilio.sharding.planner.explain import OptionReport
 
 GIB = 1 << 30
 MIB = 1 << 20

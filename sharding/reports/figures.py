@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sharding.plan_file import PlanFile
+from papilio.sharding.plan_file import PlanFile
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from sharding.plan_file import PlannedTable, ShardPlace
+from papilio.sharding.plan_file import PlannedTable, ShardPlace
 
 
 def bytes_on_ranks(table: PlannedTable) -> dict[int, int]:

@@ -6,11 +6,11 @@ import html
 import json
 from typing import Any
 
-from sharding.plan_file import Phases, PlanFile, PlannedTable
-from sharding.reports.figures import MEMORY_NAMES, PHASE_NAMES, step_parts
-from sharding.reports.page_frame import fill_page, packaged_text
+from papilio.sharding.plan_file import Phases, PlanFile, PlannedTable
+from papilio.sharding.reports.figures import MEMORY_NAMES, PHASE_NAMES, step_parts
+from papilio.sharding.reports.page_frame import fill_page, packaged_text
 
-PACKAGE = "sharding.reports"
+PACKAGE = "papilio.sharding.reports"
 TEMPLATE = "page.html"
 STYLE = "page.css"
 SCRIPTS = ("page_head.js", "page_charts.js", "page_tables.js", "page.js")

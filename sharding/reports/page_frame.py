@@ -13,7 +13,7 @@ def fill_page(template: str, fillings: Mapping[str, str]) -> str:
 
     It is split once, so that what is filled in is never searched for placeholders itself.
     """
-    frame = {name: packaged_text("sharding.reports", file) for name, file in FRAME.items()}
+    frame = {name: packaged_text("papilio.sharding.reports", file) for name, file in FRAME.items()}
     known = {**frame, **fillings}
     pieces = template.split("%%")
     return "".join(known[piece] if number % 2 else piece for number, piece in enumerate(pieces))

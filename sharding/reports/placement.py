@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sharding.plan_file import PlanFile
-from sharding.planning.notes import row_state_note
+from papilio.sharding.plan_file import PlanFile
+from papilio.sharding.planner.notes import row_state_note
 
 MIB = 1 << 20
 # Ranks listed one by one; of more, the extremes are told.

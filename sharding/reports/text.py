@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from sharding.plan_file import PlanFile
-from sharding.reports.figures import bar, count, milliseconds, percent, size, step_parts
-from sharding.reports.text_ranks import format_ranks
-from sharding.reports.text_tables import format_tables
+from papilio.sharding.plan_file import PlanFile
+from papilio.sharding.reports.figures import bar, count, milliseconds, percent, size, step_parts
+from papilio.sharding.reports.text_ranks import format_ranks
+from papilio.sharding.reports.text_tables import format_tables
 
 MIN_COLUMNS = 80
 MAX_BAR = 40

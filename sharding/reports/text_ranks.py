@@ -6,8 +6,8 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 
-from sharding.plan_file import PlanFile, PlannedRank
-from sharding.reports.figures import bar, milliseconds, rank_ranges, size
+from papilio.sharding.plan_file import PlanFile, PlannedRank
+from papilio.sharding.reports.figures import bar, milliseconds, rank_ranges, size
 
 MAX_LINES = 24
 # Of more lines than MAX_LINES, the ends that are shown.

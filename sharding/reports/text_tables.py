@@ -7,8 +7,8 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from sharding.plan_file import PlanFile, PlannedTable
-from sharding.reports.figures import count, milliseconds, rank_ranges, size
+from papilio.sharding.plan_file import PlanFile, PlannedTable
+from papilio.sharding.reports.figures import count, milliseconds, rank_ranges, size
 
 # More tables than this are grouped, but for those that cost most.
 MAX_LINES = 32

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from data_pipeline.checksums import file_crc32, join_crc32
+from papilio.data_pipeline.checksums import file_crc32, join_crc32
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 999, 1000, 1001, 12_345])

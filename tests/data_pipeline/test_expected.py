@@ -1,8 +1,8 @@
 import pytest
 
-from data_pipeline.expected import expected_dataset
-from data_pipeline.manifest import DatasetError
-from data_pipeline.shapes import SHAPES
+from papilio.data_pipeline.expected import expected_dataset
+from papilio.data_pipeline.generate.shapes import SHAPES
+from papilio.data_pipeline.manifest import DatasetError
 
 
 def test_a_shape_by_name_has_its_columns_and_two_rows_more():

@@ -6,9 +6,9 @@ import zlib
 
 import pytest
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.inner_path import inner_path_problem, link_problem
-from data_pipeline.manifest import DatasetError
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.inner_path import inner_path_problem, link_problem
+from papilio.data_pipeline.manifest import DatasetError
 from tests.support.datasets import write_dataset
 
 

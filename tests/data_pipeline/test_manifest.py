@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.manifest import (
+from papilio.data_pipeline.manifest import (
     CategoricalStats,
     DatasetError,
     Manifest,
@@ -12,7 +12,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_pipeline.schema import TRANSFORM_VERSION, CategoricalColumn, Schema
+from papilio.data_pipeline.schema import TRANSFORM_VERSION, CategoricalColumn, Schema
 
 
 def _manifest() -> Manifest:

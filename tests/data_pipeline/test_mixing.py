@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.mixing import key_of, mix64
+from papilio.data_pipeline.mixing import key_of, mix64
 
 
 def test_mix64_is_splitmix64() -> None:

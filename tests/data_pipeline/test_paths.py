@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.paths import path_manager, replace
+from papilio.data_pipeline.paths import path_manager, replace
 
 
 def test_a_local_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

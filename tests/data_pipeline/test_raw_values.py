@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.arrow_types import type_fault
-from data_pipeline.bad_rows import PreprocessError
-from data_pipeline.byte_blocks import PADDING_BYTES, Block, load_block
-from data_pipeline.raw_values import Faults, is_printed_list
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
-from data_pipeline.table_columns import categorical_codes, dense_values, labels_of
-from data_pipeline.table_source import parse_header, parse_text_block, read_parquet_batches
+from papilio.data_pipeline.arrow_types import type_fault
+from papilio.data_pipeline.preprocess.bad_rows import PreprocessError
+from papilio.data_pipeline.preprocess.byte_blocks import PADDING_BYTES, Block, load_block
+from papilio.data_pipeline.preprocess.table_columns import categorical_codes, dense_values, labels_of
+from papilio.data_pipeline.preprocess.table_source import parse_header, parse_text_block, read_parquet_batches
+from papilio.data_pipeline.raw_values import Faults, is_printed_list
+from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 
 STRING = CategoricalColumn(name="c")
 INTEGER = CategoricalColumn(name="c", kind="integer")

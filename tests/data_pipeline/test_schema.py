@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.schema import (
+from papilio.data_pipeline.schema import (
     MISSING_ID,
     NUM_RESERVED_IDS,
     UNKNOWN_ID,

@@ -5,9 +5,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.manifest import DatasetError, ShardInfo
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
-from data_pipeline.shards import Bags, Columns, file_crc32, open_shard, write_shard
+from papilio.data_pipeline.manifest import DatasetError, ShardInfo
+from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from papilio.data_pipeline.shards import Bags, Columns, file_crc32, open_shard, write_shard
 
 SCHEMA = Schema(
     dense=(DenseColumn(name="a"), DenseColumn(name="b")),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import terminal
-from trainer.bootstrap import module_command
+from papilio.data_pipeline import terminal
+from papilio.trainer.elastic.bootstrap import module_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = "|█▌ | ── 2 \u00d7 3 → 6 é …"
@@ -43,7 +43,7 @@ def test_characters_that_a_stream_does_not_have_are_replaced(settings: dict[str,
 
 
 def test_a_reader_that_goes_ends_a_process_without_a_traceback() -> None:
-    for words in (["-m", "launch.cli", "--help"], [*module_command("launch.cli", "--help")[1:]]):
+    for words in (["-m", "papilio.launch.cli", "--help"], [*module_command("papilio.launch.cli", "--help")[1:]]):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_job_whose_output_is_a_log_shows_the_traceback() -> None:
 
 
 def test_a_full_disk_under_stdout_is_told_in_one_line() -> None:
-    for words in (["-m", "launch.cli", "--help"], [*module_command("launch.cli", "--help")[1:]]):
+    for words in (["-m", "papilio.launch.cli", "--help"], [*module_command("papilio.launch.cli", "--help")[1:]]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
                 [sys.executable, *words], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False

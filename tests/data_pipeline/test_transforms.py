@@ -3,8 +3,15 @@ import math
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.schema import DenseColumn
-from data_pipeline.transforms import binary_array, binary_buffers, fnv1a, hash_binary, hash_integers, transform_dense
+from papilio.data_pipeline.schema import DenseColumn
+from papilio.data_pipeline.transforms import (
+    binary_array,
+    binary_buffers,
+    fnv1a,
+    hash_binary,
+    hash_integers,
+    transform_dense,
+)
 
 
 def test_log1p_clamps_and_fills_missing():

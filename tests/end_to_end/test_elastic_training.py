@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from papilio.trainer.checkpoint.folder import CheckpointFolder
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.small_runs import SMALL_RECIPE
-from trainer.checkpoint.folder import CheckpointFolder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def undisturbed(recipe):
 
 
 def start(recipe, run_dir, nproc=2):
-    command = [sys.executable, "-m", "launch.cli", "train", "--recipe", recipe, "--nproc", str(nproc)]
+    command = [sys.executable, "-m", "papilio.launch.cli", "train", "--recipe", recipe, "--nproc", str(nproc)]
     command.append(f"--output.run_dir={run_dir}")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     pipe = subprocess.PIPE

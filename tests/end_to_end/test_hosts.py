@@ -51,7 +51,7 @@ def training(folder: Path, endpoint: str, nnodes: str) -> list[str]:
     """The command that trains on each host; it stands still at steps that a test sets."""
     write_data(str(folder / "data"), SIZE)
     recipe = write_recipe(str(folder / "recipe.toml"), str(folder / "data"), SIZE, TYPES_OF_CHANGING_RANKS)
-    words = ["launch.cli", "train", "--recipe", recipe, "--nproc", "1", "--nnodes", nnodes]
+    words = ["papilio.launch.cli", "train", "--recipe", recipe, "--nproc", "1", "--nnodes", nnodes]
     return [*words, "--rdzv-endpoint", endpoint, f"--output.run_dir={folder / 'run'}"]
 
 
@@ -67,7 +67,7 @@ def test_training_outlives_its_first_host_and_trains_every_sample_once(
 ) -> None:
     """Two hosts and a store on a third; the first is lost and comes back."""
     prepare(tmp_path, limit=30)
-    store = start("n3", "launch.cli", "rendezvous", "--port", "29400")
+    store = start("n3", "papilio.launch.cli", "rendezvous", "--port", "29400")
     command = training(tmp_path, "n3:29400", "1:2")
     first, second = start("n1", *command), start("n2", *command)
     wait_for_step(tmp_path, 30, 2, first, second)
@@ -91,7 +91,13 @@ def test_training_outlives_its_first_host_and_trains_every_sample_once(
 def toy(folder: Path, nnodes: str, first: str = "n1", join_timeout_s: int = 60) -> list[str]:
     """An agent with one rank of the toy job, which does not end by itself."""
     waits = f"join_timeout={join_timeout_s},store_timeout=60,last_call_timeout=1"
-    words = ["trainer.agent", f"--nnodes={nnodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", "--max-restarts=5"]
+    words = [
+        "papilio.trainer.elastic.agent",
+        f"--nnodes={nnodes}",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--max-restarts=5",
+    ]
     words += [f"--rdzv-conf={waits},keep_alive_interval=1,keep_alive_max_attempt=3", f"--rdzv-endpoint={first}:29400"]
     words += ["--rdzv-id=toy", "--tee=3", "--role=", "-m", "--", "tests.support.toy_job", str(folder)]
     return [*words, "--steps=1000000", f"--stall-timeout-s={STALL_TIMEOUT_S}"]

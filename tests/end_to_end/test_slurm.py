@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.schedulers.job_folder import read_events
+from papilio.launch.schedulers.job_folder import read_events
+from papilio.trainer.checkpoint.folder import CheckpointFolder
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
 from tests.support.host_namespaces import HostNamespaces, why_not_here
@@ -29,7 +30,6 @@ from tests.support.slurm_cluster import SlurmCluster, free_ports, pids_with
 from tests.support.slurm_programs import SlurmPrograms
 from tests.support.small_runs import SMALL_RECIPE
 from tests.support.torchx_command import REPOSITORY, run_torchx
-from trainer.checkpoint.folder import CheckpointFolder
 
 TIMEOUT_S = 120
 # Slurm's own default is 300.
@@ -57,7 +57,7 @@ class Place:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command of ours, where Slurm can be asked."""
-        command = self.cluster.command([sys.executable, "-m", "launch.cli", *words])
+        command = self.cluster.command([sys.executable, "-m", "papilio.launch.cli", *words])
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self.environment, cwd=self.folder)
 
@@ -108,7 +108,7 @@ def kill_rank(cluster: SlurmCluster, run_dir: str, host: str) -> None:
     """Kill the rank that a job runs on this host."""
     for pid in pids_with("SLURMD_NODENAME", host, cluster.folder):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        if f"--output.run_dir={run_dir}" in words and "trainer.agent" not in words:
+        if f"--output.run_dir={run_dir}" in words and "papilio.trainer.elastic.agent" not in words:
             os.kill(pid, signal.SIGKILL)
             return
     raise AssertionError(f"no rank on {host}")

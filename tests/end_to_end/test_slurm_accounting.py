@@ -13,9 +13,9 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.schedulers.slurm_scheduler import create_scheduler
 
-from launch import cli
-from launch.schedulers.job_folder import find_record, host_logs
-from launch.schedulers.runner import make_runner
+from papilio.launch import cli
+from papilio.launch.schedulers.job_folder import find_record, host_logs
+from papilio.launch.schedulers.runner import make_runner
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_programs import NoSlurmError, find_slurm
 from tests.support.torchx_command import run_torchx

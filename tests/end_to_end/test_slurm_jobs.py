@@ -15,11 +15,11 @@ from torchx import specs
 from torchx.runner import Runner
 from torchx.specs import AppState
 
-from launch import cli
-from launch.schedulers import slurm_queries
-from launch.schedulers.errors import SchedulerError
-from launch.schedulers.job_folder import JobRecord, find_record, read_events
-from launch.schedulers.runner import make_runner
+from papilio.launch import cli
+from papilio.launch.schedulers.errors import SchedulerError
+from papilio.launch.schedulers.job_folder import JobRecord, find_record, read_events
+from papilio.launch.schedulers.runner import make_runner
+from papilio.launch.schedulers.slurm import queries as slurm_queries
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.torchx_command import run_torchx
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from papilio.launch import cli
 from tests.support.datasets import write_dataset
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.torchx_command import run_torchx

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from launch import cli
+from papilio.launch import cli
 from tests.support.checkpoint_runs import make_config, run_train
 from tests.support.datasets import write_dataset
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
-from launch.verbs import VERBS, Verb
+from papilio.launch import cli
+from papilio.launch.verbs import VERBS, Verb
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIST_TORCH_MODULES = """
 import json, sys
-from launch.cli import main
+from papilio.launch.cli import main
 try:
     status = main(json.loads(sys.argv[1]))
 except SystemExit as exit:
@@ -24,7 +24,7 @@ print(json.dumps([status, sorted({name.partition(".")[0] for name in sys.modules
 
 
 def run_papilio(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = [sys.executable, "-m", "papilio.launch.cli", *arguments]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=60, check=False)
 
@@ -112,7 +112,7 @@ def test_a_setting_with_spaces_is_no_word_of_its_own() -> None:
 
 
 def test_a_closed_pipe_ends_without_a_traceback() -> None:
-    command = f"{sys.executable} -m launch.cli train --help | head -c 1"
+    command = f"{sys.executable} -m papilio.launch.cli train --help | head -c 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False
     )
@@ -216,7 +216,7 @@ def test_what_nobody_foresaw_is_one_line_and_its_traceback_a_file(
         raise error
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.setattr("launch.data_jobs.run_generate", fail)
+    monkeypatch.setattr("papilio.launch.jobs.data.run_generate", fail)
     assert cli.main(["generate", "--rows", "1", "--output", "o"]) == 1
     shown = capsys.readouterr().err.strip()
     found = re.fullmatch(rf"papilio generate: error: .*{message}.*|papilio generate: error: {message}", shown)

@@ -5,9 +5,9 @@ import inspect
 import pytest
 from torchx import specs
 
-from launch import components
-from launch.component_arguments import build_app, our_components
-from launch.usage import RefusedError, UsageError
+from papilio.launch import components
+from papilio.launch.component_arguments import build_app, our_components
+from papilio.launch.usage import RefusedError, UsageError
 
 TRAIN = ["--recipe", "quickstart", "--nproc", "3", "--nnodes", "2:4", "--rdzv_port", "1234", "--python", "python3"]
 

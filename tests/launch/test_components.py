@@ -8,13 +8,13 @@ import torch.distributed.run
 from torchx import specs
 from torchx.specs import finder
 
-from launch import components, start
-from launch.cli import parse_arguments
-from launch.preflight.worker import read_options
-from launch.schedulers.kubernetes import with_local_files
-from launch.usage import UsageError
-from launch.verbs import VERBS
-from trainer import bootstrap
+from papilio.launch import components, start
+from papilio.launch.cli import parse_arguments
+from papilio.launch.preflight.worker import read_options
+from papilio.launch.schedulers.kubernetes.scheduler import with_local_files
+from papilio.launch.usage import UsageError
+from papilio.launch.verbs import VERBS
+from papilio.trainer.elastic import bootstrap
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_NODE_VARIABLE = "HEAD_NODE_OF_THIS_TEST"
@@ -27,7 +27,7 @@ def resolve(app: specs.AppDef) -> specs.Role:
 
 
 def after_agent(role: specs.Role) -> list[str]:
-    return role.args[role.args.index("trainer.agent") + 1 :]
+    return role.args[role.args.index("papilio.trainer.elastic.agent") + 1 :]
 
 
 def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
@@ -36,7 +36,7 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
     assert role.args == [
         bootstrap.FILE,
         "-m",
-        "trainer.agent",
+        "papilio.trainer.elastic.agent",
         "--nnodes=1",
         "--nproc-per-node=3",
         "--max-restarts=3",
@@ -48,7 +48,7 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
         "--role=",
         "-m",
         "--",
-        "trainer.train",
+        "papilio.trainer.train",
         "--recipe",
         "quickstart",
         "--train.epochs=2",
@@ -60,7 +60,16 @@ def test_one_node_is_started_without_a_shell_on_a_free_port() -> None:
 
 def test_evaluate_passes_its_arguments_on() -> None:
     role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
-    assert role.args[-8:] == ["--", "trainer.evaluate", "--run", "runs/a", "--split", "validation", "--data", "d"]
+    assert role.args[-8:] == [
+        "--",
+        "papilio.trainer.evaluate_run",
+        "--run",
+        "runs/a",
+        "--split",
+        "validation",
+        "--data",
+        "d",
+    ]
     assert resolve(components.evaluate(run="runs/a")).args[-4:] == ["--run", "runs/a", "--split", "test"]
     assert resolve(components.evaluate(run="runs/a", checkpoint="best")).args[-2:] == ["--checkpoint", "best"]
     assert role.env["OMP_NUM_THREADS"] == "4"
@@ -72,7 +81,7 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     app = components.evaluate(run="runs/a", nnodes=nnodes)
     role = resolve(app)
     parsed = torch.distributed.run.parse_args(after_agent(role))
-    assert (parsed.module, parsed.training_script) == (True, "trainer.evaluate")
+    assert (parsed.module, parsed.training_script) == (True, "papilio.trainer.evaluate_run")
     assert parsed.training_script_args == ["--run", "runs/a", "--split", "test"]
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.tee) == (str(nnodes), "2", "3")
 
@@ -80,25 +89,25 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
 # What a host runs before the agent.
 COPIED = (
     "launch/start.py",
-    "trainer/bootstrap.py",
-    "trainer/exit_codes.py",
+    "trainer/elastic/bootstrap.py",
+    "trainer/elastic/exit_codes.py",
     "data_pipeline/crash.py",
     "data_pipeline/terminal.py",
 )
 
 
 def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run the role's command with a stand-in for trainer.agent that prints its arguments and its environment."""
+    """Run the role's command with a stand-in for the agent that prints its arguments and its environment."""
     for package in ("launch", "trainer", "data_pipeline"):
         (tmp_path / package).mkdir(exist_ok=True)
         (tmp_path / package / "__init__.py").touch()
     for name in COPIED:
         (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
     agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
-    (tmp_path / "trainer/agent.py").write_text(agent)
+    (tmp_path / "trainer/elastic/agent.py").write_text(agent)
     role = resolve(app)
     return subprocess.run(
-        [role.entrypoint, str(tmp_path / "trainer/bootstrap.py"), *role.args[1:]],
+        [role.entrypoint, str(tmp_path / "trainer/elastic/bootstrap.py"), *role.args[1:]],
         capture_output=True,
         text=True,
         env={**role.env, **environment},
@@ -125,7 +134,7 @@ def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
     words = json.loads(done.stdout)["words"]
     parsed = torch.distributed.run.parse_args(words)
     assert (parsed.rdzv_endpoint, parsed.rdzv_id, parsed.nnodes) == ("host-a:1234", "job_7", "2")
-    assert words[-5:] == ["--", "trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
+    assert words[-5:] == ["--", "papilio.trainer.train", "--recipe", "r", "--name=$HOME 'x'"]
 
 
 @pytest.mark.parametrize("status", [0, 1, 78])
@@ -140,7 +149,7 @@ def test_a_preflight_comes_first_meets_where_the_job_will_and_may_end_it(tmp_pat
     assert (options.rdzv_endpoint, options.index, options.job) == ("host-a:1234", 0, "job_7")
     assert (options.wait_s, options.failure_status) == (900, 78)
     assert done.returncode == status
-    assert ("trainer.train" in done.stdout) == (status == 0)
+    assert ("papilio.trainer.train" in done.stdout) == (status == 0)
     assert ("the checks before the job failed, the log of host 0 says why; nothing was started" in done.stderr) == (
         status != 0
     )
@@ -230,7 +239,9 @@ def test_an_image_has_its_own_interpreter() -> None:
     assert components.train(recipe="r").roles[0].entrypoint == sys.executable
     role = components.train(recipe="r", image="registry/papilio:1").roles[0]
     assert role.entrypoint == "python3"
-    assert role.args[:5] == ["-P", "-m", "trainer.bootstrap", "-m", "trainer.agent"], "where the image has it"
+    assert role.args[:5] == ["-P", "-m", "papilio.trainer.elastic.bootstrap", "-m", "papilio.trainer.elastic.agent"], (
+        "where the image has it"
+    )
     assert components.train(recipe="r", image="registry/papilio:1", python="/py").roles[0].entrypoint == "/py"
 
 
@@ -267,7 +278,7 @@ def test_training_gets_time_to_save_and_restarts_and_evaluation_neither() -> Non
 def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     component = finder.get_component(f"{REPOSITORY}/launch/components.py:train")
     app = specs.builders.materialize_appdef(component.fn, ["--recipe", "r", "--nproc", "4", "--", "--train.epochs=2"])
-    assert resolve(app).args[-5:] == ["--", "trainer.train", "--recipe", "r", "--train.epochs=2"]
+    assert resolve(app).args[-5:] == ["--", "papilio.trainer.train", "--recipe", "r", "--train.epochs=2"]
     assert "--nproc-per-node=4" in app.roles[0].args
     with pytest.raises(SystemExit):
         specs.builders.materialize_appdef(component.fn, ["--help"])
@@ -300,7 +311,7 @@ def test_torchx_reads_the_component_file_and_its_help(capsys: pytest.CaptureFixt
 )
 def test_a_verb_understands_what_its_component_says(app: specs.AppDef, expected: dict[str, object]) -> None:
     role = resolve(app)
-    name, *words = role.args[role.args.index("launch.cli") + 1 :]
+    name, *words = role.args[role.args.index("papilio.launch.cli") + 1 :]
     verb = next((verb for verb in VERBS if verb.name == name), None)
     if verb is None:
         pytest.skip(f"there is no verb {name} yet")
@@ -315,5 +326,5 @@ def test_a_study_asks_for_the_ranks_it_measures() -> None:
 
 
 def test_submitting_needs_no_torch() -> None:
-    code = "import launch.components, sys; sys.exit('torch' in sys.modules)"
+    code = "import papilio.launch.components, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_run import LinePrinter, _make_log_dir, _whole_lines
+from papilio.launch.local_run import LinePrinter, _make_log_dir, _whole_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Ranks run this instead of a training job.
@@ -32,11 +32,11 @@ if "--hang=1" in sys.argv or "--save=1" in sys.argv:
 """
 DRIVER = """
 import sys
-from launch import components
-from launch.local_run import run_locally
+from papilio.launch import components
+from papilio.launch.local_run import run_locally
 app = components.train(*sys.argv[1:], recipe="r", nproc=2)
 words = app.roles[0].args
-words[words.index("trainer.train")] = "stand_in"
+words[words.index("papilio.trainer.train")] = "stand_in"
 sys.exit(run_locally(app))
 """
 

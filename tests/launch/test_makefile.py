@@ -14,7 +14,7 @@ if [ -e fail ] && echo "$@" | grep -q torchrec; then exit 1; fi
 """
 PYTHON = """#!/bin/sh
 case "$1" in
-  launch/trio.py) exec {python} "$@" ;;
+  launch/version_set.py) exec {python} "$@" ;;
   -m) mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp environment_python "$3/bin/python"; cp job "$3/bin/papilio"
       cp job "$3/bin/torchx" ;;
 esac
@@ -29,7 +29,7 @@ if [ "$3" = run ] && [ -e fail_job ]; then exit 3; fi
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("Makefile", "setup.cfg", "launch/trio.py"):
+    for name in ("Makefile", "setup.cfg", "launch/version_set.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
     for name, text in (("environment_python", ENVIRONMENT_PYTHON), ("job", JOB), ("python", PYTHON)):

@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
-COMMAND = "papilio_command.py"
+COMMAND = "launch/command.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> N
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{folder}/entry_points.txt").decode())
-    assert dict(entry_points["console_scripts"]) == {"papilio": "papilio_command:main"}
+    assert dict(entry_points["console_scripts"]) == {"papilio": "papilio.launch.command:main"}
     assert dict(entry_points["torchx.components"]) == {
-        "papilio": "papilio_command:components",
+        "papilio": "papilio.launch.command:components",
         "dist": "torchx.components.dist",
         "utils": "torchx.components.utils",
     }
     assert dict(entry_points["torchx.schedulers"]) == {
         "local_docker": "torchx.schedulers.docker_scheduler:create_scheduler",
-        "slurm": "papilio_command:create_slurm_scheduler",
+        "slurm": "papilio.launch.command:create_slurm_scheduler",
     }
     assert "Apache License" in wheel.read(f"{folder}/licenses/LICENSE").decode()
 
@@ -60,7 +60,7 @@ def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> N
 def test_the_wheel_works_away_from_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     code = (
-        "import trainer.install as i; i.check_install(); from trainer.config_file import shipped_recipes, load_config\n"
+        "import papilio as i; from papilio.trainer.config_file import shipped_recipes, load_config\n"
         "[load_config(name) for name in shipped_recipes()]; print(i.__file__); print(*shipped_recipes())"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}

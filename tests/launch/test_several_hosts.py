@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from launch import roles, several_hosts
-from launch.several_hosts import meeting_of, one_host_of
-from launch.usage import UsageError
+from papilio.launch import roles, several_hosts
+from papilio.launch.several_hosts import meeting_of, one_host_of
+from papilio.launch.usage import UsageError
 
 OTHER = "192.0.2.7"  # an address for documentation (RFC 5737)
 
@@ -35,10 +35,12 @@ def asked(endpoint: str | None = "n1:29400", nnodes: str = "2", wait_s: int = 90
 def test_hosts_meet_where_the_command_says() -> None:
     meeting = meeting_of(asked(), "runs/mine")
     assert meeting == roles.Meeting("n1:29400", "train", 900)
-    words = roles.agent_command(["trainer.train", "--train.epochs=2"], 3, "1:2", max_restarts=5, meeting=meeting)
+    words = roles.agent_command(
+        ["papilio.trainer.train", "--train.epochs=2"], 3, "1:2", max_restarts=5, meeting=meeting
+    )
     (role,) = one_host_of(words, 3).roles
     assert role.num_replicas == 1
-    assert role.args[1:3] == ["-m", "trainer.agent"]
+    assert role.args[1:3] == ["-m", "papilio.trainer.elastic.agent"]
     assert {
         "--nnodes=1:2",
         "--nproc-per-node=3",
@@ -47,7 +49,7 @@ def test_hosts_meet_where_the_command_says() -> None:
         "--max-restarts=5",
     } <= set(role.args)
     assert any("join_timeout=900" in word and "store_timeout=900" in word for word in role.args)
-    assert role.args[-2:] == ["trainer.train", "--train.epochs=2"]
+    assert role.args[-2:] == ["papilio.trainer.train", "--train.epochs=2"]
 
 
 def test_one_host_meets_nobody() -> None:
@@ -70,7 +72,7 @@ def test_one_host_meets_nobody() -> None:
 )
 def test_what_could_not_meet_is_refused(namespace: argparse.Namespace, run_dir: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        roles.agent_command(["trainer.train"], 1, namespace.nnodes, meeting=meeting_of(namespace, run_dir))
+        roles.agent_command(["papilio.trainer.train"], 1, namespace.nnodes, meeting=meeting_of(namespace, run_dir))
 
 
 def test_a_name_that_leads_every_host_home_is_refused(names: dict[str, str]) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharding.calibration import collectives
-from sharding.calibration.fit import fit_line, fit_relative, fit_robust, nnls
-from sharding.calibration.kernels import Case, KernelTiming, cases, fit_kernels
-from sharding.calibration.overheads import OVERHEADS, PARTS, StepTiming, fit_overheads
-from sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
-from sharding.hardware import RATE_NAMES, HardwareError, KernelRates, load_hardware, rates_from
-from sharding.planning.cost import kernel_s, touched_row_bytes
+from papilio.sharding.calibration import collectives
+from papilio.sharding.calibration.fit import fit_line, fit_relative, fit_robust, nnls
+from papilio.sharding.calibration.kernels import Case, KernelTiming, cases, fit_kernels
+from papilio.sharding.calibration.overheads import OVERHEADS, PARTS, StepTiming, fit_overheads
+from papilio.sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
+from papilio.sharding.hardware import RATE_NAMES, HardwareError, KernelRates, load_hardware, rates_from
+from papilio.sharding.planner.cost import kernel_s, touched_row_bytes
 
 
 def best_by_trying_all(matrix: np.ndarray, targets: np.ndarray) -> float:

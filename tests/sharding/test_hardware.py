@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.calibration.profile_file import to_toml
-from sharding.hardware import Hardware, HardwareError, KernelRates, load_hardware, profile_names
+from papilio.sharding.calibration.profile_file import to_toml
+from papilio.sharding.hardware import Hardware, HardwareError, KernelRates, load_hardware, profile_names
 
 GPU_PROFILES = ["big_basin_p100", "big_basin_v100", "dgx_a100", "dgx_b200", "dgx_h100", "dgx_h200"]
 

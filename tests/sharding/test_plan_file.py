@@ -6,10 +6,10 @@ import pytest
 import torch
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 
-from sharding.plan_conversion import check_plan, to_sharding_plan
-from sharding.plan_file import PlanFileError, checksum_of, plan_from_json, read_plan_file
-from sharding.planning.errors import PlanError
-from sharding.planning.make import make_plan
+from papilio.sharding.plan_conversion import check_plan, to_sharding_plan
+from papilio.sharding.plan_file import PlanFileError, checksum_of, plan_from_json, read_plan_file
+from papilio.sharding.planner.errors import PlanError
+from papilio.sharding.planner.make import make_plan
 from tests.support.jobs import config_of, make_cluster, make_job
 
 CPU = torch.device("cpu")

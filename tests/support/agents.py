@@ -29,7 +29,7 @@ class AgentProcess:
         is_host: bool = True,
         max_restarts: int = 0,
         grace_s: int = 10,
-        launcher: str = "trainer.agent",
+        launcher: str = "papilio.trainer.elastic.agent",
     ) -> None:
         hosting = f",is_host={int(is_host)}" if port else ""
         command = [sys.executable, "-m", launcher, f"--nnodes={nnodes}", f"--nproc-per-node={nproc}"]

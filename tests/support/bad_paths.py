@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from launch import cli
+from papilio.launch import cli
 from tests.support.scored_runs import write_scored_run
 from tests.support.served import SCHEMA, records_of, text_rows, write_package
 
@@ -177,13 +177,13 @@ def main(folder: str) -> None:
     """Try everything."""
     with contextlib.ExitStack() as patches:
         for name, stand_in in {
-            "launch.package_jobs.run_module": in_this_process,
-            "launch.serving_jobs.run_module": in_this_process,
-            "launch.plan_jobs.subprocess": SimpleNamespace(run=a_process),
-            "launch.serving_jobs.os.execv": lambda *_: sys.exit(start_nothing()),
-            "launch.local_jobs.run_locally": start_nothing,
-            "launch.study_jobs.run_locally": start_nothing,
-            "launch.preflight_jobs.subprocess": SimpleNamespace(run=start_nothing, Popen=start_nothing),
+            "papilio.launch.jobs.package.run_module": in_this_process,
+            "papilio.launch.jobs.serving.run_module": in_this_process,
+            "papilio.launch.jobs.plan.subprocess": SimpleNamespace(run=a_process),
+            "papilio.launch.jobs.serving.os.execv": lambda *_: sys.exit(start_nothing()),
+            "papilio.launch.jobs.local.run_locally": start_nothing,
+            "papilio.launch.jobs.study.run_locally": start_nothing,
+            "papilio.launch.jobs.preflight.subprocess": SimpleNamespace(run=start_nothing, Popen=start_nothing),
         }.items():
             patches.enter_context(mock.patch(name, stand_in))
         os.chdir(folder)

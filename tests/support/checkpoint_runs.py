@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 
-from trainer.config_file import build_config
+from papilio.trainer.config_file import build_config
 
 STEPS = [5, 10, 15, 20]
 
@@ -27,7 +27,7 @@ def make_config(data, run_dir, max_steps, learning_rate, types):
 
 
 def run_train(ranks, config):
-    from trainer.train import train
+    from papilio.trainer.train import train
 
     with contextlib.redirect_stdout(io.StringIO()):
         train(config, ranks)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import INDEX, MARKER, Block, Index, Marker, SavedTensor
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.format import INDEX, MARKER, Block, Index, Marker, SavedTensor
 
 NAME = "step_{:010}-abcdef"
 
 
 def save_model(ranks, model, optimizers, folder, step=0):
     """Save a model that has no run around it. Collective."""
-    from trainer.checkpoint.model_state import model_state
-    from trainer.checkpoint.saver import write_tensors
+    from papilio.trainer.checkpoint.model_state import model_state
+    from papilio.trainer.checkpoint.saver import write_tensors
 
     path = Path(folder, NAME.format(step))
     index = write_tensors(model_state(model.module, optimizers), str(path), ranks.group)
@@ -32,7 +32,7 @@ def save_model(ranks, model, optimizers, folder, step=0):
 
 def load_model(ranks, model, optimizers, folder):
     """Load the newest checkpoint into a model. Collective."""
-    from trainer.checkpoint.loading import load_newest
+    from papilio.trainer.checkpoint.loader import load_newest
 
     return load_newest(CheckpointFolder(str(folder)), model, optimizers, ranks)[1]
 

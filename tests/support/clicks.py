@@ -4,15 +4,15 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
-from data_pipeline.batch import Batch
-from data_pipeline.order import ReadPosition
-from sharding.initial_weights import initialize_tables
+from papilio.data_pipeline.loading.batch import Batch
+from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.sharding.runtime.initial_weights import initialize_tables
+from papilio.trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from papilio.trainer.models.build import POOLING_TYPES
+from papilio.trainer.models.train_model import TrainModel
+from papilio.trainer.optimizers import Optimizers, fuse_sparse_optimizer
+from papilio.trainer.sharded_model import ShardedModel, shard
 from tests.support.plans import SHARDING_TYPES, make_plan
-from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
-from trainer.models.build import POOLING_TYPES
-from trainer.models.train_model import TrainModel
-from trainer.optimizers import Optimizers, fuse_sparse_optimizer
-from trainer.sharded_model import ShardedModel, shard
 
 DIM = 8
 NUM_DENSE = 3

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from data_pipeline.preprocess_options import PreprocessOptions
+from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
 
 
 def criteo_lines(num_rows: int, seed: int = 0) -> list[bytes]:

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import MANIFEST_NAME, CategoricalStats, Manifest, SplitInfo, read_manifest, write_manifest
-from data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
-from data_pipeline.shards import Bags, Columns, write_shard
+from papilio.data_pipeline.manifest import (
+    MANIFEST_NAME,
+    CategoricalStats,
+    Manifest,
+    SplitInfo,
+    read_manifest,
+    write_manifest,
+)
+from papilio.data_pipeline.schema import NUM_RESERVED_IDS, CategoricalColumn, DenseColumn, Schema
+from papilio.data_pipeline.shards import Bags, Columns, write_shard
 
 ROWS_PER_TABLE = {"a": 30, "b": 11, "m": 17}
 NUM_DENSE = 3

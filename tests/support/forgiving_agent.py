@@ -2,7 +2,7 @@
 
 import sys
 
-from trainer import agent
+from papilio.trainer.elastic import agent
 
 if __name__ == "__main__":
     agent.PROVEN_S = 0.0

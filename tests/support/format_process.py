@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import torch
 
-from trainer.inference.formats.opening import open_format
-from trainer.inference.package import read_package
+from papilio.trainer.inference.backends.opening import open_format
+from papilio.trainer.inference.package.format import read_package
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SITE = """
 import sys
 words = sys.orig_argv
-if "-m" in words and words[words.index("-m") + 1] == "trainer.train":
+if "-m" in words and words[words.index("-m") + 1] == "papilio.trainer.train":
     from tests.support import noting_rank
     noting_rank.main(words[words.index("-m") + 2 :], {step_s})
 """

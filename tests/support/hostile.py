@@ -11,12 +11,12 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from trainer.inference.scorer import Scorer
-from trainer.inference.serving.app import ServingApp
-from trainer.inference.serving.connections import Acceptor, BoundedProtocol, ConnectionLimits
-from trainer.inference.serving.metrics import Metrics
-from trainer.inference.serving.micro_batcher import MicroBatcher
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.trainer.inference.scorer import Scorer
+from papilio.trainer.inference.serving.app import ServingApp
+from papilio.trainer.inference.serving.connections import Acceptor, BoundedProtocol, ConnectionLimits
+from papilio.trainer.inference.serving.metrics import Metrics
+from papilio.trainer.inference.serving.micro_batcher import MicroBatcher
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 PATIENCE_S = 20
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sharding.config import ShardingConfig
-from sharding.hardware import load_hardware
-from sharding.planning.job import Cluster, DenseWork, Job, Table
+from papilio.sharding.config import ShardingConfig
+from papilio.sharding.hardware import load_hardware
+from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table
 
 GIB = 1 << 30
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import trainer.train
+import papilio.trainer.train
 from benchmarks.faults_ranks import _note_what_is_trained
-from trainer.exit_codes import leave
-from trainer.reporting import Reporter
+from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.reporting import Reporter
 
 POLL_S = 0.02
 
@@ -30,4 +30,4 @@ def main(arguments: Sequence[str], step_s: float) -> NoReturn:
             time.sleep(POLL_S)
 
     setattr(Reporter, "record", record_and_wait)  # noqa: B010  # mypy forbids plain assignment
-    leave(trainer.train.main(arguments))
+    leave(papilio.trainer.train.main(arguments))

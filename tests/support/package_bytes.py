@@ -1,4 +1,4 @@
-"""Tables of a package read by NumPy alone, from the description of the format in trainer/inference/package.py."""
+"""Tables of a package read by NumPy alone, as trainer/inference/package/format.py describes them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sharding.plan_file import (
+from papilio.sharding.plan_file import (
     MemoryUse,
     Phases,
     PlanFile,
@@ -14,7 +14,7 @@ from sharding.plan_file import (
     ShardPlace,
     StepPrediction,
 )
-from sharding.planning.make import make_plan
+from papilio.sharding.planner.make import make_plan
 from tests.support.jobs import GIB, config_of, make_cluster, make_job
 
 # Rows from ten to ten millions, in no order.

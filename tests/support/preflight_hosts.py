@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any
 
-from launch.preflight.facts import LinkFacts, PlanFacts, RankSpeed
-from launch.preflight.links import LinkJob, measure_links
-from launch.preflight.meeting import MeetingError
-from launch.preflight.wire import free_port
-from launch.preflight.worker import Options, Senses, read_options, take_part
-from trainer.config_file import load_config
+from papilio.launch.preflight.facts import LinkFacts, PlanFacts, RankSpeed
+from papilio.launch.preflight.links import LinkJob, measure_links
+from papilio.launch.preflight.meeting import MeetingError
+from papilio.launch.preflight.wire import free_port
+from papilio.launch.preflight.worker import Options, Senses, read_options, take_part
+from papilio.trainer.config_file import load_config
 
 MB = 1_000_000
 GIB = 1 << 30

@@ -76,7 +76,7 @@ def _work(connection: Connection, rank: int, world_size: int, local_world_size: 
     import torch
     import torch.distributed as dist
 
-    from trainer.ranks import Ranks
+    from papilio.trainer.process_group import Ranks
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

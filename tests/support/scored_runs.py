@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.manifest import SplitInfo, read_manifest, write_manifest
-from data_pipeline.shards import Columns, write_shard
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.manifest import SplitInfo, read_manifest, write_manifest
+from papilio.data_pipeline.shards import Columns, write_shard
 from tests.support.datasets import write_dataset
 from tests.support.trained_runs import expected_probabilities, make_config, random_weights, write_run
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from benchmarks.random_package import make_package
-from data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
-from trainer.config import ModelConfig
+from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
+from papilio.trainer.config import ModelConfig
 
 START_TIMEOUT_S = 60
 JSON_TYPE = "application/json"
@@ -92,7 +92,7 @@ def read_scores(kind: str, body: bytes) -> list[float]:
 
 
 class ServerProcess:
-    """`python -m trainer.inference.serving.main` with its log in a file."""
+    """`python -m papilio.trainer.inference.serving.main` with its log in a file."""
 
     def __init__(self, log: Path, package: str, **options: object) -> None:
         self.log = log
@@ -100,7 +100,7 @@ class ServerProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.inference.serving.main", json.dumps(settings)],
+                [sys.executable, "-m", "papilio.trainer.inference.serving.main", json.dumps(settings)],
                 stderr=file,
                 env=environment,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.side_channel import Sign
+from papilio.trainer.elastic.health.health_store import Sign
 
 
 def sign_of(rank: int, step: int, **settings: object) -> Sign:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import DatasetError
+from papilio.data_pipeline.manifest import DatasetError
+from papilio.trainer.checkpoint.format import CheckpointError
+from papilio.trainer.checkpoint.saver import SaveError
+from papilio.trainer.config_file import ConfigError, build_config
+from papilio.trainer.storage.api import StorageError
+from papilio.trainer.train import train
 from tests.support.checkpoints import newest, saved_tensors
-from trainer.checkpoint.format import CheckpointError
-from trainer.checkpoint.saver import SaveError
-from trainer.config_file import ConfigError, build_config
-from trainer.storage import StorageError
-from trainer.train import train
 
 SGD = {"dense": {"name": "sgd", "learning_rate": 0.1}}
 # Of a job in processes of its own, with `data` and `epochs` (21 steps each) to fill in.
@@ -61,20 +61,20 @@ def run(ranks, config):
     """Train; return what was printed and logged, or the error."""
     log = io.StringIO()
     handler = logging.StreamHandler(log)
-    logging.getLogger("trainer").addHandler(handler)
+    logging.getLogger("papilio.trainer").addHandler(handler)
     try:
         with contextlib.redirect_stdout(log):
             train(config, ranks)
     except (CheckpointError, ConfigError, DatasetError, SaveError, StorageError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        logging.getLogger("trainer").removeHandler(handler)
+        logging.getLogger("papilio.trainer").removeHandler(handler)
     return log.getvalue()
 
 
 def stop_after(ranks, config, step):
     """Train until just after `step`, where the whole job dies without a word."""
-    import trainer.loop
+    import papilio.trainer.loop
 
     class Dead(BaseException):
         pass
@@ -84,13 +84,13 @@ def stop_after(ranks, config, step):
             raise Dead
         return original(self, current, **_)
 
-    original = trainer.loop.Checkpoints.due
-    trainer.loop.Checkpoints.due = due
+    original = papilio.trainer.loop.Checkpoints.due
+    papilio.trainer.loop.Checkpoints.due = due
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Dead):
             train(config, ranks)
     finally:
-        trainer.loop.Checkpoints.due = original
+        papilio.trainer.loop.Checkpoints.due = original
 
 
 def metric_lines(run_dir):

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer import storage
-from trainer.retries import DEFAULT_RETRIES, RetryPolicy
+from papilio.trainer.storage import api as storage
+from papilio.trainer.storage.retries import DEFAULT_RETRIES, RetryPolicy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer import silence
-from trainer.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
-from trainer.failures import LostRankError
-from trainer.job_health import JobHealth, job_health
-from trainer.preemption import Preemption, watch_for_preemption
-from trainer.ranks import Ranks, process_group
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.health import heartbeat_monitor as silence
+from papilio.trainer.elastic.health.failures import LostRankError
+from papilio.trainer.elastic.health.job_health import JobHealth, job_health
+from papilio.trainer.elastic.preemption import Preemption, watch_for_preemption
+from papilio.trainer.process_group import Ranks, process_group
 
 
 class RefusalError(ValueError):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.trainer.config_file import build_config
+from papilio.trainer.run.folder import data_identity
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import dcnv2_logits, dlrm_logits, pool_bags
-from trainer.config_file import build_config
-from trainer.run_folder import data_identity
 
 DIM = 8
 MODEL = {"embedding_dim": DIM, "dense_arch_layer_sizes": [16], "over_arch_layer_sizes": [16]}

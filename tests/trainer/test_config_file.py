@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from trainer.config import table_name
-from trainer.config_file import ConfigError, load_config, shipped_recipes
+from papilio.trainer.config import table_name
+from papilio.trainer.config_file import ConfigError, load_config, shipped_recipes
 
 MINIMAL = 'name = "small"\n[data]\npath = "somewhere"\n'
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.trainer.config_file import build_config
+from papilio.trainer.gradient_buckets import settle_gradient_buckets
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.sharded_model import build_sharded_model
+from papilio.trainer.train import train
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
-from trainer.config_file import build_config
-from trainer.gradient_buckets import settle_gradient_buckets
-from trainer.optimizers import Optimizers
-from trainer.sharded_model import build_sharded_model
-from trainer.train import train
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_four_ranks_that_go_on_end_bit_equal(four_ranks, data, tmp_path):
 
 def tensors_before_and_after(ranks, config):
     """All weights and optimizer state of this rank, before and after the passes, and the next one's sums of buckets."""
-    from trainer.checkpoint.model_state import model_state
+    from papilio.trainer.checkpoint.model_state import model_state
 
     dataset = open_dataset(config.data.path)
     model = build_sharded_model(config, dataset, ranks)

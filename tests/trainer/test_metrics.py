@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from trainer.metrics import BUFFER_SAMPLES, ClickMetrics
+from papilio.trainer.metrics import BUFFER_SAMPLES, ClickMetrics
 
 
 def make_scores(count, seed=0, shift=-1.0):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from trainer.config import ScheduleConfig, SparseOptimizerConfig
-from trainer.config_file import ConfigError, build_config
-from trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, learning_rate_factor
+from papilio.trainer.config import ScheduleConfig, SparseOptimizerConfig
+from papilio.trainer.config_file import ConfigError, build_config
+from papilio.trainer.optimizers import check_data_parallel_tables, check_sparse_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb"])

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from papilio.trainer.checkpoint.format import MARKER, CheckpointError
+from papilio.trainer.config_file import ConfigError, build_config
+from papilio.trainer.evaluate_run import evaluate_run
+from papilio.trainer.run.folder import load_run_config
+from papilio.trainer.train import train
 from tests.support.checkpoints import load_model, newest, saved_tensors
 from tests.support.datasets import write_dataset
-from trainer.checkpoint.format import MARKER, CheckpointError
-from trainer.config_file import ConfigError, build_config
-from trainer.evaluate import evaluate_run
-from trainer.run_folder import load_run_config
-from trainer.train import train
 
 BATCH = 20  # of 403 training samples: the last batch has 3, fewer than there are ranks
 
@@ -138,8 +138,8 @@ def test_independent_tables_need_as_many_ranks_as_groups(independent_run, one_ra
 
 
 def load_as_one_copy(ranks, run_dir):
-    from data_pipeline.dataset import open_dataset
-    from trainer.sharded_model import build_sharded_model
+    from papilio.data_pipeline.dataset import open_dataset
+    from papilio.trainer.sharded_model import build_sharded_model
 
     config = load_run_config(run_dir)
     config = make_config(config.data.path, run_dir)

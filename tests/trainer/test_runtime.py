@@ -6,13 +6,13 @@ import torch
 from torch.profiler import profile, record_function
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.loader import Loader
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.runtime import configure_runtime, no_garbage_collection
+from papilio.trainer.sharded_model import build_sharded_model
 from tests.support.datasets import write_dataset
 from tests.trainer.test_train import make_config
-from trainer.optimizers import Optimizers
-from trainer.runtime import configure_runtime, no_garbage_collection
-from trainer.sharded_model import build_sharded_model
 
 
 def test_annotations_are_there_when_a_profiler_runs():

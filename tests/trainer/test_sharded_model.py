@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from sharding.initial_weights import initial_weights, initialize_tables
-from sharding.planning.errors import PlanError
+from papilio.sharding.planner.errors import PlanError
+from papilio.sharding.runtime.initial_weights import initial_weights, initialize_tables
+from papilio.trainer.config_file import ConfigError, build_config
+from papilio.trainer.evaluate_run import evaluate_run
+from papilio.trainer.optimizers import learning_rate_factor
+from papilio.trainer.train import train
 from tests.support.checkpoints import load_model, newest, save_model, saved_tensors
 from tests.support.clicks import (
     DIM,
@@ -25,10 +29,6 @@ from tests.support.clicks import (
 )
 from tests.support.datasets import write_dataset
 from tests.support.reference import SparseReference, pool_bags
-from trainer.config_file import ConfigError, build_config
-from trainer.evaluate import evaluate_run
-from trainer.optimizers import learning_rate_factor
-from trainer.train import train
 
 
 def train_and_save(ranks, types, optimizer, folder):

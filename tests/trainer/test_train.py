@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.manifest import DatasetError
-from sharding.initial_weights import initial_weights
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.manifest import DatasetError
+from papilio.sharding.runtime.initial_weights import initial_weights
+from papilio.trainer.checkpoint.format import MARKER, CheckpointError
+from papilio.trainer.config_file import ConfigError, build_config
+from papilio.trainer.evaluate_run import evaluate_run
+from papilio.trainer.models.build import build_model
+from papilio.trainer.run.folder import load_run_config
+from papilio.trainer.run.learning_alerts import TrainingError
+from papilio.trainer.train import train
 from tests.support.checkpoints import load_model, newest
 from tests.support.datasets import ROWS_PER_TABLE, edit_manifest, write_dataset
 from tests.support.reference import SparseReference, pool_bags
-from trainer.checkpoint.format import MARKER, CheckpointError
-from trainer.config_file import ConfigError, build_config
-from trainer.evaluate import evaluate_run
-from trainer.health import TrainingError
-from trainer.models.build import build_model
-from trainer.run_folder import load_run_config
-from trainer.train import train
 
 DIM = 8
 SGD = {"name": "sgd", "learning_rate": 0.1}
@@ -62,7 +62,7 @@ def printed_by(ranks, function, *arguments):
 
 def trained_weights(ranks, run_dir):
     """Whole tables and dense weights of a run, on one rank."""
-    from trainer.sharded_model import build_sharded_model
+    from papilio.trainer.sharded_model import build_sharded_model
 
     config = load_run_config(str(run_dir))
     model = build_sharded_model(config, open_dataset(config.data.path), ranks)
@@ -76,7 +76,7 @@ def trained_weights(ranks, run_dir):
 
 def samples_of(config, num_steps):
     """Each step's samples as one rank reads them; the set is the same for any number of ranks."""
-    from data_pipeline.loader import Loader
+    from papilio.data_pipeline.loading.loader import Loader
 
     loader = Loader(
         open_dataset(config.data.path),

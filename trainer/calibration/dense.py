@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from sharding.calibration.fit import fit_relative
-from sharding.hardware import free_rates
-from sharding.planning.cost import dense_optimizer_s, dense_s
-from trainer.calibration.synthetic import Shape, build_dlrm
-from trainer.ranks import Ranks
+from papilio.sharding.calibration.fit import fit_relative
+from papilio.sharding.hardware import free_rates
+from papilio.sharding.planner.cost import dense_optimizer_s, dense_s
+from papilio.trainer.calibration.synthetic import Shape, build_dlrm
+from papilio.trainer.process_group import Ranks
 
 DENSE_TERMS = (
     "layer_s",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sharding.config import ShardingConfig
-from trainer.calibration.synthetic import Shape
+from papilio.sharding.config import ShardingConfig
+from papilio.trainer.calibration.synthetic import Shape
 
 
 @dataclass(frozen=True)

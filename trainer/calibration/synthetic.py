@@ -15,24 +15,30 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_pipeline.batch import Batch
-from data_pipeline.order import ReadPosition
-from data_pipeline.version import papilio_version
-from sharding.config import ShardingConfig
-from sharding.initial_weights import initialize_tables
-from sharding.plan_conversion import to_sharding_plan
-from sharding.plan_file import PlanFile, StepPrediction
-from sharding.planning.cost import PHASES, predict_step, shard_seconds
-from sharding.planning.job import Cluster, DenseWork, Job, Table
-from sharding.planning.options import Option
-from sharding.planning.planner import chosen_options, prepare, solve, write_plan
-from sharding.planning.search import Failure
-from trainer.config import DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig, table_name
-from trainer.models.dlrm import DLRM
-from trainer.models.train_model import TrainModel
-from trainer.optimizers import Optimizers, fuse_sparse_optimizer
-from trainer.ranks import Ranks
-from trainer.sharded_model import shard
+from papilio.data_pipeline.loading.batch import Batch
+from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.data_pipeline.version import papilio_version
+from papilio.sharding.config import ShardingConfig
+from papilio.sharding.plan_conversion import to_sharding_plan
+from papilio.sharding.plan_file import PlanFile, StepPrediction
+from papilio.sharding.planner.cost import PHASES, predict_step, shard_seconds
+from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table
+from papilio.sharding.planner.options import Option
+from papilio.sharding.planner.planner import chosen_options, prepare, solve, write_plan
+from papilio.sharding.planner.search import Failure
+from papilio.sharding.runtime.initial_weights import initialize_tables
+from papilio.trainer.config import (
+    DenseOptimizerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SparseOptimizerConfig,
+    table_name,
+)
+from papilio.trainer.models.dlrm import DLRM
+from papilio.trainer.models.train_model import TrainModel
+from papilio.trainer.optimizers import Optimizers, fuse_sparse_optimizer
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.sharded_model import shard
 
 TABLES_MODULE = "model.embedding_bag_collection"
 NUM_BATCHES = 8

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.checkpoint.format import CheckpointError
+from papilio.trainer.checkpoint.format import CheckpointError
 
 # What a run may go on with another value of; sections, or single keys. Anything else would make another model, or
 # train on samples twice and on others not at all.

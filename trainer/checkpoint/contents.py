@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from trainer.checkpoint.format import Index, SavedTensor
+from papilio.trainer.checkpoint.format import Index, SavedTensor
 
 _TABLE = "tables."
 _DENSE = "dense."

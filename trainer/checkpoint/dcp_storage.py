@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from data_pipeline.paths import join
-from trainer.checkpoint.format import PART_BYTES, ROW_WISE_KEY, Block, CheckpointError, Index, SavedTensor
-from trainer.checkpoint.read_blocks import read_block
-from trainer.storage import write_file
+from papilio.data_pipeline.paths import join
+from papilio.trainer.checkpoint.format import PART_BYTES, ROW_WISE_KEY, Block, CheckpointError, Index, SavedTensor
+from papilio.trainer.checkpoint.read_blocks import read_block
+from papilio.trainer.storage.api import write_file
 
 # Blocks that a rank reads at once: the checksum of one is computed while others arrive.
 READERS = 2

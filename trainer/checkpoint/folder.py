@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from data_pipeline.inner_path import link_problem
-from data_pipeline.paths import join
-from trainer.checkpoint.format import (
+from papilio.data_pipeline.inner_path import link_problem
+from papilio.data_pipeline.paths import join
+from papilio.trainer.checkpoint.format import (
     INDEX,
     MARKER,
     STEP_FOLDER,
@@ -25,8 +25,16 @@ from trainer.checkpoint.format import (
     Marker,
     copy_folder,
 )
-from trainer.checkpoint.read_blocks import read_block
-from trainer.storage import StorageError, exists, file_size, list_folder, read_bytes, remove_file, remove_folder
+from papilio.trainer.checkpoint.read_blocks import read_block
+from papilio.trainer.storage.api import (
+    StorageError,
+    exists,
+    file_size,
+    list_folder,
+    read_bytes,
+    remove_file,
+    remove_folder,
+)
 
 logger = logging.getLogger(__name__)
 # Blocks read at a time to be checked: an object store answers several requests faster than one after the other.

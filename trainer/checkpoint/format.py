@@ -21,8 +21,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.inner_path import inner_path_problem
-from trainer.storage import to_json
+from papilio.data_pipeline.inner_path import inner_path_problem
+from papilio.trainer.storage.api import to_json
 
 FORMAT_VERSION = 2
 MARKER = "checkpoint.json"
@@ -141,9 +141,9 @@ class Marker:
         num_copies: copies of the model that differ (groups with independent tables), each in a folder `group_<i>`.
         world_size: ranks that saved it.
         files: by path in the folder: (size in bytes, CRC-32); None for part files, whose blocks have their own.
-        progress: what the loop goes on from (see `trainer.run_progress`).
+        progress: what the loop goes on from (see `papilio.trainer.run_state`).
         config: the resolved config.
-        data: identity of the data set (see `trainer.run_folder`).
+        data: identity of the data set (see `papilio.trainer.run.folder`).
         versions: of the packages that made it.
     """
 

@@ -17,11 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sharding.data_parallel import data_parallel_weights
-from sharding.table_shards import TableLayout, TableShard, local_table_shards, set_optimizer_step, table_layouts
-from trainer.checkpoint.format import CheckpointError, Index
-from trainer.checkpoint.pieces import Piece, Pieces
-from trainer.optimizers import Optimizers
+from papilio.sharding.runtime.data_parallel import data_parallel_weights
+from papilio.sharding.runtime.table_shards import (
+    TableLayout,
+    TableShard,
+    local_table_shards,
+    set_optimizer_step,
+    table_layouts,
+)
+from papilio.trainer.checkpoint.format import CheckpointError, Index
+from papilio.trainer.checkpoint.pieces import Piece, Pieces
+from papilio.trainer.optimizers import Optimizers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from trainer.checkpoint.format import BLOCK_BYTES
+from papilio.trainer.checkpoint.format import BLOCK_BYTES
 
 
 @dataclass(frozen=True)

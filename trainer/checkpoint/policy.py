@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.version import papilio_version
-from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.format import Marker
-from trainer.checkpoint.saver import Saved, Saver
-from trainer.ranks import Ranks
+from papilio.data_pipeline.version import papilio_version
+from papilio.trainer.checkpoint.config import CheckpointConfig
+from papilio.trainer.checkpoint.format import Marker
+from papilio.trainer.checkpoint.saver import Saved, Saver
+from papilio.trainer.process_group import Ranks
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import zlib
 
-from data_pipeline.inner_path import link_problem
-from data_pipeline.paths import join
-from trainer.checkpoint.format import Block, DamagedError
-from trainer.storage import StorageError, exists, file_size, read_into
+from papilio.data_pipeline.inner_path import link_problem
+from papilio.data_pipeline.paths import join
+from papilio.trainer.checkpoint.format import Block, DamagedError
+from papilio.trainer.storage.api import StorageError, exists, file_size, read_into
 
 
 def read_block(folder: str, key: str, block: Block, memory: memoryview | None = None) -> memoryview:

@@ -18,18 +18,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_pipeline.paths import join
-from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.dcp_storage import PartFileWriter
-from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.format import INDEX, MARKER, PLAN, CheckpointError, Index, Marker, copy_folder
-from trainer.checkpoint.model_state import ModelState, model_state, weight_key
-from trainer.checkpoint.pieces import PiecesSavePlanner
-from trainer.optimizers import Optimizers
-from trainer.ranks import Ranks
-from trainer.run_lock import LostLockError, RunLock
-from trainer.sharded_model import ShardedModel
-from trainer.storage import StorageError, make_folder, remove_folder, write_text
+from papilio.data_pipeline.paths import join
+from papilio.trainer.checkpoint.config import CheckpointConfig
+from papilio.trainer.checkpoint.dcp_storage import PartFileWriter
+from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.format import INDEX, MARKER, PLAN, CheckpointError, Index, Marker, copy_folder
+from papilio.trainer.checkpoint.model_state import ModelState, model_state, weight_key
+from papilio.trainer.checkpoint.pieces import PiecesSavePlanner
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.run.lock import LostLockError, RunLock
+from papilio.trainer.sharded_model import ShardedModel
+from papilio.trainer.storage.api import StorageError, make_folder, remove_folder, write_text
 
 logger = logging.getLogger(__name__)
 

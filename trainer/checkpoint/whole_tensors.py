@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.checkpoint.format import ITEM_BYTES, Block, DamagedError, SavedTensor
-from trainer.checkpoint.read_blocks import read_block
+from papilio.trainer.checkpoint.format import ITEM_BYTES, Block, DamagedError, SavedTensor
+from papilio.trainer.checkpoint.read_blocks import read_block
 
 # What is put together at once, of blocks of columns.
 CHUNK_BYTES = 16 << 20

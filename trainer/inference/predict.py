@@ -1,6 +1,6 @@
 """`papilio predict`: scores rows of a data set, or raw files, to a Parquet file. Little memory, whatever the input.
 
-    python -m trainer.inference.predict '{"package": "pkg/", "data": "datasets/clicks", "output": "scores.parquet"}'
+    python -m papilio.trainer.inference.predict '{"package": "pkg/", "data": "clicks/", "output": "scores.parquet"}'
 
 Of a data set the columns are row (within the split, from 0), label and probability. Of raw files they are file, line
 (from 1), label and probability, in the files' order; a malformed row has no probability.
@@ -23,20 +23,20 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.bad_rows import BadRow, PreprocessError
-from data_pipeline.byte_blocks import input_num_bytes
-from data_pipeline.dataset import open_dataset
-from data_pipeline.manifest import DatasetError
-from data_pipeline.progress import Progress
-from trainer.inference.held_out import HeldOut
-from trainer.inference.package import PackageError
-from trainer.inference.predict_options import PredictOptions
-from trainer.inference.raw_rows import RawRows, read_raw_rows
-from trainer.inference.request_encoder import EncodedBatch
-from trainer.inference.same_data import check_same_data
-from trainer.inference.sample_check import load_checked_scorer
-from trainer.inference.score_file import new_score_file
-from trainer.inference.scorer import Formats, Scorer, split_batch
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.manifest import DatasetError
+from papilio.data_pipeline.preprocess.bad_rows import BadRow, PreprocessError
+from papilio.data_pipeline.preprocess.byte_blocks import input_num_bytes
+from papilio.data_pipeline.progress import Progress
+from papilio.trainer.checks.same_data import check_same_data
+from papilio.trainer.inference.encoding.raw_rows import RawRows, read_raw_rows
+from papilio.trainer.inference.encoding.request_encoder import EncodedBatch
+from papilio.trainer.inference.export.held_out import HeldOut
+from papilio.trainer.inference.package.format import PackageError
+from papilio.trainer.inference.package.sample_check import load_checked_scorer
+from papilio.trainer.inference.predict_options import PredictOptions
+from papilio.trainer.inference.score_file import new_score_file
+from papilio.trainer.inference.scorer import Formats, Scorer, split_batch
 
 BATCH_ROWS = 2048
 _MAX_NAMED = 3

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.local_files import make_local_folder, sync_folder
+from papilio.trainer.storage.local_files import make_local_folder, sync_folder
 
 # Fewer make many small row groups, which readers are slow at; more would need more memory.
 GROUP_ROWS = 1 << 18

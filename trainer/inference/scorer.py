@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.schema import TRANSFORM_VERSION
-from trainer.inference.flat_model import build_flat_model
-from trainer.inference.formats.opening import open_format, open_predictor
-from trainer.inference.formats.ways import EAGER
-from trainer.inference.package import Package, PackageError, read_package
-from trainer.inference.request_encoder import EncodedBatch, RequestEncoder, load_request_encoder
+from papilio.data_pipeline.schema import TRANSFORM_VERSION
+from papilio.trainer.inference.backends.cpu_backends import EAGER
+from papilio.trainer.inference.backends.flat_model import build_flat_model
+from papilio.trainer.inference.backends.opening import open_format, open_predictor
+from papilio.trainer.inference.encoding.request_encoder import EncodedBatch, RequestEncoder, load_request_encoder
+from papilio.trainer.inference.package.format import Package, PackageError, read_package
 
 # (dense [B, I] fp32, ids [V] int32, lengths [F * B] int32) -> probabilities [B] fp32; B is at least 1.
 Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -11,11 +11,11 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
-from data_pipeline.dataset import Dataset
-from trainer.config import ModelConfig, table_name
-from trainer.config_file import ConfigError
-from trainer.models.dcn import DLRMDCNv2
-from trainer.models.dlrm import DLRM
+from papilio.data_pipeline.dataset import Dataset
+from papilio.trainer.config import ModelConfig, table_name
+from papilio.trainer.config_file import ConfigError
+from papilio.trainer.models.dcn import DLRMDCNv2
+from papilio.trainer.models.dlrm import DLRM
 
 POOLING_TYPES = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}

@@ -9,9 +9,9 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.models.cross_net import LowRankCrossNet
-from trainer.models.mlp import make_mlp
-from trainer.models.pooled import PooledFeatures
+from papilio.trainer.models.cross_net import LowRankCrossNet
+from papilio.trainer.models.mlp import make_mlp
+from papilio.trainer.models.pooled import PooledFeatures
 
 
 class DLRMDCNv2(nn.Module):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer.config import ModelConfig
-from trainer.models.cross_net import LowRankCrossNet
-from trainer.models.interaction import dense_and_dots, make_pairs
-from trainer.models.mlp import make_mlp
+from papilio.trainer.config import ModelConfig
+from papilio.trainer.models.cross_net import LowRankCrossNet
+from papilio.trainer.models.interaction import dense_and_dots, make_pairs
+from papilio.trainer.models.mlp import make_mlp
 
 
 class DotDensePart(nn.Module):

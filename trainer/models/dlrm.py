@@ -12,8 +12,8 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from trainer.models.interaction import DenseAndDots, Pairs, make_pairs
-from trainer.models.mlp import make_mlp
+from papilio.trainer.models.interaction import DenseAndDots, Pairs, make_pairs
+from papilio.trainer.models.mlp import make_mlp
 
 
 class DLRM(nn.Module):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data_pipeline.batch import Batch
-from data_pipeline.order import ReadPosition
+from papilio.data_pipeline.loading.batch import Batch
+from papilio.data_pipeline.loading.order import ReadPosition
 
 
 class StepOutput(NamedTuple):

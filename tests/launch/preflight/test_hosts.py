@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from launch.preflight.facts import Gpu, LinkFacts, PlanFacts
-from launch.preflight.reach import DataPort
+from papilio.launch.preflight.facts import Gpu, LinkFacts, PlanFacts
+from papilio.launch.preflight.reach import DataPort
 from tests.support.datasets import write_dataset
 from tests.support.preflight_hosts import (
     CODE,
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def hosts(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.preflight.folders.SEEN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("papilio.launch.preflight.folders.SEEN_TIMEOUT_S", 0.3)
     return [FakeHost(name, data, str(tmp_path / "runs")) for name in NAMES]
 
 

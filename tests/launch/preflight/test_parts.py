@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from torchx import specs
 
-from data_pipeline.verification import check_data
-from launch import cli, components
-from launch.preflight.facts import Gpu
-from launch.preflight.finding import named, odd_ones_out
-from launch.preflight.gpus import read_gpus
-from launch.preflight.installed import code_hashes, folder_hash, installed_versions
-from launch.preflight.links import LinkJob, measure_links
-from launch.preflight.meeting import MeetingError, Place, open_meeting
-from launch.preflight.reach import DataPort, resolve, send_parcel
-from launch.preflight.wire import Line, free_port, listen
-from launch.preflight.worker import read_options
+from papilio.data_pipeline.verification import check_data
+from papilio.launch import cli, components
+from papilio.launch.preflight.facts import Gpu
+from papilio.launch.preflight.finding import named, odd_ones_out
+from papilio.launch.preflight.gpus import read_gpus
+from papilio.launch.preflight.installed import code_hashes, folder_hash, installed_versions
+from papilio.launch.preflight.links import LinkJob, measure_links
+from papilio.launch.preflight.meeting import MeetingError, Place, open_meeting
+from papilio.launch.preflight.reach import DataPort, resolve, send_parcel
+from papilio.launch.preflight.wire import Line, free_port, listen
+from papilio.launch.preflight.worker import read_options
 from tests.support.datasets import write_dataset
 from tests.support.preflight_hosts import MB, FakeHost, common_options, findings_of, run_hosts
 
@@ -52,7 +52,7 @@ def test_hosts_exchange_values_and_learn_numbers(monkeypatch) -> None:
     port, found = free_port(), {}
     head = start_head(port, found)
     # Here the first host's address is this host's own, too.
-    monkeypatch.setattr("launch.preflight.meeting.is_own_address", lambda host: False)
+    monkeypatch.setattr("papilio.launch.preflight.meeting.is_own_address", lambda host: False)
     guest = open_meeting(place(None, port), {"name": "second"}, time.time)
     assert guest.index == 1
     assert [card["name"] for card in guest.roster] == ["first", "second"]
@@ -120,7 +120,7 @@ def test_a_host_that_does_not_belong_is_refused(index, job, why) -> None:
     guest = Place(2, "127.0.0.1", port, job, index, 5.0)
     with pytest.raises(MeetingError, match=why):
         # A host with number 0 would hold the meeting itself, so it comes as if it had another number.
-        from launch.preflight.meeting import _go
+        from papilio.launch.preflight.meeting import _go
 
         _go(guest, {"name": "intruder"}, time.time, lambda why: None)
     head.join(20)
@@ -148,7 +148,7 @@ def test_a_closed_data_port_and_an_unknown_name() -> None:
 
 
 def test_a_server_that_swallows_everything_does_not_hold_a_host_up(monkeypatch) -> None:
-    monkeypatch.setattr("launch.preflight.reach.ECHO_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("papilio.launch.preflight.reach.ECHO_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         error = send_parcel("127.0.0.1", mute.getsockname()[1], "token")
     assert (
@@ -243,10 +243,10 @@ def test_the_component_gives_every_host_its_number_and_the_meeting_place(monkeyp
     assert role.num_replicas == 3
     values = specs.macros.Values(img_root="", app_id="job_7", replica_id="2", rank0_env="HEAD")
     words = values.apply(role).args
-    assert words[1:3] == ["-m", "launch.start"]
+    assert words[1:3] == ["-m", "papilio.launch.start"]
     mark = next(word.removeprefix("--dollar=") for word in words if word.startswith("--dollar="))
     words = [word.replace(mark, "$") for word in words]
-    module = words.index("launch.preflight.worker")
+    module = words.index("papilio.launch.preflight.worker")
     options = read_options(["--rdzv-endpoint=n1:1234", *words[module + 1 :]])
     assert (options.index, options.job, options.nnodes, options.nproc, options.as_json) == (2, "job_7", 3, 2, True)
     assert (options.overrides, options.rdzv_endpoint) == (("--train.epochs=$2",), "n1:1234")
@@ -279,7 +279,7 @@ def test_the_command_starts_all_hosts_here_and_passes_their_verdict_on(tmp_path)
     command = [
         sys.executable,
         "-m",
-        "launch.cli",
+        "papilio.launch.cli",
         "preflight",
         "--recipe",
         "quickstart",

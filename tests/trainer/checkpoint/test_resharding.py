@@ -105,9 +105,9 @@ def warnings_of_loading(ranks, folder, sharding_type):
             messages.append(record.getMessage())
 
     listener = Listener()
-    logging.getLogger("trainer").addHandler(listener)
+    logging.getLogger("papilio.trainer").addHandler(listener)
     losses_after(ranks, folder, sharding_type, "rowwise_adagrad")
-    logging.getLogger("trainer").removeHandler(listener)
+    logging.getLogger("papilio.trainer").removeHandler(listener)
     return messages
 
 

@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.random_package import make_package
-from data_pipeline.preprocess import preprocess
-from data_pipeline.preprocess_options import PreprocessOptions
-from data_pipeline.schema import criteo_schema
+from papilio.data_pipeline.preprocess.engine import preprocess
+from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
+from papilio.data_pipeline.schema import criteo_schema
+from papilio.trainer.config import ModelConfig
+from papilio.trainer.inference import score_file
+from papilio.trainer.inference.encoding.request_encoder import EncodedBatch
+from papilio.trainer.inference.package.format import PackageError, describe_files, read_manifest, write_manifest
+from papilio.trainer.inference.predict import main
+from papilio.trainer.inference.scorer import Scorer, load_scorer, split_batch
 from tests.support.served import MODEL, SCHEMA, records_of, text_rows, write_package
-from trainer.config import ModelConfig
-from trainer.inference import score_file
-from trainer.inference.package import PackageError, describe_files, read_manifest, write_manifest
-from trainer.inference.predict import main
-from trainer.inference.request_encoder import EncodedBatch
-from trainer.inference.scorer import Scorer, load_scorer, split_batch
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.loader import Loader
+from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.loading.loader import Loader
+from papilio.trainer.checkpoint.format import MARKER, Marker
+from papilio.trainer.config_file import build_config
+from papilio.trainer.inference.backends.flat_model import build_flat_model
+from papilio.trainer.inference.export.export_options import ExportOptions
+from papilio.trainer.inference.export.exporter import export_package
+from papilio.trainer.inference.export.held_out import HeldOut
 from tests.support.checkpoints import load_model, newest, save_model, saved_tensors
 from tests.support.datasets import write_dataset
-from trainer.checkpoint.format import MARKER, Marker
-from trainer.config_file import build_config
-from trainer.inference.export_options import ExportOptions
-from trainer.inference.exporting import export_package
-from trainer.inference.flat_model import build_flat_model
-from trainer.inference.held_out import HeldOut
 
 ARCHITECTURES = {
     "dlrm": {},
@@ -45,15 +45,15 @@ def make_config(data, run_dir, model, sharding_type):
 
 
 def train_run(ranks, data, run_dir, model):
-    from trainer.train import train
+    from papilio.trainer.train import train
 
     train(make_config(data, run_dir, model, "table_wise"), ranks)
 
 
 def save_under_plan(ranks, data, run_dir, folder, model, sharding_type):
     """Load a checkpoint under a plan, save it again, and return the types of sharding of the plan."""
-    from trainer.optimizers import Optimizers
-    from trainer.sharded_model import build_sharded_model
+    from papilio.trainer.optimizers import Optimizers
+    from papilio.trainer.sharded_model import build_sharded_model
 
     config = make_config(data, run_dir, model, sharding_type)
     sharded = build_sharded_model(config, open_dataset(data), ranks)
@@ -65,7 +65,7 @@ def save_under_plan(ranks, data, run_dir, folder, model, sharding_type):
 
 def predict(ranks, data, run_dir, model):
     """Probabilities of the test split by the model that is trained and sharded."""
-    from trainer.sharded_model import build_sharded_model
+    from papilio.trainer.sharded_model import build_sharded_model
 
     config = make_config(data, run_dir, model, "row_wise")
     dataset = open_dataset(data)

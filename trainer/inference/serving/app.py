@@ -14,11 +14,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from trainer.inference.json_records import RequestError
-from trainer.inference.package import SAMPLE
-from trainer.inference.scorer import Scorer
-from trainer.inference.serving.arrow_bodies import read_arrow
-from trainer.inference.serving.http_messages import (
+from papilio.trainer.inference.encoding.json_records import RequestError
+from papilio.trainer.inference.package.format import SAMPLE
+from papilio.trainer.inference.scorer import Scorer
+from papilio.trainer.inference.serving.arrow_bodies import read_arrow
+from papilio.trainer.inference.serving.http_messages import (
     ARROW_TYPE,
     JSON_TYPE,
     TEXT_TYPE,
@@ -33,10 +33,10 @@ from trainer.inference.serving.http_messages import (
     read_body,
     read_json,
 )
-from trainer.inference.serving.metrics import Metrics
-from trainer.inference.serving.micro_batcher import Content, MicroBatcher, OverloadError
-from trainer.inference.serving.request_limits import MAX_EXPANSION, RequestLimits
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.trainer.inference.serving.metrics import Metrics
+from papilio.trainer.inference.serving.micro_batcher import Content, MicroBatcher, OverloadError
+from papilio.trainer.inference.serving.request_limits import MAX_EXPANSION, RequestLimits
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 Send = Callable[[dict[str, Any]], Awaitable[None]]

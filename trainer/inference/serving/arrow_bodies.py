@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from trainer.inference.json_records import RequestError
-from trainer.inference.serving.request_limits import BYTES_PER_VALUE, RequestLimits, TooLargeError
+from papilio.trainer.inference.encoding.json_records import RequestError
+from papilio.trainer.inference.serving.request_limits import BYTES_PER_VALUE, RequestLimits, TooLargeError
 
 # Batches and dictionaries of one request. Each costs some 30 us, and 1 MiB has room for 5,000 that are empty.
 _MAX_MESSAGES = 1024

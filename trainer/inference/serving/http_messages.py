@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from data_pipeline.schema import Schema
-from trainer.inference.json_records import Record, RequestError, check_records
-from trainer.inference.serving.micro_batcher import RecordError, Scores
-from trainer.inference.serving.request_limits import RequestLimits, TooLargeError
+from papilio.data_pipeline.schema import Schema
+from papilio.trainer.inference.encoding.json_records import Record, RequestError, check_records
+from papilio.trainer.inference.serving.micro_batcher import RecordError, Scores
+from papilio.trainer.inference.serving.request_limits import RequestLimits, TooLargeError
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Headers = list[tuple[bytes, bytes]]

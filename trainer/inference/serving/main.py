@@ -1,6 +1,6 @@
 """`papilio serve`: one process that serves, or one that starts several and keeps them alive. The latter needs no torch.
 
-python -m trainer.inference.serving.main '{"package": "pkg/", "port": 8000}'
+python -m papilio.trainer.inference.serving.main '{"package": "pkg/", "port": 8000}'
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from trainer.inference.package import PackageError, read_package
-from trainer.inference.serving.metrics import Metrics, make_shared_cells
-from trainer.inference.serving.serve_options import OTHER_PORT, PASSIVE_WAITS, ServeError, ServeOptions
-from trainer.inference.serving.worker_group import Worker, run_workers
+from papilio.trainer.inference.package.format import PackageError, read_package
+from papilio.trainer.inference.serving.metrics import Metrics, make_shared_cells
+from papilio.trainer.inference.serving.serve_options import OTHER_PORT, PASSIVE_WAITS, ServeError, ServeOptions
+from papilio.trainer.inference.serving.worker_group import Worker, run_workers
 
 INSTALL_HINT = 'the server is not installed: pip install "papilio[serve]"'
 
@@ -46,14 +46,14 @@ def _run(options: ServeOptions) -> int:
     _require_installed()
     listener = bind(options.host, options.port)
     if options.workers == 1:
-        from trainer.inference.serving.server import serve
+        from papilio.trainer.inference.serving.server import serve
 
         return serve(options, listener, Metrics())
     return run_workers(options, listener, make_shared_cells(options.workers))
 
 
 def _run_worker(options: ServeOptions, worker: Worker) -> int:
-    from trainer.inference.serving.server import serve
+    from papilio.trainer.inference.serving.server import serve
 
     listener = socket.socket(fileno=worker.listener)
     return serve(options, listener, Metrics(worker.cells, worker.number), worker.parent)

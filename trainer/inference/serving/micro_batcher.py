@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.inference.json_records import Record, RequestError
-from trainer.inference.request_encoder import EncodedBatch, merge_batches
-from trainer.inference.scorer import Scorer
-from trainer.inference.serving.metrics import Metrics
-from trainer.inference.serving.request_limits import RequestLimits
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.trainer.inference.encoding.json_records import Record, RequestError
+from papilio.trainer.inference.encoding.request_encoder import EncodedBatch, merge_batches
+from papilio.trainer.inference.scorer import Scorer
+from papilio.trainer.inference.serving.metrics import Metrics
+from papilio.trainer.inference.serving.request_limits import RequestLimits
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 _NEWEST_SHARE = 0.1

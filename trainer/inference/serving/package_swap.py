@@ -9,14 +9,14 @@ import time
 from contextlib import suppress
 from functools import partial
 
-from data_pipeline.schema import Schema
-from trainer.inference.package import MANIFEST, PackageError
-from trainer.inference.sample_check import load_checked_scorer
-from trainer.inference.scorer import Formats, Scorer
-from trainer.inference.serving.http_messages import one_line
-from trainer.inference.serving.metrics import Metrics
-from trainer.inference.serving.micro_batcher import MicroBatcher
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.data_pipeline.schema import Schema
+from papilio.trainer.inference.package.format import MANIFEST, PackageError
+from papilio.trainer.inference.package.sample_check import load_checked_scorer
+from papilio.trainer.inference.scorer import Formats, Scorer
+from papilio.trainer.inference.serving.http_messages import one_line
+from papilio.trainer.inference.serving.metrics import Metrics
+from papilio.trainer.inference.serving.micro_batcher import MicroBatcher
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 _Files = frozenset[tuple[str, int, int, int]]

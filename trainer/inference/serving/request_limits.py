@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.schema import Schema
-from trainer.inference.json_records import Record, RequestError
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.data_pipeline.schema import Schema
+from papilio.trainer.inference.encoding.json_records import Record, RequestError
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 # A body may become so many times larger in memory. Columns that compress this well hold next to nothing: 4,096 records
 # of Criteo's 39 columns are 1.3 MB, and the JSON of small records grows eight times as Python objects.

@@ -15,16 +15,21 @@ from types import FrameType
 import torch
 import uvicorn
 
-from trainer.inference.package import PackageError
-from trainer.inference.sample_check import load_checked_scorer
-from trainer.inference.scorer import Scorer
-from trainer.inference.serving.app import ServingApp
-from trainer.inference.serving.connections import Acceptor, BoundedProtocol, ConnectionLimits, possible_connections
-from trainer.inference.serving.http_messages import one_line
-from trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
-from trainer.inference.serving.micro_batcher import MicroBatcher
-from trainer.inference.serving.package_swap import PackageSwap, formats_of
-from trainer.inference.serving.serve_options import OTHER_PORT, ServeError, ServeOptions
+from papilio.trainer.inference.package.format import PackageError
+from papilio.trainer.inference.package.sample_check import load_checked_scorer
+from papilio.trainer.inference.scorer import Scorer
+from papilio.trainer.inference.serving.app import ServingApp
+from papilio.trainer.inference.serving.connections import (
+    Acceptor,
+    BoundedProtocol,
+    ConnectionLimits,
+    possible_connections,
+)
+from papilio.trainer.inference.serving.http_messages import one_line
+from papilio.trainer.inference.serving.metrics import WINDOW_STEP_S, Metrics
+from papilio.trainer.inference.serving.micro_batcher import MicroBatcher
+from papilio.trainer.inference.serving.package_swap import PackageSwap, formats_of
+from papilio.trainer.inference.serving.serve_options import OTHER_PORT, ServeError, ServeOptions
 
 logger = logging.getLogger(__name__)
 # Longer than the idle time of common load balancers and clients, so that it is they who close idle connections.

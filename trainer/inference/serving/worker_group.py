@@ -15,15 +15,15 @@ import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from trainer.bootstrap import child_command
-from trainer.inference.serving.metrics import Metrics
-from trainer.inference.serving.serve_options import ServeOptions
+from papilio.trainer.elastic.bootstrap import child_command
+from papilio.trainer.inference.serving.metrics import Metrics
+from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 # A worker that dies at once, time and again, is not to keep a core busy with starting it.
 _RESTART_EVERY_S = 3.0
-_MODULE = "trainer.inference.serving.main"
+_MODULE = "papilio.trainer.inference.serving.main"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""`papilio plan` from end to end: recipes planned for machines that are not here, in this process, on meta."""
+
+import json
+
+import pytest
+
+from papilio.sharding.plan_file import read_plan_file
+from papilio.trainer.config_file import load_config
+from papilio.trainer.plan_run import main, prepare_planning
+
+TERABYTE = ["--recipe", "criteo_terabyte_dcnv2", "--hardware", "dgx_a100", "--num-nodes", "16"]
+
+
+def test_terabyte_for_128_gpus(tmp_path, capsys):
+    path, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    assert main([*TERABYTE, "--output", str(path), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    plan = read_plan_file(str(path))
+    assert (plan.machine.num_ranks, len(plan.ranks), len(plan.tables)) == (128, 128, 26)
+    weights_bytes = 4 * 128 * sum(table.num_embeddings for table in plan.tables)
+    assert sum(table.weights_bytes for table in plan.tables) == weights_bytes
+    assert "t_C1" in shown
+    assert "dgx_a100" in shown
+    assert "t_C26" in page.read_text("utf-8")
+
+
+def test_json_for_machines(capsys):
+    assert main([*TERABYTE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["hardware"] == "dgx_a100"
+
+
+def test_explaining_a_table(capsys):
+    assert main([*TERABYTE, "--explain", "t_C10"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "t_C10: 40,000,002 rows x 128, 1 id(s) a sample, 19.07 GiB of weights; 128 rank(s) of dgx_a100"
+    )
+    assert "not allowed by the recipe" in shown
+
+
+def test_the_dense_part_is_counted_from_the_model():
+    # bottom 13-512-256-64-16, top (16 + 27 * 26 / 2 = 367)-512-256-1, with biases.
+    planning = prepare_planning(load_config("quickstart"), "dgx_a100", 1, 2)
+    dense = planning.job.dense
+    assert dense.layers == ((13, 512), (512, 256), (256, 64), (64, 16), (367, 512), (512, 256), (256, 1))
+    assert dense.num_parameters == sum(n * m + m for n, m in dense.layers)
+    assert (dense.num_interacting, dense.interaction_dim) == (27, 16)
+
+
+def test_cross_layers_are_counted():
+    dense = prepare_planning(load_config("criteo_terabyte_dcnv2"), "dgx_a100", 16, None).job.dense
+    width = 27 * 128
+    assert dense.layers.count((width, 512)) == 3
+    assert dense.layers.count((512, width)) == 3
+    assert dense.num_interacting == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "dgx_a10"], "hardware dgx_a10: no such profile or file; did you mean dgx_a100? profiles: "),
+        (["--hardware", "dgx_a100", "--num-nodes", "0"], "at least one of each is needed"),
+        (["--hardware", "dgx_a100", "--explain", "t_C27"], "there is no such table; did you mean t_C"),
+        (["--hardware", "dgx_a100", "--data.shape=criteo_terabit"], "did you mean criteo_terabyte?"),
+        (
+            ["--hardware", "dgx_a100", "--data.shape=none"],
+            "so the sizes of the tables are not known; preprocess the data",
+        ),
+        (
+            ["--hardware", "dgx_a100", "--sharding.replicas.num_groups=3"],
+            "does not divide 8 ranks; possible: 1, 2, 4, 8",
+        ),
+        (
+            ["--hardware", "big_basin_p100", "--sharding.types=['table_wise']"],
+            "It fits, each of these planned and checked, the fastest first:",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(arguments, message, capsys):
+    assert main(["--recipe", "criteo_terabyte_dcnv2", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("papilio plan: error: ")
+    assert message in error

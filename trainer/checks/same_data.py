@@ -1,0 +1,32 @@
+"""Whether a data set's ids look up the rows of a package that they should. Needs no torch."""
+
+from __future__ import annotations
+
+from papilio.data_pipeline.dataset import Dataset
+from papilio.trainer.inference.package.format import SCHEMA, VOCABULARIES, Package, PackageError
+
+
+def check_same_data(package: Package, dataset: Dataset) -> None:
+    """Check that a data set was made with the package's columns, transforms and vocabularies.
+
+    Raises:
+        PackageError: it was not; names what differs.
+    """
+    manifest = dataset.manifest
+    vocabularies = {
+        stats.vocabulary_file: stats.vocabulary_crc32
+        for stats in manifest.categorical_stats.values()
+        if stats.vocabulary_file is not None
+    }
+    packaged = {name: file.crc32 for name, file in package.manifest.files.items() if name.startswith(VOCABULARIES)}
+    same = {
+        "the version of the transforms": manifest.transform_version == package.manifest.transform_version,
+        "columns": dataset.schema.model_dump(mode="json") == package.read_json(SCHEMA),
+        "vocabularies": vocabularies == packaged,
+    }
+    differing = [name for name, is_same in same.items() if not is_same]
+    if differing:
+        raise PackageError(
+            f"data set {dataset.folder} differs from that of {package.folder} in: {', '.join(differing)}; its ids "
+            "would look up wrong rows. Preprocess it together with the training data"
+        )

@@ -1,0 +1,168 @@
+"""Who failed first: told in every rank's log after an error, without any collective.
+
+A rank that fails by itself notes so in the side channel. A rank whose peer went away looks there for the cause, or
+names the ranks that give no more signs of life.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import time
+import traceback
+
+import torch.distributed as dist
+
+from papilio.trainer.elastic.health.health_store import Failure, SideChannel, Sign, host_name, open_side_channel
+from papilio.trainer.process_group import Ranks
+
+# How long a rank that lost its peers waits for the cause: some beats, and for the agent to find the dead.
+WAIT_FOR_CAUSE_S = 3.0
+POLL_S = 0.1
+MAX_ERROR_CHARACTERS = 300
+# Errors of these say what was wrong and what mends it; of any other, where it came from says more.
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+# As Python ends a traceback, with the rank that torch puts before it; and as our entry points say what they foresaw,
+# which a rank without others does not note.
+ERROR_LINE = re.compile(
+    r"^(?:\[rank\d+\]: ?)?(?:papilio(?: \w+)?: error: (?=.)"
+    r"|(?=[\w.]*(?:Error|Exception|Interrupt)\b|Fatal Python error\b))(.*)"
+)
+MAX_LOG_BYTES = 64 * 1024
+# What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
+SYMPTOMS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was closed",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+    "timed out",
+    "timeout",
+    "recvvalue failed",
+    "failed to recv",
+    "connectfullmesh failed",
+    "ncclremoteerror",
+    "remote process exited",
+    "nccl communicator was aborted",
+)
+
+
+class LostRankError(RuntimeError):
+    """Another rank failed first, or went away; the message says which and why."""
+
+
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether an error says only that some other rank went away, and not why."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(symptom in text for symptom in SYMPTOMS_OF_A_LOST_PEER)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and first line."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = text[: MAX_ERROR_CHARACTERS - 3] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def told_with_place(error: BaseException) -> str:
+    """Return an error's type and first line, and the line of our code or the user's that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or type(error).__module__.partition(".")[0] == "papilio":
+        return one_line(error)
+    frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
+    path = os.path.join(*frame.filename.split(os.sep)[-2:])
+    return f"{one_line(error)} ({path}:{frame.lineno}, in {frame.name})"
+
+
+def note_early_failure(error: BaseException) -> bool:
+    """Note that this rank failed, for those that wait for it to join the group, unless a cause is noted.
+
+    Returns:
+        Whether it is news: False where another rank has noted the same words, and says them.
+    """
+    rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if num_ranks > 1 and not isinstance(error, LostRankError):
+        text = told_with_place(error)
+        first = open_side_channel().note_failure(Failure(rank, host_name(), -1, text, time.time()))
+        return first.rank == rank or first.error != text
+    return True
+
+
+def describe_join_failure(error: BaseException) -> str:
+    """Say why this rank could not join the others; what the first to fail has said itself is not said again."""
+    first = open_side_channel().first_failure()
+    if first is None:
+        return f"this rank could not join the others: {one_line(error)}"
+    return f"this rank could not join the others, of which rank {first.rank} (host {first.host}) failed first"
+
+
+def last_error(path: str | None) -> str:
+    """Return, after a colon, the last line of a log that reads as an error's; nothing where there is none.
+
+    It is what is known of a rank that failed before it could note anything, for example in an import.
+    """
+    if path is None or not os.path.exists(path):
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.path.getsize(path) - MAX_LOG_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    found = [match[1] for match in map(ERROR_LINE.match, lines) if match is not None]
+    return f": {found[-1][:MAX_ERROR_CHARACTERS]}" if found else ""
+
+
+def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: SideChannel) -> str | None:
+    """Note that this rank failed by itself; return a line about another that did so first, for another reason."""
+    text = told_with_place(error)
+    first = channel.note_failure(Failure(ranks.rank, host_name(), step, text, time.time()))
+    return None if first.rank == ranks.rank or first.error == text else str(first)
+
+
+def find_cause(ranks: Ranks, step: int, channel: SideChannel, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
+    """After the loss of a peer, wait a little for the first failure's note, and return it as a line.
+
+    When there is none, name the ranks that fell silent, and note the first of them for the others.
+    """
+    before = channel.signs(ranks.world_size)
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s:
+        first = channel.first_failure()
+        if first is not None:
+            return str(first)
+        if not channel.is_answering:
+            return (
+                f"rank {ranks.rank} lost the other ranks at step {step:,}, and the store that knows more does not "
+                "answer: the host of rank 0 or of the first agent is gone, or cannot be reached"
+            )
+        time.sleep(POLL_S)
+    return _note_silent_ranks(before, channel.signs(ranks.world_size), ranks, channel)
+
+
+def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, channel: SideChannel) -> str:
+    silent = silent_ranks(before, after, ranks.world_size)
+    if not silent:
+        return "all ranks give signs of life, yet a connection between them broke: is the network between them sound?"
+    failures = [_silence_of(rank, after.get(rank)) for rank in silent]
+    channel.note_failure(failures[0])
+    return "; ".join(f"rank {failure.rank} (host {failure.host}) {failure.error}" for failure in failures)
+
+
+def _silence_of(rank: int, sign: Sign | None) -> Failure:
+    if sign is None:
+        return Failure(rank, "unknown", -1, "went away before it gave a sign of life", time.time())
+    error = f"went away without a word after step {sign.step:,}: killed, or its host is gone"
+    return Failure(rank, sign.host, -1, error, time.time())
+
+
+def silent_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:
+    """Return the ranks that gave no new sign between two readings some seconds apart, and did not take their leave."""
+    return [
+        rank
+        for rank in range(world_size)
+        if rank not in after
+        or (not after[rank].has_left and rank in before and after[rank].count == before[rank].count)
+    ]

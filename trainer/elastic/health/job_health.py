@@ -1,0 +1,143 @@
+"""What keeps one rank's failure from becoming everyone's riddle: signs of life, a watchdog, and the first failure told.
+
+Used around a job, inside its process group:
+
+    with process_group(stall_timeout_s) as ranks, job_health(ranks, stall_timeout_s) as health:
+        ...
+        health.mark(step, "training")
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from papilio.trainer.elastic.health.failures import (
+    WAIT_FOR_CAUSE_S,
+    LostRankError,
+    find_cause,
+    is_loss_of_a_peer,
+    note_own_failure,
+    one_line,
+)
+from papilio.trainer.elastic.health.health_store import SideChannel, open_side_channel
+from papilio.trainer.elastic.health.live_writer import LiveWriter, Run
+from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.watchdog import Watchdog
+from papilio.trainer.process_group import Ranks
+
+# After an error a process may hang in the destructors of a group whose ranks are not all there.
+EXIT_TIMEOUT_S = 10.0
+
+
+class JobHealth:
+    """What the training tells of itself."""
+
+    def __init__(self, watchdog: Watchdog | None = None, channel: SideChannel | None = None) -> None:
+        """Without a watchdog nobody listens."""
+        self._watchdog = watchdog
+        self._channel = channel
+        self._writer: LiveWriter | None = None
+        self.is_saved = False
+
+    def mark(self, step: int, phase: str = "training") -> None:
+        """Say that this rank moves; costs a fraction of a microsecond.
+
+        To be called after every step, and in long work without collectives (reading, planning, saving) at least every
+        few minutes. Collectives count as moves by themselves.
+        """
+        if self._watchdog is not None:
+            self._watchdog.mark(step, phase)
+
+    def show(self, figures: Callable[[], RankFigures], run: Run | None) -> None:
+        """Put this rank's figures into its signs; with `run`, on one rank, write the view of all ranks too."""
+        if self._watchdog is None or self._channel is None:
+            return
+        if run is not None:
+            self._writer = LiveWriter(run, self._channel, self._watchdog.sign)
+            self._writer.start()
+        self._watchdog.show(figures, self._close_with)
+
+    def remark(self) -> str:
+        """Return what of the other ranks is worth a word in the progress line; mostly nothing."""
+        return "" if self._writer is None else self._writer.remark()
+
+    def close(self, error: Exception | None) -> None:
+        """End the view with how the job ended."""
+        if self._writer is None or self._channel is None:
+            return
+        if error is None:
+            self._writer.close("saved" if self.is_saved else "done")
+        else:
+            self._close_with(one_line(error))
+
+    def _close_with(self, line: str) -> None:
+        first = self._channel.first_failure() if self._channel is not None else None
+        if self._writer is not None:
+            self._writer.close("failed", line if first is None else str(first))
+
+
+@contextmanager
+def job_health(
+    ranks: Ranks,
+    stall_timeout_s: float,
+    channel: SideChannel | None = None,
+    exit_timeout_s: float | None = EXIT_TIMEOUT_S,
+) -> Iterator[JobHealth]:
+    """Watch this rank while the block runs; after an error say who failed first, and run no collective.
+
+    Should the process then not end within `exit_timeout_s`, it is ended; None, for a process that means to live on.
+
+    Raises:
+        LostRankError: a collective failed because of another rank; in place of the collective's own error.
+    """
+    channel = open_side_channel() if channel is None else channel
+    watchdog = Watchdog(ranks, stall_timeout_s, channel)
+    watchdog.start()
+    health = JobHealth(watchdog, channel)
+    try:
+        yield health
+        health.close(None)
+    except Exception as error:
+        with _without_sigterm():
+            lost = _report(error, ranks, watchdog, channel, exit_timeout_s)
+            health.close(lost or error)
+        if lost is not None:
+            raise lost from error
+        raise
+    finally:
+        watchdog.end(has_failed=sys.exc_info()[0] is not None)
+
+
+def _report(
+    error: Exception, ranks: Ranks, watchdog: Watchdog, channel: SideChannel, exit_timeout_s: float | None
+) -> LostRankError | None:
+    """Tell and note what happened; return what to raise in place of the error, if that is another rank's."""
+    if exit_timeout_s is not None:
+        timer = threading.Timer(exit_timeout_s + WAIT_FOR_CAUSE_S, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+    if ranks.world_size == 1:
+        return None
+    if is_loss_of_a_peer(error):
+        return LostRankError(find_cause(ranks, watchdog.step, channel))
+    line = note_own_failure(error, ranks, watchdog.step, channel)
+    if line is not None:
+        print(f"papilio: {line}", file=sys.stderr, flush=True)
+    return None
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM: the agent ends a host's other ranks after the first, and this one has something to say."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if is_main_thread else None
+    try:
+        yield
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, previous)

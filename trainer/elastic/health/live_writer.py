@@ -1,0 +1,219 @@
+"""Rank 0's thread that puts all ranks' signs together: live.json in the run folder, and what is worth a line of log.
+
+It is a thread of its own, beside the watchdog's: a storage that does not answer must not stop the signs of life.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from papilio.data_pipeline.paths import join
+from papilio.trainer.elastic.health.health_store import SideChannel, Sign
+from papilio.trainer.elastic.health.live_view import LIVE, CheckpointView, FindingView, JobState, LiveView, RankView
+from papilio.trainer.elastic.health.stragglers import Judge, RankState
+from papilio.trainer.storage.api import is_remote, write_passing
+from papilio.trainer.storage.retries import RetryPolicy, StorageError
+
+logger = logging.getLogger(__name__)
+
+# How often the ranks' signs are read and the view is written. Of many ranks it takes milliseconds of Python, for which
+# the step's thread may have to wait (benchmarks/live_view.py), and a remote storage charges for each.
+LOOK_EVERY_S = 2.0
+MANY_RANKS, LOOK_AT_MANY_EVERY_S = 64, 10.0
+WRITE_REMOTE_EVERY_S = 30.0
+# Speeds are over so many looks.
+NUM_LOOKS = 8
+CLOSE_TIMEOUT_S = 10.0
+# What is not written now is written next time.
+ONE_TRY = RetryPolicy(num_attempts=1)
+# Worth a word in the progress line: this share of a step.
+BEHIND_SHARE = 0.05
+MIN_CHECKPOINT_AGE_S = 60.0
+# Kind of a finding about what the model learns, rather than about ranks.
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the run stands, as rank 0's loop knows it."""
+
+    step: int
+    num_steps: int
+    num_samples: int
+    train_s: float
+    epoch: int
+    num_epochs: int
+    epoch_share: float
+    loss: float
+    validation_auc: float | None
+    checkpoint: CheckpointView | None
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is watched: a run of `world_size` ranks in a folder, and where to ask how far it is."""
+
+    name: str
+    folder: str
+    world_size: int
+    standing: Callable[[], Standing]
+
+
+class LiveWriter:
+    """Reads, judges, logs and writes, until it is closed."""
+
+    def __init__(
+        self, run: Run, channel: SideChannel, own_sign: Callable[[], Sign], judge: Judge | None = None
+    ) -> None:
+        """`own_sign` gives this rank's, should there be no channel."""
+        self._run = run
+        self._channel = channel
+        self._own_sign = own_sign
+        self._judge = judge or Judge()
+        self._look_every_s = LOOK_EVERY_S if run.world_size <= MANY_RANKS else LOOK_AT_MANY_EVERY_S
+        self._is_remote = is_remote(run.folder)
+        self.interval_s = max(self._look_every_s, WRITE_REMOTE_EVERY_S if self._is_remote else 0.0)
+        self._written_s = -math.inf
+        self._has_warned = False
+        self._seen: dict[int, tuple[int, float]] = {}  # the count of a rank's sign, and when it was first seen
+        self._looks: deque[tuple[Standing, dict[int, Sign]]] = deque(maxlen=NUM_LOOKS)
+        self._view: LiveView | None = None
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="live_view", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self, state: JobState, error: str | None = None) -> None:
+        """Write a last view that says how the job ended. It may be called once."""
+        self._has_ended.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._write(self.look(state, error))
+
+    def remark(self) -> str:
+        """Return what of the latest look is worth a word in the progress line, with two blanks after each."""
+        view = self._view
+        return "" if view is None else remark_on(view)
+
+    def look(self, state: JobState = "running", error: str | None = None) -> LiveView:
+        """Read all ranks' signs, log what is new, and return the view."""
+        signs = self._channel.signs(self._run.world_size)
+        own = self._own_sign()
+        signs = {own.rank: own} | signs
+        standing, now_s = self._run.standing(), time.monotonic()
+        for rank, sign in signs.items():
+            if rank not in self._seen or self._seen[rank][0] != sign.count:
+                self._seen[rank] = (sign.count, now_s)
+        if state == "running" and len(signs) == self._run.world_size:
+            for line in self._judge.look(_states(signs), now_s):
+                logger.warning("%s", line)
+        if self._looks and self._looks[-1][0].step == standing.step:
+            self._looks.pop()  # speeds are those of the latest steps, also while the job validates
+        self._looks.append((standing, signs))
+        self._view = self._make_view(standing, signs, now_s, state, error)
+        return self._view
+
+    def _follow(self) -> None:
+        while not self._has_ended.wait(self._look_every_s):
+            view = self.look()
+            if time.monotonic() - self._written_s >= self.interval_s - self._look_every_s / 2:
+                self._write(view)
+
+    def _write(self, view: LiveView) -> None:
+        self._written_s = time.monotonic()
+        try:
+            write_passing(join(self._run.folder, LIVE), view.model_dump_json() + "\n", retries=ONE_TRY)
+        except StorageError as error:
+            if not self._has_warned:
+                logger.warning("%s; `papilio status` shows an old view, training goes on", error)
+            self._has_warned = True
+
+    def _make_view(
+        self, standing: Standing, signs: Mapping[int, Sign], now_s: float, state: JobState, error: str | None
+    ) -> LiveView:
+        first, earlier = self._looks[0]
+        num_steps, train_s = standing.step - first.step, standing.train_s - first.train_s
+        is_measured = num_steps > 0 and train_s > 0
+        step_s = train_s / num_steps if is_measured else math.nan
+        silent_s = {rank: now_s - seen_s for rank, (_, seen_s) in self._seen.items()}
+        view = LiveView(
+            unix_s=time.time(),
+            interval_s=self.interval_s,
+            name=self._run.name,
+            state=state,
+            error=error,
+            world_size=self._run.world_size,
+            step=standing.step,
+            num_steps=standing.num_steps,
+            epoch=standing.epoch,
+            num_epochs=standing.num_epochs,
+            epoch_share=standing.epoch_share,
+            samples_per_s=(standing.num_samples - first.num_samples) / train_s if is_measured else None,
+            step_ms=1e3 * step_s if is_measured else None,
+            remaining_s=step_s * (standing.num_steps - standing.step) if is_measured else None,
+            loss=None if math.isnan(standing.loss) else standing.loss,
+            validation_auc=standing.validation_auc,
+            checkpoint=standing.checkpoint,
+            ranks=tuple(_rank_view(sign, earlier.get(rank), silent_s[rank]) for rank, sign in sorted(signs.items())),
+            findings=(
+                *(FindingView(**asdict(finding)) for finding in self._judge.findings),
+                *(FindingView(kind=MODEL, ranks=(), host="", text=text) for text in standing.findings),
+            ),
+        )
+        # Nobody knows how long the others will wait.
+        return view.model_copy(update={"remaining_s": None}) if view.unresponsive() else view
+
+
+def remark_on(view: LiveView) -> str:
+    """Tell the age of the checkpoint, where it is minutes, and the slowest rank, where the step feels it."""
+    told = []
+    slowest = slowest_rank(view)
+    if slowest is not None:
+        rank, behind_ms = slowest
+        told.append(f"slowest rank {rank.rank} ({rank.host}) by {behind_ms:.1f} ms")
+    age_s = 0.0 if view.checkpoint is None else view.unix_s - view.checkpoint.unix_s
+    if age_s >= MIN_CHECKPOINT_AGE_S:
+        told.append(f"saved {age_s / 60:.0f} min ago")
+    return "".join(f"{text}  " for text in told)
+
+
+def slowest_rank(view: LiveView) -> tuple[RankView, float] | None:
+    """Return the rank that takes longest for its own work and by how much, against the median; None if not worth it."""
+    own_ms = {rank.rank: view.own_ms(rank) for rank in view.ranks}
+    if len(own_ms) < 2 or view.step_ms is None:
+        return None
+    slowest = max(view.ranks, key=lambda rank: own_ms[rank.rank])
+    others = statistics.median(found for rank, found in own_ms.items() if rank != slowest.rank)
+    behind_ms = own_ms[slowest.rank] - others
+    return (slowest, behind_ms) if behind_ms >= BEHIND_SHARE * view.step_ms else None
+
+
+def _states(signs: Mapping[int, Sign]) -> dict[int, RankState]:
+    return {rank: RankState(s.host, s.step, s.figures) for rank, s in signs.items() if s.figures is not None}
+
+
+def _rank_view(sign: Sign, earlier: Sign | None, silent_s: float) -> RankView:
+    figures, before = sign.figures, earlier.figures if earlier is not None else None
+    wait_share = None
+    if figures is not None and before is not None and figures.train_s > before.train_s:
+        wait_share = (figures.wait_s - before.wait_s) / (figures.train_s - before.train_s)
+    return RankView(
+        rank=sign.rank,
+        host=sign.host,
+        step=sign.step,
+        phase=sign.phase,
+        lookup_ms=figures.lookup_ms if figures is not None else None,
+        dense_ms=figures.dense_ms if figures is not None else None,
+        wait_share=wait_share,
+        silent_s=silent_s,
+    )

@@ -1,0 +1,230 @@
+"""Signs of life, and the end of a rank that waits for ever.
+
+Each rank has a thread that writes, once a second, where its training stands into the side channel; the step itself only
+assigns a few attributes. When nothing has moved here for `stall_timeout_s`, the thread reads the others' signs, says
+which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again. It
+does so sooner when another rank gives no more signs of life (trainer/elastic/health/heartbeat_monitor.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from papilio.trainer.elastic.health.failures import silent_ranks
+from papilio.trainer.elastic.health.health_store import Failure, SideChannel, Sign, host_name
+from papilio.trainer.elastic.health.heartbeat_monitor import SilenceWatch
+from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.stragglers import describe_ranks
+from papilio.trainer.process_group import Ranks
+
+BEAT_S = 1.0
+# Of two readings of the signs, so far apart, a rank that lives has given a new one in between.
+SILENCE_S = 2.5
+# After another rank's failure was noted, how long this one may be stuck before it is ended.
+GRACE_AFTER_FAILURE_S = 15.0
+
+
+class Watchdog:
+    """The thread that watches one rank; `mark` is called by the training as it goes on."""
+
+    def __init__(self, ranks: Ranks, stall_timeout_s: float, channel: SideChannel) -> None:
+        self._ranks = ranks
+        self._stall_timeout_s = stall_timeout_s
+        self._channel = channel
+        self._silence = SilenceWatch(channel, ranks.world_size)
+        self._step = 0
+        self._phase = "start-up"
+        self._num_marks = 0
+        self._count = 0
+        self._moved_s = time.monotonic()
+        self._seen = (0, 0)
+        self._failure_seen_s: float | None = None
+        self._has_ended = threading.Event()
+        self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._figures: Callable[[], RankFigures] | None = None
+        self._at_end: Callable[[str], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    @property
+    def step(self) -> int:
+        """The step marked last."""
+        return self._step
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def mark(self, step: int, phase: str) -> None:
+        """Say that this rank moves: it is at `step`, in `phase`."""
+        self._step = step
+        self._phase = phase
+        self._num_marks += 1
+
+    def show(self, figures: Callable[[], RankFigures], at_end: Callable[[str], None] | None = None) -> None:
+        """Put these into every sign from now on; `at_end` is told why, should this process be ended here.
+
+        Both are called in the watchdog's thread.
+        """
+        self._figures = figures
+        self._at_end = at_end
+
+    def sign(self, *, has_left: bool = False) -> Sign:
+        """Return this rank's sign as it is now."""
+        return Sign(
+            rank=self._ranks.rank,
+            host=host_name(),
+            step=self._step,
+            phase=self._phase,
+            num_collectives=self._seen[1],
+            count=self._count,
+            idle_s=self._idle_s(),
+            unix_s=time.time(),
+            has_left=has_left,
+            figures=None if self._figures is None else self._figures(),
+        )
+
+    def end(self, *, has_failed: bool) -> None:
+        """Stop watching, and leave a last sign. It may be called once."""
+        self._has_ended.set()
+        self._thread.join(BEAT_S)
+        self._phase = "failed" if has_failed else "done"
+        if self._channel.is_answering:
+            self._publish(has_left=True)
+
+    def _run(self) -> None:
+        self._publish()
+        while not self._has_ended.wait(BEAT_S):
+            if self._agent_pid is not None and os.getppid() != self._agent_pid:
+                self._leave_without_agent()
+            self._look()
+            self._publish()
+            if self._idle_s() > self._stall_timeout_s:
+                self._end_if_stalled()
+            else:
+                self._follow_the_first_failure()
+                self._end_if_left_alone()
+
+    def _look(self) -> None:
+        seen = (self._num_marks, self._num_collectives())
+        if seen != self._seen:
+            self._seen = seen
+            self._moved_s = time.monotonic()
+
+    def _idle_s(self) -> float:
+        return time.monotonic() - self._moved_s
+
+    def _num_collectives(self) -> int:
+        """Collectives begun in all groups of this process. Torch has no public name for either."""
+        count = 0
+        for group in list(dist.distributed_c10d._world.pg_map):
+            with contextlib.suppress(RuntimeError):  # a backend that does not count
+                count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        return count
+
+    def _publish(self, *, has_left: bool = False) -> Sign:
+        self._count += 1
+        sign = self.sign(has_left=has_left)
+        self._channel.publish(sign)
+        return sign
+
+    def _end_if_stalled(self) -> None:
+        before = self._channel.signs(self._ranks.world_size)
+        if self._has_ended.wait(SILENCE_S):
+            return
+        self._look()
+        if self._idle_s() < self._stall_timeout_s:  # it moves after all
+            return
+        own = self._publish()
+        after = self._channel.signs(self._ranks.world_size)
+        late = late_ranks(before, after, self._ranks.world_size)
+        what = describe_stall(late, after, own, self._ranks.world_size, time.time())
+        line = f"nothing has moved for {own.idle_s:.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {what}"
+        culprit = late[0] if late else self._ranks.rank
+        host = after[culprit].host if culprit in after else "unknown"
+        self._channel.note_failure(Failure(culprit, host, -1, line, time.time()))
+        self._end_process(line)
+
+    def _end_if_left_alone(self) -> None:
+        """End this rank when it waits for one whose host is gone: no connection would tell."""
+        lost = self._silence.lost(self._idle_s())
+        if lost is None:
+            return
+        line = f"nothing has moved for {self._idle_s():.0f} s: {lost}"
+        culprit = self._silence.culprit()
+        if culprit is not None:
+            self._channel.note_failure(Failure(*culprit, -1, line, time.time()))
+        self._end_process(line)
+
+    def _leave_without_agent(self) -> NoReturn:
+        """End this rank, which nobody would start again or end."""
+        failure = Failure(self._ranks.rank, host_name(), self._step, "its agent is gone", time.time())
+        self._channel.note_failure(failure)
+        print(f"papilio: {failure}; this rank ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _follow_the_first_failure(self) -> None:
+        """End this rank when it is stuck after another has failed: NCCL would let it wait."""
+        first = self._channel.first_failure()
+        if first is None or first.rank == self._ranks.rank:
+            return
+        now_s = time.monotonic()
+        self._failure_seen_s = self._failure_seen_s or now_s
+        if min(self._idle_s(), now_s - self._failure_seen_s) > GRACE_AFTER_FAILURE_S:
+            self._end_process(f"{first}; rank {self._ranks.rank} waited for it in vain")
+
+    def _end_process(self, line: str) -> NoReturn:
+        print(f"papilio: {line}", file=sys.stderr, flush=True)
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        print(f"Stack of rank {self._ranks.rank} (most recent call last):\n{stack}", file=sys.stderr, flush=True)
+        if self._at_end is not None:
+            self._at_end(line)
+        os._exit(1)
+
+
+def late_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:
+    """Return the ranks that the others wait for: those without a new sign, else those with the fewest collectives.
+
+    Empty when all stand at the same place.
+    """
+    gone = {rank for rank, sign in after.items() if sign.has_left}
+    silent = sorted(gone.union(silent_ranks(before, after, world_size)))
+    if silent:
+        return silent
+    places = {rank: (sign.step, sign.num_collectives) for rank, sign in after.items()}
+    behind = [rank for rank, place in places.items() if place < max(places.values())]
+    return sorted(behind)
+
+
+def describe_stall(late: list[int], signs: dict[int, Sign], own: Sign, world_size: int, now_unix_s: float) -> str:
+    """Say which ranks have not arrived, with their last signs, and which wait for them."""
+    here = f"after step {own.step:,} ({own.phase})"
+    if world_size == 1:
+        return f"the only rank stands still {here}"
+    if not signs:
+        return f"rank {own.rank} stands {here}; the store with the other ranks' signs does not answer"
+    if not late:
+        return f"all {world_size} ranks stand still {here}"
+    next_step = max(sign.step for sign in signs.values()) + 1
+    told = "; ".join(_describe_late(rank, signs.get(rank), next_step, now_unix_s) for rank in late)
+    waiting = [rank for rank in range(world_size) if rank not in late]
+    return f"{told}; {describe_ranks(waiting)} wait{'s' if len(waiting) == 1 else ''}" if waiting else told
+
+
+def _describe_late(rank: int, sign: Sign | None, next_step: int, now_unix_s: float) -> str:
+    if sign is None:
+        return f"rank {rank} has not arrived and never gave a sign of life"
+    age_s = max(0.0, now_unix_s - sign.unix_s) + sign.idle_s
+    return (
+        f"rank {rank} has not arrived at step {next_step:,}: last sign step {sign.step:,} ({sign.phase}), "
+        f"{age_s:.0f} s ago, host {sign.host}"
+    )

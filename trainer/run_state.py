@@ -1,0 +1,82 @@
+"""Where a run stands: what its loop counts, and what of it goes into checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.trainer.metrics import MetricValues
+from papilio.trainer.run.measurement import StepMeter
+
+
+@dataclass
+class Progress:
+    """Where a run stands; equal on all ranks but for the times, which are this rank's.
+
+    Attributes:
+        history: the runs of this job, from the first on: where each began, on how many ranks, and what had changed.
+        findings_of_data: what is wrong with the data set, whatever is trained on it.
+        findings: the same, and what the newest evaluations found.
+        is_preempted: it was told to end before its last step.
+    """
+
+    step: int = 0
+    position: ReadPosition = field(default_factory=ReadPosition)
+    num_samples: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    validations: list[tuple[int, MetricValues]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    findings_of_data: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    meter: StepMeter = field(default_factory=StepMeter)
+    is_preempted: bool = False
+
+    @property
+    def samples_per_s(self) -> float:
+        """Trained samples of all ranks per second of training, evaluation not counted."""
+        return self.num_samples / self.train_s if self.train_s else math.nan
+
+    @property
+    def best_validation(self) -> tuple[int, MetricValues] | None:
+        """The validation with the highest AUC and its step, the earlier of equals."""
+        return max(self.validations, key=lambda found: _rank_of(found[1].auc), default=None)
+
+    @property
+    def is_best_now(self) -> bool:
+        """Whether the validation of this step is the best."""
+        best = self.best_validation
+        return best is not None and best[0] == self.step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for a checkpoint."""
+        return {
+            "step": self.step,
+            "position": self.position.to_dict(),
+            "num_samples": self.num_samples,
+            "train_s": self.train_s,
+            "wait_s": self.wait_s,
+            "validations": [(step, values.to_dict()) for step, values in self.validations],
+            "history": self.history,
+        }
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Progress:
+        """Rebuild it from `to_dict`'s result."""
+        validations = [(step, MetricValues.from_dict(values)) for step, values in tree["validations"]]
+        return cls(
+            step=tree["step"],
+            position=ReadPosition.from_dict(tree["position"]),
+            num_samples=tree["num_samples"],
+            train_s=tree["train_s"],
+            wait_s=tree["wait_s"],
+            validations=validations,
+            history=list(tree["history"]),
+            meter=StepMeter(tree["step"], tree["train_s"]),
+        )
+
+
+def _rank_of(auc: float) -> float:
+    return -math.inf if math.isnan(auc) else auc

@@ -1,4 +1,4 @@
-"""Who may import whom (CONTRIBUTING.md), as far as a syntax tree can tell; tests/launch/test_cli.py sees what is loaded."""
+"""Who may import whom (CONTRIBUTING.md), as a syntax tree can tell it; tests/launch/test_cli.py sees what is loaded."""
 
 import ast
 import sys

@@ -7,7 +7,7 @@
 #   PYTHON    the interpreter the environment is made from (3.11 or newer)
 #   VENV      where the environment goes
 #   DEVICE    cpu or cuda; found by asking nvidia-smi
-#   TORCH     2.13.0 or 2.11.0: which of the supported trios (launch/version_set.py)
+#   TORCH     2.13.0 or 2.11.0: which of the supported version sets (launch/version_set.py)
 #   PIP_ARGS  passed to every `pip install`, for an index or a wheel folder of your own
 #   RECIPE, NPROC, ROWS  of `make train` and `make data` (ranks: one a GPU, or 2)
 #   TEST_WORKERS, PYTEST_ARGS  of `make test`: files of tests run side by side, as many as workers
@@ -53,7 +53,7 @@ $(DATA)/manifest.json: | $(STAMP)
 
 env: $(STAMP)
 
-# An environment that was begun here and not finished, or made here for another device or trio, is made anew; any other
+# An environment that was begun here and not finished, or made here for another device or version set, is made anew; any other
 # is brought up to date in place.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

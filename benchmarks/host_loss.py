@@ -1,4 +1,4 @@
-"""Let things die on a job of several hosts, and measure how long it takes until that is said and mended.
+"""Let things die on a job of several hosts, and measure how long it takes until that is said and fixed.
 
     python -m benchmarks.host_loss [--repeats 3] [--json FILE] [--only elastic,outside,three,fixed]
 
@@ -31,7 +31,7 @@ TIMEOUT_S = 180
 PORT = 29400
 FOREVER = 1 << 40
 # What agents and ranks say of others' troubles, and of being told to end.
-TROUBLE = ("failed first", "went away", "no sign of life", "does not answer", "told to end", "lost the other ranks")
+TROUBLE = ("failed first", "went away", "no heartbeat", "does not answer", "told to end", "lost the other ranks")
 JOINING = ("another host joins", "starting again", "joining anew")
 
 
@@ -55,7 +55,7 @@ class Cluster:
         for name in names:
             self.jobs[name] = HostJob(self.hosts, name, self._command, self.folder)
 
-    def hold_store(self, name: str) -> None:
+    def store_server(self, name: str) -> None:
         """Hold the store on a host, and return once it is there."""
         words = ["-m", "papilio.launch.cli", "rendezvous", "--port", str(PORT)]
         self.jobs[name] = HostJob(self.hosts, name, words, self.folder)
@@ -168,7 +168,7 @@ def elastic(cluster: Cluster) -> None:
 
 def outside(cluster: Cluster) -> None:
     """Two hosts, one of them enough; the store is on a third."""
-    cluster.hold_store("n3")
+    cluster.store_server("n3")
     cluster.measure("start of two hosts, store outside", lambda: cluster.start("n1", "n2"), 2)
     cluster.measure("store outside: host lost, shrinks", lambda: cluster.hosts.kill("n1"), 1, "n2")
     cluster.measure("store outside: it comes back, grows", lambda: cluster.start("n1"), 2, "n2", JOINING)
@@ -176,7 +176,7 @@ def outside(cluster: Cluster) -> None:
     def lose_store() -> None:
         cluster.hosts.kill("n3")
         cluster.jobs["n2"].wait_for("does not answer")
-        cluster.hold_store("n3")
+        cluster.store_server("n3")
 
     cluster.measure("store itself lost, started again at once", lose_store, 2, "n2")
 

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.rank_lines import run_ranks
-from papilio.trainer.elastic.health.health_store import SideChannel, Sign
+from papilio.trainer.elastic.health.health_store import HealthStore, Sign
 from papilio.trainer.elastic.health.live_writer import LiveWriter, Run, Standing
 from papilio.trainer.elastic.health.rank_figures import RankFigures
-from papilio.trainer.elastic.health.step_timer import TIMED_EVERY_S, OwnWork
+from papilio.trainer.elastic.health.step_timer import TIMED_EVERY_S, StepTimer
 from papilio.trainer.elastic.health.watchdog import BEAT_S, Watchdog
 from papilio.trainer.process_group import Ranks, process_group
 from papilio.trainer.run_state import Progress
@@ -83,11 +83,11 @@ def _work(options: argparse.Namespace) -> None:
     configure_runtime()
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         step, model = _make_step(options.data, ranks)
-        channel = SideChannel(dist.PrefixStore("live", dist.distributed_c10d._get_default_store()))
+        channel = HealthStore(dist.PrefixStore("live", dist.distributed_c10d._get_default_store()))
         watchdog = Watchdog(ranks, 600.0, channel)
         watchdog.start()
         progress = Progress()
-        work = OwnWork(model, ranks.device, progress)
+        work = StepTimer(model, ranks.device, progress)
 
         def count() -> None:
             progress.step += 1
@@ -111,7 +111,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _seen(ranks: Ranks, run: Run, channel: SideChannel, watchdog: Watchdog, work: OwnWork) -> Iterator[None]:
+def _seen(ranks: Ranks, run: Run, channel: HealthStore, watchdog: Watchdog, work: StepTimer) -> Iterator[None]:
     """Have figures in the signs and a view of all ranks."""
     watchdog.show(work.figures)
     writer = LiveWriter(run, channel, watchdog.sign) if ranks.is_first else None
@@ -124,7 +124,7 @@ def _seen(ranks: Ranks, run: Run, channel: SideChannel, watchdog: Watchdog, work
 
 
 def _window(
-    step: Callable[[], object], count: Callable[[], None], work: OwnWork | None, progress: Progress, num_steps: int
+    step: Callable[[], object], count: Callable[[], None], work: StepTimer | None, progress: Progress, num_steps: int
 ) -> float:
     """Train a window; return milliseconds a step."""
     dist.barrier()
@@ -139,7 +139,7 @@ def _window(
     return (time.perf_counter() - begin_s) / num_steps * 1e3
 
 
-def _parts(work: OwnWork, folder: str, progress: Progress) -> dict[str, Any]:
+def _parts(work: StepTimer, folder: str, progress: Progress) -> dict[str, Any]:
     """Return what each part takes by itself, in the step or beside it."""
 
     def timed(now_s: float) -> None:
@@ -157,7 +157,7 @@ def _parts(work: OwnWork, folder: str, progress: Progress) -> dict[str, Any]:
 def _look_ms(num_ranks: int, folder: str, progress: Progress) -> tuple[float, float]:
     """Return what reading so many signs and writing the view takes, and how often that is done."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = SideChannel(store)
+    channel = HealthStore(store)
     for rank in range(num_ranks):
         figures = RankFigures(1_234.5678, 12.3456, 1_000, 4.321, 9.876, (("t_C3", 0.41), ("t_C17", 0.2)))
         channel.publish(Sign(rank, f"host-{rank // 8}", 1_000, "training", 7_000, 9, 0.1, 1e9, figures=figures))
@@ -166,7 +166,7 @@ def _look_ms(num_ranks: int, folder: str, progress: Progress) -> tuple[float, fl
     return _median_us(lambda: writer._write(writer.look()), 30) / 1e3, writer._look_every_s
 
 
-def _hooks_us(work: OwnWork) -> float:
+def _hooks_us(work: StepTimer) -> float:
     """Return what the hooks of all timed modules take when these are called."""
     module = torch.nn.Identity()
     bare_us = _median_us(lambda: module(None), 2_000)

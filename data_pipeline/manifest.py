@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be read as it is; the message names the file and the mend."""
+    """A data set that cannot be read as it is; the message names the file and the fix."""
 
 
 class _Section(BaseModel):

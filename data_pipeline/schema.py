@@ -32,7 +32,7 @@ _DENSE: Role = "dense"
 
 
 class SchemaError(ValueError):
-    """A schema file that cannot be used; the message names the key and the mend."""
+    """A schema file that cannot be used; the message names the key and the fix."""
 
 
 class _Section(BaseModel):

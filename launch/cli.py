@@ -1,7 +1,7 @@
 """The `papilio` command: finds the verb, parses its arguments, imports its job and runs it.
 
 Exit status: 0 done, 1 the job failed, 2 the command line is wrong, 75 told to end and saved, to be resumed,
-78 a mistake that no retry mends, 130 and 143 interrupted and terminated.
+78 a mistake that no retry fixes, 130 and 143 interrupted and terminated.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torchx import specs
 
 from papilio.launch import host_request as hosts
 from papilio.launch import roles
-from papilio.launch.roles import Surroundings
+from papilio.launch.roles import ExecutionEnvironment
 from papilio.launch.torchx_errors import OneLineErrors
 
 OneLineErrors.install()
@@ -75,7 +75,7 @@ def train(
         *overrides,
     ]
     command = roles.agent_command(words, asked.nproc, nnodes, rdzv_port, max_restarts)
-    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, omp_threads, max_retries)
     checks = roles.preflight_before(recipe, overrides, asked, nnodes) if preflight else []
     return roles.make_app(name, "train", command, asked, around, nnodes, rdzv_port, grace_s, checks)
 
@@ -128,7 +128,7 @@ def evaluate(
     words = ["papilio.trainer.evaluate_run", "--run", run, "--split", split, *(["--data", data] if data else [])]
     words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
-    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, omp_threads, max_retries)
     return roles.make_app(name, "evaluate", command, asked, around, str(nnodes), rdzv_port)
 
 
@@ -170,7 +170,7 @@ def calibrate(
     words = ["papilio.trainer.calibration.calibrate", "--output", output]
     words += [flag for flag, is_on in (("--quick", quick), ("--fresh", fresh)) if is_on]
     asked = hosts.request_host(None, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
-    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, omp_threads, max_retries)
     return roles.make_app(name, "calibrate", roles.agent_command(words, nproc), asked, around)
 
 
@@ -205,7 +205,7 @@ def preprocess(
         max_retries: how often the scheduler starts the job again after a failure, where it can
     """
     words = ["--source", source, "--input", *input, "--output", output, "--num-workers", str(cpu), *options]
-    around = Surroundings(python, image, env, mounts, 1, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, 1, max_retries)
     return roles.verb_app(name, "preprocess", words, hosts.one_process(cpu, memory_mb), around)
 
 
@@ -256,7 +256,7 @@ def export(
     words += [f"--size-budget={size_budget}"] if size_budget is not None else []
     words += [f"--data={data}"] if data is not None else []
     words += [*(f"--table={choice}" for choice in table or []), *([] if gate else ["--no-gate"])]
-    around = Surroundings(python, image, env, mounts, cpu, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, cpu, max_retries)
     return roles.verb_app(name, "export", words, hosts.one_process(cpu, memory_mb), around)
 
 
@@ -298,7 +298,7 @@ def predict(
     given = {"data": data, "split": split, "source": source}
     words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", value)]
     words += ["--input", *input] if input else []
-    around = Surroundings(python, image, env, mounts, cpu, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, cpu, max_retries)
     return roles.verb_app(name, "predict", words, hosts.one_process(cpu, memory_mb), around)
 
 
@@ -356,7 +356,7 @@ def study(
     words += ["--ranks", *ranks] if ranks else ["--ranks", *map(str, roles.powers_of_two(asked.nproc))]
     words += ["--predict-hosts", *hosts_predicted] if hosts_predicted else []
     words += ["--hardware", asked.hardware] if asked.hardware else []
-    around = Surroundings(python, image, env, mounts, omp_threads, max_retries)
+    around = ExecutionEnvironment(python, image, env, mounts, omp_threads, max_retries)
     command = roles.verb_command("study", [*words, *overrides])
     return roles.make_app(name, "study", command, asked, around)
 
@@ -401,5 +401,5 @@ def preflight(
     """
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     command = roles.preflight_command(recipe, overrides, asked, nnodes, wait_s)
-    around = Surroundings(python, image, env, mounts, omp_threads, 0)
+    around = ExecutionEnvironment(python, image, env, mounts, omp_threads, 0)
     return roles.make_app(name, "preflight", command, asked, around, str(nnodes), rdzv_port)

@@ -1,4 +1,4 @@
-"""What a job asks of each host: cores, memory and GPUs, read from the file that the planner reckons with.
+"""What a job asks of each host: cores, memory and GPUs, read from the file that the planner estimates with.
 
 One file (sharding/profiles, or one that `papilio calibrate` wrote) describes a host to both, so that a job never asks
 for other machines than its plan is made for.
@@ -60,7 +60,7 @@ def request_host(
         for flag, value in (("--nproc", nproc), ("--cpu", cpu), ("--gpu", gpu), ("--memory_mb", memory_mb))
     )
     require_number("--omp_threads", omp_threads, 1, MAX_CORES)
-    if nproc is not None:  # before cores are reckoned from it
+    if nproc is not None:  # before cores are estimated from it
         require_number("--nproc", nproc, 1, MAX_RANKS)
     if host is None:
         nproc = DEFAULT_NUM_RANKS if nproc is None else nproc

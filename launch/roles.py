@@ -55,7 +55,7 @@ MAX_NAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ExecutionEnvironment:
     """What the processes of a job find around them; None where nothing was said."""
 
     python: str | None
@@ -150,10 +150,10 @@ def preflight_before(recipe: str, overrides: Sequence[str], request: HostRequest
 
 
 def verb_app(
-    name: str, verb: str, words: Sequence[str], request: HostRequest, surroundings: Surroundings
+    name: str, verb: str, words: Sequence[str], request: HostRequest, execution: ExecutionEnvironment
 ) -> specs.AppDef:
     """Return a job of one process that does a verb of the command line."""
-    return make_app(name, verb, verb_command(verb, words), request, surroundings)
+    return make_app(name, verb, verb_command(verb, words), request, execution)
 
 
 def make_app(
@@ -161,7 +161,7 @@ def make_app(
     role_name: str,
     command: Sequence[str],
     request: HostRequest,
-    surroundings: Surroundings,
+    execution: ExecutionEnvironment,
     nnodes: str = "1",
     rdzv_port: int | None = None,
     grace_s: int = SHUTDOWN_TIMEOUT_S,
@@ -172,9 +172,9 @@ def make_app(
     Where there are `checks`, another module with its arguments, they come first, and must succeed.
     """
     fewest, most = bounds(nnodes)
-    _check_job(name, request, surroundings, rdzv_port, grace_s)
-    plain, carried = _split_environment(surroundings.env or {})
-    parsed_mounts = _parse_mounts(surroundings.mounts or ())
+    _check_job(name, request, execution, rdzv_port, grace_s)
+    plain, carried = _split_environment(execution.env or {})
+    parsed_mounts = _parse_mounts(execution.mounts or ())
     first = [f"--env={name}={escape_macros(value)}" for name, value in carried.items()]
     first += [
         f"--mounted={escape_macros(mount.dst_path)}"
@@ -187,14 +187,14 @@ def make_app(
     first, command = _without_dollars(first, command)
     role = specs.Role(
         role_name,
-        surroundings.image or NO_IMAGE,
+        execution.image or NO_IMAGE,
         # An image has an interpreter of its own, at another place than the machine that submits.
-        entrypoint=surroundings.python or (sys.executable if surroundings.image is None else "python3"),
-        args=[*_bootstrap(surroundings), *(["papilio.launch.start", *first, "--", *command] if first else command)],
-        env={"OMP_NUM_THREADS": str(surroundings.omp_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **plain},
+        entrypoint=execution.python or (sys.executable if execution.image is None else "python3"),
+        args=[*_bootstrap(execution), *(["papilio.launch.start", *first, "--", *command] if first else command)],
+        env={"OMP_NUM_THREADS": str(execution.omp_threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_s), **plain},
         num_replicas=most,
         min_replicas=fewest if fewest < most else None,
-        max_retries=surroundings.max_retries,
+        max_retries=execution.max_retries,
         resource=specs.Resource(cpu=request.cpu, gpu=request.gpu, memMB=request.memory_mb),
         port_map={"c10d": rdzv_port} if most > 1 and rdzv_port is not None else {},
         mounts=parsed_mounts,
@@ -203,12 +203,12 @@ def make_app(
     return specs.AppDef(name=name, roles=[role])
 
 
-def _bootstrap(surroundings: Surroundings) -> list[str]:
+def _bootstrap(execution: ExecutionEnvironment) -> list[str]:
     """Return what starts a module (trainer/elastic/bootstrap.py): by its file where this interpreter runs the job.
 
     Another interpreter finds Papilio where it is installed there, and not in the working directory (-P).
     """
-    if surroundings.python is None and surroundings.image is None:
+    if execution.python is None and execution.image is None:
         return [escape_macros(bootstrap.FILE), "-m"]
     return ["-P", "-m", "papilio.trainer.elastic.bootstrap", "-m"]
 
@@ -257,16 +257,16 @@ def escape_macros(word: str) -> str:
 
 
 def _check_job(
-    name: str, request: HostRequest, surroundings: Surroundings, rdzv_port: int | None, grace_s: int
+    name: str, request: HostRequest, execution: ExecutionEnvironment, rdzv_port: int | None, grace_s: int
 ) -> None:
     """Check what all components take, whatever scheduler gets the job; what only one of them refuses, it checks."""
     if not name.strip() or not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         raise UsageError(
             f"--name {name[:MAX_NAME_LENGTH]!r}: 1 to {MAX_NAME_LENGTH} letters that can be printed are needed"
         )
-    if surroundings.python is not None and not surroundings.python.strip():
+    if execution.python is not None and not execution.python.strip():
         raise UsageError("--python '': it is empty; give the path of an interpreter, or leave it out")
-    check_request(request, surroundings.omp_threads, surroundings.max_retries)
+    check_request(request, execution.omp_threads, execution.max_retries)
     require_number("--grace_s", grace_s, 1, MAX_GRACE_S)
     if rdzv_port is not None:
         require_number("--rdzv_port", rdzv_port, 1, MAX_PORT)

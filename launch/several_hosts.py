@@ -56,7 +56,7 @@ def meeting_of(namespace: argparse.Namespace, run_dir: str | None) -> roles.Meet
 
 def one_host_of(command: Sequence[str], nproc: int) -> specs.AppDef:
     """Return this host's part of a training job, whose agent `command` starts."""
-    around = roles.Surroundings(None, None, None, None, omp_threads=1, max_retries=0)
+    around = roles.ExecutionEnvironment(None, None, None, None, omp_threads=1, max_retries=0)
     return roles.make_app("train", "train", command, request_host(None, nproc=nproc), around, grace_s=GRACE_S)
 
 

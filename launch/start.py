@@ -26,7 +26,7 @@ MOUNTS = "/proc/self/mountinfo"
 
 
 class StartError(ValueError):
-    """The host is not as the job needs it; the message says what is missing and how to mend it."""
+    """The host is not as the job needs it; the message says what is missing and how to fix it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ class Verb:
 VERBS = (
     Verb(
         "doctor",
-        "say whether this installation is sound, and the command that mends it",
+        "say whether this installation is sound, and the command that fixes it",
         "papilio doctor",
         arguments.doctor_arguments,
         "papilio.launch.doctor.doctor:run",

@@ -11,12 +11,12 @@ import argparse
 from dataclasses import dataclass
 
 FBGEMM_OF_DEVICE = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
-# What torchrec imports beside the trio; these need torch themselves, so they are installed with it.
+# What torchrec imports beside the version set; these need torch themselves, so they are installed with it.
 TORCHREC_NEEDS = ("tensordict>=0.8", "torchmetrics==1.0.3")
 
 
 @dataclass(frozen=True)
-class Trio:
+class VersionSet:
     """Three releases built for each other; fbgemm's binaries fit one release of torch only."""
 
     torch: str
@@ -36,18 +36,26 @@ class Trio:
 
 
 # The first is the one installed by default.
-TRIOS = (Trio("2.13.0", "1.8.0", "1.8.0"), Trio("2.11.0", "1.6.0", "1.6.1"))
+VERSION_SETS = (VersionSet("2.13.0", "1.8.0", "1.8.0"), VersionSet("2.11.0", "1.6.0", "1.6.1"))
 
 
 def main() -> None:
-    """Print the requirements of one trio on one line, for pip."""
+    """Print the requirements of one version set on one line, for pip."""
     parser = argparse.ArgumentParser(description="print what pip should install")
     parser.add_argument("device", choices=sorted(FBGEMM_OF_DEVICE))
-    parser.add_argument("--torch", choices=[trio.torch for trio in TRIOS], default=TRIOS[0].torch)
+    parser.add_argument(
+        "--torch", choices=[version_set.torch for version_set in VERSION_SETS], default=VERSION_SETS[0].torch
+    )
     parser.add_argument("--no-deps", action="store_true", help="print those that need pip's --no-deps")
     arguments = parser.parse_args()
-    trio = next(trio for trio in TRIOS if trio.torch == arguments.torch)
-    print(*(trio.requirements_without_dependencies() if arguments.no_deps else trio.requirements(arguments.device)))
+    version_set = next(version_set for version_set in VERSION_SETS if version_set.torch == arguments.torch)
+    print(
+        *(
+            version_set.requirements_without_dependencies()
+            if arguments.no_deps
+            else version_set.requirements(arguments.device)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class ShardingConfig(_Section):
     )
     hardware: str | None = Field(
         None,
-        description="Hardware the planner reckons with: a profile's name, or a file that `papilio calibrate` wrote; "
+        description="Hardware the planner estimates with: a profile's name, or a file that `papilio calibrate` wrote; "
         "by default the generic profile of the device at hand.",
     )
     types: tuple[ShardingTypeName, ...] = Field(

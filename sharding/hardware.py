@@ -31,7 +31,7 @@ UNITS = {name: factor for units in UNITS_OF.values() for name, factor in units.i
 
 
 class HardwareError(ValueError):
-    """A hardware profile that does not exist or cannot be used; the message names the file, the key and the mend."""
+    """A hardware profile that does not exist or cannot be used; the message names the file, the key and the fix."""
 
 
 # Table sizes at which the rate of rows touched for the first time in a step is stated; between them it is interpolated.

@@ -33,7 +33,7 @@ def check_plan(plan: PlanFile, job: Job, cluster: Cluster, source: str) -> None:
     """Check that a plan is one for this job on these ranks, and that training would follow it to the letter.
 
     Raises:
-        PlanError: naming the table or the rank, and the mend.
+        PlanError: naming the table or the rank, and the fix.
     """
     _check_machine(plan, cluster, source)
     _check_tables(plan, job, source)

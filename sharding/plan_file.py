@@ -24,7 +24,7 @@ StepSeconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class PlanFileError(ValueError):
-    """A plan file that cannot be used; the message names the file and the mend."""
+    """A plan file that cannot be used; the message names the file and the fix."""
 
 
 class _Section(BaseModel):

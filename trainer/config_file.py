@@ -1,4 +1,4 @@
-"""From a recipe file and command-line overrides to a `Config`; every mistake is named with its mend."""
+"""From a recipe file and command-line overrides to a `Config`; every mistake is named with its fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPE_SUFFIX = ".toml"
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the message names the key, the value and the mend."""
+    """A recipe or an override that cannot be used; the message names the key, the value and the fix."""
 
 
 def load_config(recipe: str, overrides: Sequence[str] = (), hardware: str | None = None) -> Config:

@@ -16,7 +16,7 @@ from papilio.trainer.config import Config
 from papilio.trainer.elastic.health.job_health import JobHealth
 from papilio.trainer.elastic.health.live_view import CheckpointView
 from papilio.trainer.elastic.health.live_writer import Run, Standing
-from papilio.trainer.elastic.health.step_timer import OwnWork
+from papilio.trainer.elastic.health.step_timer import StepTimer
 from papilio.trainer.elastic.preemption import Preemption
 from papilio.trainer.models.train_model import StepOutput
 from papilio.trainer.optimizers import Optimizers
@@ -69,7 +69,7 @@ def run_training(
     num_steps = total_steps(progress.step, loader, config)
     reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.remark)
     reporter.restore(run.window)
-    work = OwnWork(model.module, ranks.device, progress)
+    work = StepTimer(model.module, ranks.device, progress)
     run.health.show(work.figures, _shown(config, ranks, run, loader, reporter, progress, num_steps))
     wait_before_s = progress.wait_s
     batches = iter(loader)

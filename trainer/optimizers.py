@@ -56,7 +56,7 @@ def check_data_parallel_tables(tables: Sequence[str], config: Config) -> None:
     """Refuse data_parallel tables (names) which would not be trained as the other tables are.
 
     Raises:
-        ConfigError: naming a table, the reason and the mends.
+        ConfigError: naming a table, the reason and the fixes.
     """
     if not tables:
         return

@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare_planning(config: Config, hardware_name: str | None, num_nodes: int, ranks_per_node: int | None) -> Planning:
-    """List and reckon the options of a recipe on machines that need not be here.
+    """List and estimate the options of a recipe on machines that need not be here.
 
     Raises:
-        ConfigError, DatasetError, HardwareError, PlanError: what is wrong and how to mend it.
+        ConfigError, DatasetError, HardwareError, PlanError: what is wrong and how to fix it.
     """
     hardware = load_hardware(hardware_name or config.sharding.hardware or DEFAULT_PROFILES["cpu"])
     if num_nodes < 1 or (ranks_per_node is not None and ranks_per_node < 1):

@@ -9,7 +9,7 @@ BAD_ROWS_NAME = "bad_rows.tsv"
 
 
 class PreprocessError(ValueError):
-    """Input that cannot be preprocessed as asked; the message names the place and the mend."""
+    """Input that cannot be preprocessed as asked; the message names the place and the fix."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class WorkPool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise PreprocessError(
-                "a worker process was killed, most likely for want of memory; give the same command again with a "
+                "a worker process was killed, most likely out of memory; give the same command again with a "
                 "smaller --num-workers: it continues where it stopped"
             ) from None
 

@@ -1,4 +1,4 @@
-"""`papilio doctor`: judges an installation and gives, for each finding, the command that mends it."""
+"""`papilio doctor`: judges an installation and gives, for each finding, the command that fixes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from papilio.data_pipeline.terminal import table_columns
 from papilio.launch.doctor.installation import Installation, inspect_installation
-from papilio.launch.version_set import TRIOS, Trio
+from papilio.launch.version_set import VERSION_SETS, VersionSet
 
 Status = Literal["ok", "warn", "FAIL"]
 MIN_PYTHON = (3, 11)
@@ -19,19 +19,19 @@ GIB = 1 << 30
 MIN_MEMORY_BYTES = 6 * GIB
 # Worker processes of data loading and NCCL's local transport pass data through shared memory; containers give 64 MiB.
 MIN_SHARED_MEMORY_BYTES = GIB
-# (distribution, why it is needed); the trio and TorchX have checks of their own.
+# (distribution, why it is needed); the version set and TorchX have checks of their own.
 NEEDED_PACKAGES = ("numpy", "pyarrow", "pydantic", "iopath", "zstandard", "tensorboard")
 TORCHREC_PACKAGES = ("tensordict", "torchmetrics", "pyre-extensions", "tqdm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the report. `mend` is a command or an advice, empty when all is well."""
+    """One line of the report. `fix` is a command or an advice, empty when all is well."""
 
     name: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose(installation: Installation) -> list[Check]:
-    """All checks, in the order in which mends should be made."""
+    """All checks, in the order in which fixes should be made."""
     return [
         _check_python(installation),
-        _check_trio(installation),
+        _check_version_set(installation),
         _check_device_match(installation),
         _check_loading(installation),
         _check_operators(installation),
@@ -60,7 +60,7 @@ def diagnose(installation: Installation) -> list[Check]:
 
 
 def report(checks: list[Check]) -> str:
-    """The checks as a table, each mend below its check, and a verdict."""
+    """The checks as a table, each fix below its check, and a verdict."""
     width = max(len(check.name) for check in checks)
     indent = " " * (width + 8)
     num_columns = table_columns()
@@ -68,7 +68,7 @@ def report(checks: list[Check]) -> str:
     for check in checks:
         head = f"{check.status:4}  {check.name:{width}}  "
         lines += textwrap.wrap(check.found, num_columns, initial_indent=head, subsequent_indent=indent)
-        lines += [f"{indent}mend: {line}" for line in check.mend.splitlines()]
+        lines += [f"{indent}fix: {line}" for line in check.fix.splitlines()]
     num_failed = sum(check.status == "FAIL" for check in checks)
     num_warnings = sum(check.status == "warn" for check in checks)
     warned = f" ({num_warnings} {'warning' if num_warnings == 1 else 'warnings'})" if num_warnings else ""
@@ -83,7 +83,7 @@ def _check_python(installation: Installation) -> Check:
     return Check("python", "ok", version)
 
 
-def _check_trio(installation: Installation) -> Check:
+def _check_version_set(installation: Installation) -> Check:
     versions = installation.versions
     fbgemm = versions["fbgemm-gpu"] or versions["fbgemm-gpu-cpu"]
     # A local version label ("2.13.0+cpu") says how it was built, not which release it is.
@@ -91,35 +91,40 @@ def _check_trio(installation: Installation) -> Check:
         (version or "none").partition("+")[0] for version in (versions["torch"], fbgemm, versions["torchrec"])
     )
     shown = f"torch {versions['torch']}, fbgemm {fbgemm}, torchrec {versions['torchrec']}"
-    if found in [dataclasses.astuple(trio) for trio in TRIOS]:
-        return Check("trio", "ok", shown)
-    supported = " or ".join(map(str, TRIOS))
-    return Check("trio", "FAIL", f"{shown}: not one of the supported trios, {supported}", _install_trio(installation))
+    if found in [dataclasses.astuple(version_set) for version_set in VERSION_SETS]:
+        return Check("version set", "ok", shown)
+    supported = " or ".join(map(str, VERSION_SETS))
+    return Check(
+        "version set",
+        "FAIL",
+        f"{shown}: not one of the supported version sets, {supported}",
+        _install_version_set(installation),
+    )
 
 
 def _check_device_match(installation: Installation) -> Check:
     name = "fbgemm build"
     has_cpu, has_cuda = (installation.versions[name] is not None for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"))
     cuda = installation.probe.torch_cuda
-    trio = _nearest_trio(installation)
+    version_set = _nearest_version_set(installation)
     if has_cpu and has_cuda:
         both = "both fbgemm-gpu and fbgemm-gpu-cpu are installed; they overwrite each other's files"
         uninstall = "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
         fitting = "fbgemm-gpu" if cuda else "fbgemm-gpu-cpu"
-        return Check(name, "FAIL", both, f"{uninstall} && pip install {fitting}=={trio.fbgemm}")
+        return Check(name, "FAIL", both, f"{uninstall} && pip install {fitting}=={version_set.fbgemm}")
     if has_cpu and cuda:
         found = f"fbgemm is the CPU build, torch is built for CUDA {cuda}"
-        mend = f"pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu=={trio.fbgemm}"
+        fix = f"pip uninstall -y fbgemm-gpu-cpu && pip install fbgemm-gpu=={version_set.fbgemm}"
         if installation.gpus:
-            return Check(name, "FAIL", found, mend)
+            return Check(name, "FAIL", found, fix)
         # What many package indexes give: their only torch for Linux is the CUDA build.
-        return Check(name, "warn", f"{found}; it works here, where there is no GPU", f"once there is one: {mend}")
+        return Check(name, "warn", f"{found}; it works here, where there is no GPU", f"once there is one: {fix}")
     if has_cuda and installation.probe.torch_loads and not cuda:
         found = "fbgemm is the CUDA build, torch is built for CPU only (plain `pip install torchrec` does this)"
-        mend = f"pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu=={trio.fbgemm}"
-        return Check(name, "FAIL", found, mend)
+        fix = f"pip uninstall -y fbgemm-gpu && pip install fbgemm-gpu-cpu=={version_set.fbgemm}"
+        return Check(name, "FAIL", found, fix)
     if not has_cpu and not has_cuda:
-        return Check(name, "FAIL", "fbgemm is not installed", _install_trio(installation))
+        return Check(name, "FAIL", "fbgemm is not installed", _install_version_set(installation))
     return Check(name, "ok", f"CUDA {cuda}, as torch" if cuda else "CPU, as torch")
 
 
@@ -130,17 +135,17 @@ def _check_loading(installation: Installation) -> Check:
     culprit = "torchrec" if probe.fbgemm_loads else "torch or fbgemm"
     found = f"{culprit} does not load: {probe.error}"
     is_mixed = _check_device_match(installation).status == "FAIL"
-    mend = "mend the fbgemm build first" if is_mixed else _install_trio(installation, force=True)
-    return Check("loading", "FAIL", found, mend)
+    fix = "fix the fbgemm build first" if is_mixed else _install_version_set(installation, force=True)
+    return Check("loading", "FAIL", found, fix)
 
 
 def _check_operators(installation: Installation) -> Check:
     probe = installation.probe
     if not probe.fbgemm_loads:
-        return Check("operators", "FAIL", "unknown, as fbgemm does not load", "mend the loading first")
+        return Check("operators", "FAIL", "unknown, as fbgemm does not load", "fix the loading first")
     if probe.missing_operators:
         missing = ", ".join(probe.missing_operators)
-        return Check("operators", "FAIL", f"fbgemm lacks {missing}", _install_trio(installation, force=True))
+        return Check("operators", "FAIL", f"fbgemm lacks {missing}", _install_version_set(installation, force=True))
     return Check("operators", "ok", "fbgemm has all that a step calls")
 
 
@@ -157,8 +162,8 @@ def _check_torchx(installation: Installation) -> Check:
     nightly, stable = installation.versions["torchx-nightly"], installation.versions["torchx"]
     if nightly and stable:
         found = f"both torchx {stable} and torchx-nightly {nightly} are installed; they overwrite each other's files"
-        mend = f"pip uninstall -y torchx torchx-nightly && pip install torchx-nightly=={nightly}"
-        return Check("torchx", "FAIL", found, mend)
+        fix = f"pip uninstall -y torchx torchx-nightly && pip install torchx-nightly=={nightly}"
+        return Check("torchx", "FAIL", found, fix)
     if nightly is None:
         found = f"torchx {stable} is installed; Papilio uses torchx-nightly" if stable else "not installed"
         uninstall = "pip uninstall -y torchx && " if stable else ""
@@ -186,7 +191,7 @@ def _check_communication(installation: Installation) -> Check:
     needed_is_there = probe.has_nccl if installation.gpus and probe.torch_cuda else probe.has_gloo
     if not needed_is_there:
         found = f"torch was built with {', '.join(backends) or 'neither gloo nor NCCL'}"
-        return Check("communication", "FAIL", found, _install_trio(installation, force=True))
+        return Check("communication", "FAIL", found, _install_version_set(installation, force=True))
     return Check("communication", "ok", ", ".join(backends))
 
 
@@ -207,23 +212,23 @@ def _check_machine(installation: Installation) -> Check:
 def _check_shared_memory(installation: Installation) -> Check:
     found = f"/dev/shm has {installation.shared_memory_bytes / GIB:.2f} GiB"
     if installation.shared_memory_bytes < MIN_SHARED_MEMORY_BYTES:
-        mend = "in a container: docker run --shm-size=8g; else: mount -o remount,size=8G /dev/shm"
-        return Check("shared memory", "warn", found, mend)
+        fix = "in a container: docker run --shm-size=8g; else: mount -o remount,size=8G /dev/shm"
+        return Check("shared memory", "warn", found, fix)
     return Check("shared memory", "ok", found)
 
 
-def _nearest_trio(installation: Installation) -> Trio:
+def _nearest_version_set(installation: Installation) -> VersionSet:
     torch = (installation.versions["torch"] or "").partition("+")[0]
-    return next((trio for trio in TRIOS if trio.torch == torch), TRIOS[0])
+    return next((version_set for version_set in VERSION_SETS if version_set.torch == torch), VERSION_SETS[0])
 
 
-def _install_trio(installation: Installation, *, force: bool = False) -> str:
-    trio = _nearest_trio(installation)
+def _install_version_set(installation: Installation, *, force: bool = False) -> str:
+    version_set = _nearest_version_set(installation)
     has_cpu, has_cuda = (installation.versions[name] is not None for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"))
     wants_cuda = bool(installation.gpus) or (installation.probe.torch_cuda is not None and not has_cpu)
-    torch, fbgemm, *_ = trio.requirements("cuda" if wants_cuda else "cpu")
+    torch, fbgemm, *_ = version_set.requirements("cuda" if wants_cuda else "cpu")
     other = "fbgemm-gpu-cpu" if wants_cuda else "fbgemm-gpu"
     remove = f"pip uninstall -y {other} && " if (has_cpu if wants_cuda else has_cuda) else ""
-    torchrec = " ".join(trio.requirements_without_dependencies())
+    torchrec = " ".join(version_set.requirements_without_dependencies())
     again = " --force-reinstall" if force else ""
     return f"{remove}pip install{again} {torch} {fbgemm} && pip install{again} --no-deps {torchrec}"

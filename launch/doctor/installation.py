@@ -37,7 +37,8 @@ PROBE_TIMEOUT_S = 180
 
 @dataclass(frozen=True)
 class Probe:
-    """What a process of its own found when it loaded the trio; `error` is the last line it left when it failed."""
+    """What a process of its own found when it loaded the version set; `error` is the last line it left when
+    it failed."""
 
     torch_loads: bool = False
     torch_cuda: str | None = None

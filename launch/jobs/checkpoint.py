@@ -193,10 +193,8 @@ def _prune(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     freed = size(sum(found.marker.num_bytes for found in surplus))
     print(f"{freed} would be freed; nothing was removed" if namespace.dry_run else f"{freed} freed")
     for name, status in _survey(folder)[1].items():
-        mend = (
-            "the next start of the job removes it" if status == INCOMPLETE else "remove it by hand if nobody needs it"
-        )
-        print(f"{join(folder.path, name)} is {status} and was left; {mend}")
+        fix = "the next start of the job removes it" if status == INCOMPLETE else "remove it by hand if nobody needs it"
+        print(f"{join(folder.path, name)} is {status} and was left; {fix}")
     return 0
 
 

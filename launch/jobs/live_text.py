@@ -43,7 +43,7 @@ def view_lines(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[
         lines += _rank_table(view, slowest, marked, width, ink)
     missing = view.world_size - len(view.ranks)
     if missing:
-        lines.append(f"{missing} of {view.world_size} ranks gave no sign of life yet")
+        lines.append(f"{missing} of {view.world_size} ranks gave no heartbeat yet")
     if unresponsive:
         lines += ["", *_wrapped(_unresponsive_text(unresponsive), width, ink, WARNING_COLOR)]
     for finding in view.findings:

@@ -178,7 +178,7 @@ def _predict(namespace: argparse.Namespace, config: Config, num_hosts: int) -> S
 
 
 def _reason(stderr: str) -> str:
-    """Return the line in which planning says what is wrong; the ways out come after it."""
+    """Return the line in which planning says what is wrong; the remediation come after it."""
     prefix = "papilio plan: error: "
     lines = stderr.strip().splitlines() or ["planning failed"]
     return next((line.removeprefix(prefix) for line in lines if line.startswith(prefix)), lines[-1])

@@ -56,7 +56,7 @@ class Folder(_Facts):
 
 
 class DataFacts(_Facts):
-    """The data set as one host reads it; `problems` are whole sentences that end with a mend."""
+    """The data set as one host reads it; `problems` are whole sentences that end with a fix."""
 
     path: str
     problems: tuple[str, ...] = ()

@@ -16,13 +16,13 @@ MAX_NAMED = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found on some hosts. `mend` is a command or an advice, empty when all is well."""
+    """What a check found on some hosts. `fix` is a command or an advice, empty when all is well."""
 
     check: str
     status: Status
     hosts: tuple[str, ...]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def alike(findings: Iterable[Finding]) -> list[Finding]:
     """Put findings that differ in nothing but the host into one."""
     groups: dict[tuple[str, Status, str, str], list[str]] = {}
     for finding in findings:
-        groups.setdefault((finding.check, finding.status, finding.found, finding.mend), []).extend(finding.hosts)
-    return [Finding(check, status, tuple(hosts), found, mend) for (check, status, found, mend), hosts in groups.items()]
+        groups.setdefault((finding.check, finding.status, finding.found, finding.fix), []).extend(finding.hosts)
+    return [Finding(check, status, tuple(hosts), found, fix) for (check, status, found, fix), hosts in groups.items()]
 
 
 def odd_ones_out(values: dict[str, str]) -> tuple[str, dict[str, str]]:

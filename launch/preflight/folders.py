@@ -73,7 +73,7 @@ class SharedFolder:
         """Return those of the tokens whose marks are here. By name: what a folder holds is cached by NFS for longer."""
         return [token for token in tokens if exists(f"{self._marks}/{MARK}{token}")]
 
-    def excuse(self, index: int | None, name: str, why: str) -> None:
+    def report_absence(self, index: int | None, name: str, why: str) -> None:
         """Leave word for the first host, which this host cannot reach; with no reason, take it back.
 
         In vain where the folder is not shared.
@@ -88,7 +88,7 @@ class SharedFolder:
         except StorageError:
             return
 
-    def excuses(self) -> list[Excuse]:
+    def absences(self) -> list[Excuse]:
         """Return what hosts left word of."""
         found: list[Excuse] = []
         try:
@@ -99,7 +99,7 @@ class SharedFolder:
             return found
         return found
 
-    def forget_excuses(self) -> None:
+    def forget_absences(self) -> None:
         """Remove what an earlier preflight of the same name may have left; hosts that have an excuse repeat it."""
         try:
             for name in list_folder(self._marks):

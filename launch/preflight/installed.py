@@ -40,7 +40,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def code_hashes() -> dict[str, str]:
-    """Return a hash of the files of each of our packages, and of the lists of files of the trio's wheels."""
+    """Return a hash of the files of each of our packages, and of the lists of files of the version set's wheels."""
     home = Path(__file__).absolute().parents[2]  # not its real path: a checkout links its folders into the package
     found = {name: folder_hash(home / name) for name in PACKAGES}
     for name in HASHED:

@@ -1,4 +1,4 @@
-"""Judges what the hosts found: every check in the order in which mends should be made."""
+"""Judges what the hosts found: every check in the order in which fixes should be made."""
 
 from __future__ import annotations
 

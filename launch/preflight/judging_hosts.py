@@ -13,7 +13,7 @@ from papilio.trainer.checkpoint.compatibility import cut
 
 GIB = 1 << 30
 MAX_SETTINGS = 5
-# Signs of life and first failures are compared by their times, and S3 refuses signatures that are off by minutes.
+# Heartbeats and first failures are compared by their times, and S3 refuses signatures that are off by minutes.
 MAX_CLOCK_DIFFERENCE_S = 1.0
 # Of a GPU's memory, what a driver, a display and a forgotten shell may hold.
 MAX_USED_BYTES = 1 << 30
@@ -37,8 +37,8 @@ def check_clocks(evidence: Evidence) -> list[Finding]:
         if abs(off_s) > MAX_CLOCK_DIFFERENCE_S + facts.clock_error_s:
             where = "ahead of" if off_s > 0 else "behind"
             found = f"its clock is {abs(off_s):.1f} s {where} the others'; allowed is {MAX_CLOCK_DIFFERENCE_S:g} s"
-            mend = "there: sudo chronyc makestep (or: sudo systemctl restart systemd-timesyncd)"
-            problems.append(Finding("clocks", "FAIL", (evidence.name(index),), found, mend))
+            fix = "there: sudo chronyc makestep (or: sudo systemctl restart systemd-timesyncd)"
+            problems.append(Finding("clocks", "FAIL", (evidence.name(index),), found, fix))
     return or_all_well("clocks", problems, evidence, lambda: f"agree within {max(most, 1e-3) * 1000:.0f} ms")
 
 
@@ -67,14 +67,12 @@ def check_code(evidence: Evidence) -> list[Finding]:
         for host, value in odd.items():
             if key in PACKAGES:
                 found = f"package {key} has other files ({value}) than elsewhere ({usual})"
-                mend = "bring the same checkout or wheel there, or run all hosts from one shared folder"
+                fix = "bring the same checkout or wheel there, or run all hosts from one shared folder"
             else:
                 found = f"{key} is another build ({value}) than elsewhere ({usual})"
-                mend = (
-                    f"install {key} there from the same index: pip install --force-reinstall --no-deps {key}==VERSION"
-                )
-            problems.append(Finding("code", "FAIL", (host,), found, mend))
-    return or_all_well("code", problems, evidence, lambda: "the files of papilio and of the trio are the same")
+                fix = f"install {key} there from the same index: pip install --force-reinstall --no-deps {key}==VERSION"
+            problems.append(Finding("code", "FAIL", (host,), found, fix))
+    return or_all_well("code", problems, evidence, lambda: "the files of papilio and of the version set are the same")
 
 
 def check_settings(evidence: Evidence) -> list[Finding]:
@@ -99,8 +97,8 @@ def check_gpus(evidence: Evidence) -> list[Finding]:
     problems: list[Finding] = []
     for index, _, facts in evidence.present:
         problems += [
-            Finding("gpus", status, (evidence.name(index),), found, mend)
-            for status, found, mend in _gpu_problems(facts, evidence, wants_gpus=wants_gpus)
+            Finding("gpus", status, (evidence.name(index),), found, fix)
+            for status, found, fix in _gpu_problems(facts, evidence, wants_gpus=wants_gpus)
         ]
     kinds = {evidence.name(index): _kind(facts) for index, _, facts in evidence.present}
     usual, odd = odd_ones_out(kinds)
@@ -119,12 +117,12 @@ def check_memory(evidence: Evidence) -> list[Finding]:
         needed = _needed_bytes(evidence, index)
         if needed > facts.memory_bytes:
             found = f"{size(facts.memory_bytes)} of memory; the plan puts {size(needed)} there"
-            mend = "name a profile that fits it (--host; papilio calibrate makes one), or take more or larger hosts"
-            problems.append(Finding("memory", "FAIL", (host,), found, mend))
+            fix = "name a profile that fits it (--host; papilio calibrate makes one), or take more or larger hosts"
+            problems.append(Finding("memory", "FAIL", (host,), found, fix))
         if evidence.nproc > 1 and facts.shared_memory_bytes < MIN_SHARED_MEMORY_BYTES:
             found = f"/dev/shm has {size(facts.shared_memory_bytes)}, through which ranks of a host pass data"
-            mend = "there: mount -o remount,size=8G /dev/shm; in a container: docker run --shm-size=8g"
-            problems.append(Finding("memory", "warn", (host,), found, mend))
+            fix = "there: mount -o remount,size=8G /dev/shm; in a container: docker run --shm-size=8g"
+            problems.append(Finding("memory", "warn", (host,), found, fix))
     least = min(facts.memory_bytes for *_, facts in evidence.present)
     needed = max(_needed_bytes(evidence, index) for index, *_ in evidence.present)
     return or_all_well("memory", problems, evidence, lambda: f"{size(least)} or more a host; {size(needed)} planned")
@@ -142,7 +140,7 @@ def _install(key: str, usual: str, value: str) -> str:
 
 def _gpu_problems(facts: HostFacts, evidence: Evidence, *, wants_gpus: bool) -> list[Problem]:
     if facts.gpu_error:
-        return [("FAIL", facts.gpu_error, "there: mend the driver (dmesg | grep -i nvrm), or take the host out")]
+        return [("FAIL", facts.gpu_error, "there: fix the driver (dmesg | grep -i nvrm), or take the host out")]
     if wants_gpus and len(facts.gpus) < evidence.nproc:
         found = f"{len(facts.gpus)} GPUs for {evidence.nproc} ranks"
         return [("FAIL", found, f"--nproc {len(facts.gpus)}; or see why the scheduler or the driver hides some")]

@@ -136,8 +136,8 @@ def _collectives(evidence: Evidence, speeds: Sequence[Sequence[RankSpeed]], *, i
         return Finding("links", "ok", evidence.everyone, found)
     if worst < MIN_SHARE:
         return Finding("links", _worst_status(evidence), evidence.everyone, found, _advice(evidence, is_profile=True))
-    mend = "the plan's times will not hold; papilio calibrate measures what these hosts do"
-    return Finding("links", "warn", evidence.everyone, found, mend)
+    fix = "the plan's times will not hold; papilio calibrate measures what these hosts do"
+    return Finding("links", "warn", evidence.everyone, found, fix)
 
 
 def _worst_status(evidence: Evidence) -> Status:
@@ -178,11 +178,11 @@ def _expected_s(collective: str, size: int, rates: Rates, evidence: Evidence) ->
 
 def _slow(evidence: Evidence, yardstick: _Yardstick, rate: float, hosts: Iterable[int], found: str) -> Finding:
     names = tuple(evidence.name(host) for host in hosts)
-    mend = _advice(evidence, is_profile=yardstick.is_profile, is_gross=yardstick.is_gross(rate))
+    fix = _advice(evidence, is_profile=yardstick.is_profile, is_gross=yardstick.is_gross(rate))
     words, usual = yardstick.words, yardstick.usual_bytes_per_s
     if yardstick.is_gross(rate):
         words = f"others reach {_rate(usual)}, {usual / rate:,.0f} times as much"
-    return Finding("links", yardstick.judge(rate), names, f"{found}; {words}", mend)
+    return Finding("links", yardstick.judge(rate), names, f"{found}; {words}", fix)
 
 
 def _advice(evidence: Evidence, *, is_profile: bool, is_gross: bool = False) -> str:

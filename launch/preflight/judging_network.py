@@ -18,7 +18,7 @@ NEVER = (
 def check_arrival(evidence: Evidence) -> list[Finding]:
     """Did every host come, and stay?"""
     problems = [
-        Finding("arrival", "FAIL", (evidence.name(index),), why, _mend_of_absence(evidence, why))
+        Finding("arrival", "FAIL", (evidence.name(index),), why, _fix_of_absence(evidence, why))
         for index, why in sorted(evidence.absent.items())
     ]
     return or_all_well("arrival", problems, evidence, lambda: _arrived(evidence))
@@ -40,13 +40,13 @@ def check_names(evidence: Evidence) -> list[Finding]:
         assert card is not None
         where = named(sources, evidence.num_hosts)
         found = f"its name {card.name} {error} on {where}"
-        mend = f'on {where}: echo "{card.address} {card.name}" | sudo tee -a /etc/hosts; or mend its entry in the DNS'
-        problems.append(Finding("names", "FAIL", (evidence.name(host),), found, mend))
+        fix = f'on {where}: echo "{card.address} {card.name}" | sudo tee -a /etc/hosts; or fix its entry in the DNS'
+        problems.append(Finding("names", "FAIL", (evidence.name(host),), found, fix))
     if not problems:
         for (host, error), sources in nameless.items():
             found = f"its address {error} on {named(sources, evidence.num_hosts)}; torch warns and goes on"
-            mend = "add its PTR record to the DNS, or its line to /etc/hosts there"
-            problems.append(Finding("names", "warn", (evidence.name(host),), found, mend))
+            fix = "add its PTR record to the DNS, or its line to /etc/hosts there"
+            problems.append(Finding("names", "warn", (evidence.name(host),), found, fix))
     return or_all_well("names", problems, evidence, lambda: _names_found(evidence))
 
 
@@ -66,7 +66,7 @@ def check_ports(evidence: Evidence) -> list[Finding]:
         ways = evidence.num_hosts * (evidence.num_hosts - 1)
         hosts = tuple(dict.fromkeys(host for problem in problems for host in problem.hosts))
         found = f"{len(failures)} of {ways} ways between hosts fail, as {problems[0].found}"
-        problems = [Finding("ports", "FAIL", hosts, found, problems[0].mend)]
+        problems = [Finding("ports", "FAIL", hosts, found, problems[0].fix)]
     return or_all_well("ports", problems, evidence, lambda: _ports_found(evidence))
 
 
@@ -80,9 +80,9 @@ def check_interfaces(evidence: Evidence) -> list[Finding]:
         if is_loopback(card.gloo_address) or card.gloo_address.startswith("no "):
             interface = facts.interface or "eth0"
             found = f"gloo would tell the other hosts to find it at {card.gloo_address}, not at {card.address}"
-            mend = f"export GLOO_SOCKET_IFNAME={interface} (--env GLOO_SOCKET_IFNAME={interface}); or let {card.name} "
-            mend += f"resolve to {card.address} in its /etc/hosts"
-            problems.append(Finding("interface", "FAIL", (evidence.name(index),), found, mend))
+            fix = f"export GLOO_SOCKET_IFNAME={interface} (--env GLOO_SOCKET_IFNAME={interface}); or let {card.name} "
+            fix += f"resolve to {card.address} in its /etc/hosts"
+            problems.append(Finding("interface", "FAIL", (evidence.name(index),), found, fix))
     return or_all_well("interface", problems, evidence, lambda: "gloo gives the others an address that they reach")
 
 
@@ -94,9 +94,9 @@ def _too_large(evidence: Evidence, failures: Mapping[tuple[int, int], Reached]) 
             continue
         names = evidence.name(source), evidence.name(host)
         way = f"{names[0]} to {names[1]} ({found.tried}){', and back' if (host, source) in failures else ''}"
-        mend = f"give the interfaces of {names[0]} and {names[1]}, and what is between them, the same MTU: "
-        mend += "ip link set dev INTERFACE mtu 1500"
-        problems.append(Finding("ports", "FAIL", names, f"{way}: {found.port_error}", mend))
+        fix = f"give the interfaces of {names[0]} and {names[1]}, and what is between them, the same MTU: "
+        fix += "ip link set dev INTERFACE mtu 1500"
+        problems.append(Finding("ports", "FAIL", names, f"{way}: {found.port_error}", fix))
     return problems
 
 
@@ -112,21 +112,21 @@ def _closed(evidence: Evidence, failures: Mapping[tuple[int, int], Reached]) -> 
         accused = sources if lonely >= set(sources) else [host]
         who, name = named([evidence.name(source) for source in sources], evidence.num_hosts), evidence.name(host)
         way = f"{who} to {name} ({failures[sources[0], host].tried}): {error}"
-        mend = (
+        fix = (
             f"let TCP pass from {who} to {name}, at all ports from 1024 on (firewall or security group): torch and "
             "NCCL take any that is free"
         )
-        problems.append(Finding("ports", "FAIL", tuple(evidence.name(each) for each in accused), way, mend))
+        problems.append(Finding("ports", "FAIL", tuple(evidence.name(each) for each in accused), way, fix))
     return problems
 
 
-def _mend_of_absence(evidence: Evidence, why: str) -> str:
+def _fix_of_absence(evidence: Evidence, why: str) -> str:
     head, _, port = evidence.endpoint.rpartition(":")
     if "does not resolve" in why:
-        return f'there: echo "ADDRESS {head}" | sudo tee -a /etc/hosts, with the address of {head}; or mend the DNS'
+        return f'there: echo "ADDRESS {head}" | sudo tee -a /etc/hosts, with the address of {head}; or fix the DNS'
     if "does not reach" in why:
-        mend = f"let TCP pass from there to port {port} of {head} (firewall or security group), or choose another port"
-        return f"{mend}: --rdzv-port"
+        fix = f"let TCP pass from there to port {port} of {head} (firewall or security group), or choose another port"
+        return f"{fix}: --rdzv-port"
     if "fell silent" in why:
         return "look at its log: it was ended, or its network was lost"
     return NEVER

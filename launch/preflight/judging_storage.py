@@ -14,11 +14,11 @@ RUN_FOLDER_BYTES = GIB
 def check_folders(evidence: Evidence) -> list[Finding]:
     """Does every host write to the run's folders, and are these the same for all?"""
     problems = [
-        Finding("run folder", "FAIL", (evidence.name(index),), found, mend)
+        Finding("run folder", "FAIL", (evidence.name(index),), found, fix)
         for index, _, facts in evidence.present
         for folder in facts.folders
         if folder.error
-        for found, mend in [_split(folder.error, "choose another folder")]
+        for found, fix in [_split(folder.error, "choose another folder")]
     ]
     paths = [folder.path for folder in evidence.present[0][2].folders]
     for position in range(len(paths)):
@@ -36,11 +36,11 @@ def _strangers(evidence: Evidence, position: int) -> list[Finding]:
         for index, _, folder in wrote
     }
     unseen = {host: others for host, others in unseen.items() if others}
-    mend = "put it on a file system that all hosts mount: --output.runs_dir=/shared/runs"
-    mend += "; or checkpoints on S3: --checkpoint.folder=s3://bucket/prefix"
+    fix = "put it on a file system that all hosts mount: --output.runs_dir=/shared/runs"
+    fix += "; or checkpoints on S3: --checkpoint.folder=s3://bucket/prefix"
     if len(unseen) > 2 and all(len(others) == len(wrote) - 1 for others in unseen.values()):
         found = f"{wrote[0][2].path} is another folder on every host"
-        return [Finding("run folder", "FAIL", tuple(unseen), found, mend)]
+        return [Finding("run folder", "FAIL", tuple(unseen), found, fix)]
     path = {evidence.name(index): folder.path for index, _, folder in wrote}
     return [
         Finding(
@@ -48,16 +48,16 @@ def _strangers(evidence: Evidence, position: int) -> list[Finding]:
             "FAIL",
             (host,),
             f"{path[host]} there does not show what {named(others, evidence.num_hosts)} wrote to theirs",
-            mend,
+            fix,
         )
         for host, others in unseen.items()
     ]
 
 
 def _split(problem: str, otherwise: str) -> tuple[str, str]:
-    """Part what was found from its mend, which follows the last semicolon of our messages."""
-    found, _, mend = problem.rpartition("; ")
-    return (found, f"{mend} (--output.runs_dir)") if found else (problem, f"{otherwise}: --output.runs_dir=DIR")
+    """Part what was found from its fix, which follows the last semicolon of our messages."""
+    found, _, fix = problem.rpartition("; ")
+    return (found, f"{fix} (--output.runs_dir)") if found else (problem, f"{otherwise}: --output.runs_dir=DIR")
 
 
 def check_room(evidence: Evidence) -> list[Finding]:
@@ -77,10 +77,8 @@ def check_room(evidence: Evidence) -> list[Finding]:
                 found = f"{size(folder.free_bytes)} free in {folder.path}; {size(wanted)} are needed"
                 if wanted == needed:
                     found += f", for {num_kept} checkpoints of {size(evidence.plan.model_bytes)}"
-                mend = (
-                    "free some, or choose another disk: --output.runs_dir=DIR, --checkpoint.folder=s3://bucket/prefix"
-                )
-                problems.append(Finding("room", "FAIL", (evidence.name(index),), found, mend))
+                fix = "free some, or choose another disk: --output.runs_dir=DIR, --checkpoint.folder=s3://bucket/prefix"
+                problems.append(Finding("room", "FAIL", (evidence.name(index),), found, fix))
     say = f"{size(min(told))} free, {size(max(needed, RUN_FOLDER_BYTES))} needed" if told else "not known here"
     return or_all_well("room", problems, evidence, lambda: say)
 
@@ -90,8 +88,8 @@ def check_data(evidence: Evidence) -> list[Finding]:
     problems = []
     for index, _, facts in evidence.present:
         for problem in facts.data.problems:
-            found, _, mend = problem.rpartition("; ")
-            problems.append(Finding("data", "FAIL", (evidence.name(index),), found or problem, mend if found else ""))
+            found, _, fix = problem.rpartition("; ")
+            problems.append(Finding("data", "FAIL", (evidence.name(index),), found or problem, fix if found else ""))
     manifests = {facts.data.manifest_crc32 for *_, facts in evidence.present} - {None}
     if not problems and len(manifests) > 1:
         first = evidence.present[0][2].data.manifest_crc32

@@ -145,7 +145,7 @@ def open_meeting(
     now: Callable[[], float],
     *,
     note: Callable[[str], None] = lambda why: None,
-    excuses: Callable[[], Sequence[Excuse]] = tuple,
+    absences: Callable[[], Sequence[Excuse]] = tuple,
     tell: Callable[[str], None] = lambda progress: None,
 ) -> Meeting:
     """Come to the meeting, or hold it on the first host; every host gets the cards of all.
@@ -159,10 +159,10 @@ def open_meeting(
         tell: called on the first host, now and then while it waits, with how many are there.
 
     Raises:
-        MeetingError: this host cannot take part; the message names the mend.
+        MeetingError: this host cannot take part; the message names the fix.
     """
     if holds_meeting(place):
-        meeting = _receive_guests(place, dict(card), now, excuses, tell)
+        meeting = _receive_guests(place, dict(card), now, absences, tell)
     else:
         meeting = _go(place, dict(card), now, note)
     meeting.roster = meeting.gather("cards", meeting.roster[meeting.index], HANDSHAKE_TIMEOUT_S)
@@ -178,7 +178,7 @@ def _receive_guests(
     place: Place,
     card: dict[str, Any],
     now: Callable[[], float],
-    excuses: Callable[[], Sequence[Excuse]],
+    absences: Callable[[], Sequence[Excuse]],
     tell: Callable[[str], None],
 ) -> Meeting:
     """Wait until all are there, or the time is over."""
@@ -198,12 +198,12 @@ def _receive_guests(
     with server:
         thread = threading.Thread(target=reception.run, args=(server,), name="reception", daemon=True)
         thread.start()
-        told_s = begin_s
+        reported_s = begin_s
         while len(reception.lines) < place.num_hosts - 1 and time.monotonic() < begin_s + place.wait_s:
             reception.changed.wait(RETRY_S)
             reception.changed.clear()
-            if time.monotonic() > told_s + TELL_S:
-                told_s = time.monotonic()
+            if time.monotonic() > reported_s + TELL_S:
+                reported_s = time.monotonic()
                 tell(_who_is_missing(reception, place, begin_s))
         reception.is_over = True
     thread.join(HANDSHAKE_TIMEOUT_S)
@@ -216,12 +216,12 @@ def _receive_guests(
     for index in lines:
         meeting.roster[index] = {}
     missing = [index for index in range(1, place.num_hosts) if index not in lines]
-    known = {excuse.index: excuse for excuse in excuses() if excuse.index in missing}
+    known = {report_absence.index: report_absence for report_absence in absences() if report_absence.index in missing}
     # Of hosts without a number one knows only how many there are.
-    unnumbered = iter([excuse for excuse in excuses() if excuse.index is None])
+    unnumbered = iter([report_absence for report_absence in absences() if report_absence.index is None])
     for index in missing:
-        excuse = known.get(index) or next(unnumbered, None) or Excuse(index, "", never)
-        meeting.absent_names[index], meeting.absent[index] = excuse.name, excuse.why
+        report_absence = known.get(index) or next(unnumbered, None) or Excuse(index, "", never)
+        meeting.absent_names[index], meeting.absent[index] = report_absence.name, report_absence.why
     return meeting
 
 

@@ -1,4 +1,4 @@
-"""The table of a preflight: a line a check, or for each thing that is wrong, with its host and its mend."""
+"""The table of a preflight: a line a check, or for each thing that is wrong, with its host and its fix."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def format_report(evidence: Evidence, findings: Sequence[Finding], took_s: float
     for finding, host in zip(findings, hosts, strict=True):
         head = f"{finding.status:4}  {finding.check:{check_width}}  {host:{host_width}}  "
         lines += _wrapped(finding.found, head, indent, columns)
-        if finding.mend:
-            lines += _wrapped(finding.mend, f"{shallow}mend: ", f"{shallow}      ", columns)
+        if finding.fix:
+            lines += _wrapped(finding.fix, f"{shallow}fix: ", f"{shallow}      ", columns)
     return "\n".join([*lines, "", _verdict(findings)])
 
 
@@ -61,7 +61,7 @@ def _verdict(findings: Sequence[Finding]) -> str:
     warned = sum(finding.status == "warn" for finding in findings)
     warnings = f" ({warned} warning{'s' if warned > 1 else ''})" if warned else ""
     if failed:
-        return f"not ready: {failed} thing{'s' if failed > 1 else ''} to mend{warnings}"
+        return f"not ready: {failed} thing{'s' if failed > 1 else ''} to fix{warnings}"
     return f"ready{warnings}: this job will run here"
 
 

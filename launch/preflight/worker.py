@@ -94,33 +94,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, MeetingError) else options.failure_status
 
 
-def take_part(options: Options, config: Config, senses: Senses | None = None) -> int:
+def take_part(options: Options, config: Config, probes: Senses | None = None) -> int:
     """Do this host's part and return the exit status, which is the same on all hosts that come to the end.
 
     Raises:
         MeetingError: this host cannot take part.
     """
-    senses = senses or Senses()
+    probes = probes or Senses()
     begin_s = time.monotonic()
     token = secrets.token_hex(8)
     folders = [
-        SharedFolder(path, options.job, senses.free_bytes) for path in written_folders(config.output, config.checkpoint)
+        SharedFolder(path, options.job, probes.free_bytes) for path in written_folders(config.output, config.checkpoint)
     ]
     for folder in folders:
         folder.leave_mark(token)
     place = make_place(options)
     if holds_meeting(place):
-        folders[0].forget_excuses()
-    data_port = _open_data_port(options, token, senses)
+        folders[0].forget_absences()
+    data_port = _open_data_port(options, token, probes)
     name = options.name or socket.getfqdn()
 
     def note(why: str) -> None:
-        folders[0].excuse(options.index, name, why)
+        folders[0].report_absence(options.index, name, why)
 
     card = Card(name=name, data_port=data_port.port, gloo_address=gloo_address(socket.gethostname()), token=token)
-    meeting = open_meeting(place, card.model_dump(), senses.now, note=note, excuses=folders[0].excuses, tell=_tell)
+    meeting = open_meeting(place, card.model_dump(), probes.now, note=note, absences=folders[0].absences, tell=_tell)
     try:
-        return _Part(options, config, senses, meeting, folders, begin_s).finish()
+        return _Part(options, config, probes, meeting, folders, begin_s).finish()
     finally:
         data_port.close()
         meeting.close()
@@ -136,14 +136,14 @@ class _Part:
         self,
         options: Options,
         config: Config,
-        senses: Senses,
+        probes: Senses,
         meeting: Meeting,
         folders: list[SharedFolder],
         begin_s: float,
     ) -> None:
         self._options = options
         self._config = config
-        self._senses = senses
+        self._probes = probes
         self._meeting = meeting
         self._folders = folders
         self._begin_s = begin_s
@@ -168,18 +168,18 @@ class _Part:
 
     def _plan(self) -> PlanFacts:
         options = self._options
-        return self._senses.plan(options.recipe, options.overrides, self._hardware, options.nnodes, options.nproc)
+        return self._probes.plan(options.recipe, options.overrides, self._hardware, options.nnodes, options.nproc)
 
     def _facts(self) -> HostFacts:
         """Find out all that needs no torch."""
         tokens = [card.token for card in self._cards if card is not None]
         own = self._cards[self._meeting.index]
-        gpus, driver, gpu_error = self._senses.gpus()
+        gpus, driver, gpu_error = self._probes.gpus()
         return HostFacts(
             clock_ahead_s=self._meeting.clock_ahead_s,
             clock_error_s=self._meeting.clock_error_s,
-            versions=self._senses.versions(),
-            code=self._senses.code(),
+            versions=self._probes.versions(),
+            code=self._probes.code(),
             settings=shared_settings(self._config.model_dump(mode="json")),
             reached=reach_all(self._meeting.index, self._cards),
             interface=interface_of(own.address) if own else "",
@@ -187,7 +187,7 @@ class _Part:
             gpu_error=gpu_error,
             driver=driver,
             num_cores=num_cores(),
-            memory_bytes=self._senses.memory_bytes(),
+            memory_bytes=self._probes.memory_bytes(),
             shared_memory_bytes=shared_memory_bytes(),
             folders=tuple(folder.look(tokens) for folder in self._folders),
             data=self._check_data(),
@@ -224,7 +224,7 @@ class _Part:
             master_port=int(port),
             timeout_s=LINKS_TIMEOUT_S,
         )
-        found = meeting.gather("link speeds", self._senses.links(job).model_dump(), LINKS_TIMEOUT_S)
+        found = meeting.gather("link speeds", self._probes.links(job).model_dump(), LINKS_TIMEOUT_S)
         return [LinkFacts.model_validate(each) if each else None for each in found], ""
 
     def _report(
@@ -274,9 +274,9 @@ def _why_no_links(options: Options, meeting: Meeting, facts: Sequence[HostFacts 
     return ""
 
 
-def _open_data_port(options: Options, token: str, senses: Senses) -> DataPort:
+def _open_data_port(options: Options, token: str, probes: Senses) -> DataPort:
     try:
-        return senses.data_port(token, options.data_port)
+        return probes.data_port(token, options.data_port)
     except OSError as error:
         raise MeetingError(
             f"cannot listen on data port {options.data_port}: {error.strerror}; take another one with --data-port, or "
@@ -330,7 +330,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--read-gib", type=float, default=Options.read_gib)
     parser.add_argument("--no-links", action="store_false", dest="measures_links")
     parser.add_argument("--json", action="store_true", dest="as_json")
-    parser.add_argument("--failure-status", type=int, default=1, help="status that says that something must be mended")
+    parser.add_argument("--failure-status", type=int, default=1, help="status that says that something must be fixed")
     parser.add_argument("--host-name", dest="name", help="default: what the machine says")
     parsed, overrides = parser.parse_known_args(arguments)
     return Options(**vars(parsed), overrides=tuple(overrides))

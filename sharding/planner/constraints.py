@@ -93,8 +93,8 @@ def _check_constraints(constraints: Sequence[TableConstraint], tables: Sequence[
             if not any(matches(name, pattern) for name in names):
                 nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
                 shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-                mend = f"the nearest is {nearest[0]}" if nearest else f"tables: {shown}"
-                raise PlanError(f"sharding.constraints[{number}]: no table matches {pattern!r}; {mend}")
+                fix = f"the nearest is {nearest[0]}" if nearest else f"tables: {shown}"
+                raise PlanError(f"sharding.constraints[{number}]: no table matches {pattern!r}; {fix}")
         wrong = [rank for rank in constraint.ranks or () if rank not in range(cluster.group_size)]
         if wrong:
             raise PlanError(

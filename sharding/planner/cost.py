@@ -67,7 +67,7 @@ def predict_step(
 
 
 class CostModel:
-    """The costs of one job on one cluster; what does not depend on the option is reckoned once."""
+    """The costs of one job on one cluster; what does not depend on the option is estimated once."""
 
     def __init__(self, job: Job, cluster: Cluster) -> None:
         self.job = job

@@ -51,8 +51,8 @@ def explain_table(
     names = [known.name for known in planning.job.tables]
     if table not in names:
         nearest = difflib.get_close_matches(table, names, n=1, cutoff=0.4)
-        mend = f"did you mean {nearest[0]}?" if nearest else f"tables: {', '.join(names[:8])}, ..."
-        raise PlanError(f"--explain {table}: there is no such table; {mend}")
+        fix = f"did you mean {nearest[0]}?" if nearest else f"tables: {', '.join(names[:8])}, ..."
+        raise PlanError(f"--explain {table}: there is no such table; {fix}")
     chosen, _ = chosen_options(planning, solution)[table]
     wide = prepare(planning.job, planning.cluster, _allow_all(planning, table), memory_bytes)
     item = next(i for i, found in enumerate(wide.items) if found.tables[0].name == table)
@@ -124,7 +124,7 @@ def _reason(
         why = "; the search missed it" if is_allowed else ""
         if is_allowed and step.total_s * (1 + INDISTINGUISHABLE) >= best.total_s:
             why = f", which predictions do not tell apart below {INDISTINGUISHABLE:.0%}; fewer shards were preferred"
-        return f"{prefix}{-change:.1%} faster by this reckoning{why}"
+        return f"{prefix}{-change:.1%} faster by this estimating{why}"
     part, seconds = _largest_increase(step, best)
     slower = f"{change:.1%} slower" if change < 1 else f"{1 + change:.1f} times the step"
     return f"{prefix}{slower}, most of it {part} (+{seconds * 1e3:,.2f} ms)"

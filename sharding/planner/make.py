@@ -7,7 +7,7 @@ from papilio.sharding.plan_file import PlanFile
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.planner.job import Cluster, Job
 from papilio.sharding.planner.planner import GIB, Planning, prepare, solve, write_plan
-from papilio.sharding.planner.remediation import find_ways_out
+from papilio.sharding.planner.remediation import find_remediation
 from papilio.sharding.planner.search import Failure
 
 
@@ -31,7 +31,7 @@ def make_plan(
         memory_bytes: memory of a rank's device, where it is known better than from the hardware's profile.
 
     Raises:
-        PlanError: a constraint cannot be satisfied, or the job does not fit; the message then has the ways out.
+        PlanError: a constraint cannot be satisfied, or the job does not fit; the message then has the remediation.
     """
     planning = prepare(job, cluster, config, memory_bytes)
     found = solve(planning)
@@ -41,9 +41,9 @@ def make_plan(
 
 
 def describe_failure(planning: Planning, failure: Failure, memory_bytes: int | None) -> str:
-    """Say what is short, in figures, and list the ways out, the fastest first."""
+    """Say what is short, in figures, and list the remediation, the fastest first."""
     lines = [_shortage(planning, failure)]
-    ways = find_ways_out(planning, memory_bytes)
+    ways = find_remediation(planning, memory_bytes)
     if not ways:
         lines.append("No single change helps, nor two together; use smaller tables (hashing, a higher frequency cut).")
     else:

@@ -1,4 +1,4 @@
-"""From a job and a cluster to a plan: list the options, reckon each, search, and write down what was decided."""
+"""From a job and a cluster to a plan: list the options, estimate each, search, and write down what was decided."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Planning:
-    """A job with every choice reckoned: what a search works on, and what explanations go back to."""
+    """A job with every choice estimated: what a search works on, and what explanations go back to."""
 
     job: Job
     cluster: Cluster
@@ -63,7 +63,7 @@ class Planning:
 
 
 def prepare(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: int | None = None) -> Planning:
-    """List and reckon all options.
+    """List and estimate all options.
 
     Args:
         job: what is to be trained.

@@ -47,7 +47,7 @@ class _Case:
         return replace(self, words=(*self.words, words), settings=(*self.settings, setting), **parts)  # type: ignore[arg-type]
 
 
-def find_ways_out(planning: Planning, memory_bytes: int | None) -> list[WayOut]:
+def find_remediation(planning: Planning, memory_bytes: int | None) -> list[WayOut]:
     """Return single changes with which the job fits, or where there is none pairs of them; the fastest first."""
     case = _Case(planning.job, planning.cluster, planning.config)
     changes: tuple[Callable[[_Case, int | None], _Case | None], ...] = (

@@ -34,7 +34,7 @@ def check_communication(config: CommunicationConfig, plan: PlanFile, device: tor
     come past it.
 
     Raises:
-        PlanError: naming the key, the tables and the mend.
+        PlanError: naming the key, the tables and the fix.
     """
     for direction, precision in config:
         if precision == "bf16" and device.type == "cpu":

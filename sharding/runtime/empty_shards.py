@@ -18,7 +18,7 @@ from torch import nn
 from papilio.sharding.runtime.tbe import iterate_tbes
 
 
-def mend_empty_shards(model: nn.Module) -> None:
+def fix_empty_shards(model: nn.Module) -> None:
     """Let this rank's TBEs on the CPU have tables without rows."""
     for tbe in iterate_tbes(model):
         rows = [spec[0] for spec in tbe.embedding_specs]

@@ -22,7 +22,7 @@ ROW_CUTTING_TYPES = frozenset(
 )
 
 
-def mend_mean_pooling(bags: ShardedEmbeddingBagCollection) -> None:
+def fix_mean_pooling(bags: ShardedEmbeddingBagCollection) -> None:
     """Have just those features divided by bag lengths that need it. Call before the first batch."""
     divided: list[str] = []
     kept: list[str] = []

@@ -109,7 +109,7 @@ class _Lookup(torch.autograd.Function):
     ) -> torch.Tensor:
         pooled = stock_forward(indices, offsets)
         ctx.tbe, ctx.layout = tbe, layout
-        # After the forward: its bounds check may have mended indices in place.
+        # After the forward: its bounds check may have fixed indices in place.
         ctx.save_for_backward(indices, offsets)
         return pooled  # type: ignore[no-any-return]
 

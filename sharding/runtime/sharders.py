@@ -8,8 +8,8 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 
-from papilio.sharding.runtime.empty_shards import mend_empty_shards
-from papilio.sharding.runtime.mean_pooling import mend_mean_pooling
+from papilio.sharding.runtime.empty_shards import fix_empty_shards
+from papilio.sharding.runtime.mean_pooling import fix_mean_pooling
 
 SHARDING_TYPES = (
     ShardingType.DATA_PARALLEL,
@@ -31,7 +31,7 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchr
     """Shards an `EmbeddingBagCollection` in any way, on any device.
 
     TorchRec leaves row-wise types out for a CPU (torchrec issues 1252 and 3031), though its gloo collectives and
-    FBGEMM's CPU kernels compute them rightly (tests/sharding/runtime/test_equivalence.py), once their gaps are mended
+    FBGEMM's CPU kernels compute them rightly (tests/sharding/runtime/test_equivalence.py), once their gaps are fixed
     (mean_pooling.py, empty_shards.py). What data_parallel tables need besides is an optimizer that
     steps (`make_sparse_optimizer` in trainer/optimizers.py).
     """
@@ -56,6 +56,6 @@ class BagSharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]  # torchr
     ) -> ShardedEmbeddingBagCollection:
         """Shard as planned. Collective."""
         sharded = super().shard(module, params, env, device, module_fqn)
-        mend_mean_pooling(sharded)
-        mend_empty_shards(sharded)
+        fix_mean_pooling(sharded)
+        fix_empty_shards(sharded)
         return sharded

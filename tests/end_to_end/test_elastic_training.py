@@ -86,7 +86,7 @@ def test_a_killed_rank_restarts_the_job_from_its_checkpoint(recipe, undisturbed)
     assert "failed first: killed by SIGKILL" in out
     assert "restarting, restart 1 of 3" in out
     assert "Traceback" not in out
-    assert "going on after step " in out
+    assert "resuming from step " in out
     assert_same_model(run_dir, undisturbed)
 
 

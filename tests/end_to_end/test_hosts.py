@@ -122,7 +122,7 @@ def test_a_link_that_fails_and_a_first_host_that_is_lost_stop_the_job_for_a_whil
     toy_goes_on(tmp_path)
 
     hosts.unplug("n2")
-    first.wait_for("papilio: host n2 has given no sign of life for 3 s; the ranks wait for it")
+    first.wait_for("papilio: host n2 has given no heartbeat for 3 s; the ranks wait for it")
     hosts.plug_in("n2")
     first.wait_for("papilio: host n2 is there again")
     toy_goes_on(tmp_path)

@@ -116,7 +116,7 @@ def kill_rank(cluster: SlurmCluster, run_dir: str, host: str) -> None:
 
 def times_resumed(logs: Iterator[Path]) -> int:
     """How often the job's first rank, on whichever host, went on from a checkpoint."""
-    return sum(log.read_text().count("going on after step") for log in logs)
+    return sum(log.read_text().count("resuming from step") for log in logs)
 
 
 def host_names(told: dict[str, object]) -> list[str]:

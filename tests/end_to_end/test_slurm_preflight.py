@@ -44,7 +44,7 @@ def test_a_job_whose_preflight_fails_ends_with_the_table_and_is_not_tried_again(
     captured = capsys.readouterr()
     out = " ".join(captured.out.split())
     assert status == 78
-    assert "FAIL data" in out and "0.arrow is missing" in out and "not ready: 1 thing to mend" in out
+    assert "FAIL data" in out and "0.arrow is missing" in out and "not ready: 1 thing to fix" in out
     assert re.search(
         r"first error: host \d: the checks before the job failed, the log of host 0 says why", captured.err
     )

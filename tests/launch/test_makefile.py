@@ -75,7 +75,7 @@ def test_a_changed_setup_brings_the_environment_up_to_date(folder: Path) -> None
 
 
 @pytest.mark.parametrize("change", ["DEVICE=cuda", "TORCH=2.11.0"])
-def test_another_device_or_trio_gets_a_fresh_environment(folder: Path, change: str) -> None:
+def test_another_device_or_version_set_gets_a_fresh_environment(folder: Path, change: str) -> None:
     make(folder, "env")
     (folder / ".venv" / "stale").touch()
     make(folder, "env", change)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from papilio.launch.version_set import TORCHREC_NEEDS, TRIOS
+from papilio.launch.version_set import TORCHREC_NEEDS, VERSION_SETS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-I", str(REPOSITORY / "launch" / "trio.py"), *arguments]
+    command = [sys.executable, "-I", str(REPOSITORY / "launch" / "version_set.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -36,13 +36,13 @@ def test_an_unsupported_torch_is_refused() -> None:
     assert "2.11.0" in done.stderr
 
 
-def test_the_extras_of_the_package_are_the_first_trio() -> None:
+def test_the_extras_of_the_package_are_the_first_version_set() -> None:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     extras = setup["options.extras_require"]
     for device in ("cpu", "cuda"):
-        assert extras[device].split() == TRIOS[0].requirements(device)
-    assert f"torchrec=={TRIOS[0].torchrec}" in (REPOSITORY / "setup.cfg").read_text()
+        assert extras[device].split() == VERSION_SETS[0].requirements(device)
+    assert f"torchrec=={VERSION_SETS[0].torchrec}" in (REPOSITORY / "setup.cfg").read_text()
 
 
 def test_plain_pip_is_asked_for_nothing_that_needs_torch() -> None:

@@ -42,7 +42,7 @@ class FakeHost:
     name: str
     data: str
     runs: str
-    senses: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
     mb_per_s: float = 1000.0
     options: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class FakeHost:
         config = load_config(
             options.recipe, [f"--data.path={self.data}", f"--output.runs_dir={self.runs}", *self.overrides]
         )
-        senses = {
+        probes = {
             "versions": lambda: dict(VERSIONS),
             "code": lambda: dict(CODE),
             "gpus": lambda: ((), "", ""),
@@ -62,10 +62,10 @@ class FakeHost:
             "plan": lambda *_: PLAN,
             "links": lambda job: links_of(job, self.mb_per_s),
             "free_bytes": lambda _: 100 * GIB,
-            **self.senses,
+            **self.probes,
         }
         try:
-            self.status = take_part(options, config, Senses(**senses))
+            self.status = take_part(options, config, Senses(**probes))
         except MeetingError as error:
             self.error = str(error)
 
@@ -104,9 +104,9 @@ def run_hosts(hosts: Sequence[FakeHost], options: Options, *, present: Sequence[
 
 
 def findings_of(report: Mapping[str, Any], status: str = "FAIL") -> list[tuple[str, list[str], str, str]]:
-    """Check, hosts, what was found and mend, of the findings with a status."""
+    """Check, hosts, what was found and fix, of the findings with a status."""
     return [
-        (finding["check"], finding["hosts"], finding["found"], finding["mend"])
+        (finding["check"], finding["hosts"], finding["found"], finding["fix"])
         for finding in report["findings"]
         if finding["status"] == status
     ]

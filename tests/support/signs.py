@@ -1,4 +1,4 @@
-"""Signs of life, for tests."""
+"""Heartbeats, for tests."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_overrides_win_over_the_recipe_and_the_last_one_over_all(recipe):
         ("--train.epochs", "is not of the form --section.key=value"),
     ],
 )
-def test_a_wrong_override_names_key_value_and_mend(recipe, override, message):
+def test_a_wrong_override_names_key_value_and_fix(recipe, override, message):
     with pytest.raises(ConfigError) as error:
         load_config(recipe, [override])
     assert message in str(error.value)

@@ -77,7 +77,7 @@ def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimiz
 
 
 def _resuming(marker: Marker, changed: Mapping[str, tuple[Any, Any]], ranks: Ranks) -> str:
-    lines = [f"going on after step {marker.step:,}, saved {marker.saved_at} ({marker.saved_for})"]
+    lines = [f"resuming from step {marker.step:,}, saved {marker.saved_at} ({marker.saved_for})"]
     if marker.world_size != ranks.world_size:
         lines[0] += f" on {marker.world_size} rank(s)"
     lines += [f"  changed: {key} = {new}, was {old}" for key, (old, new) in changed.items()]

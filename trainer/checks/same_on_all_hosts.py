@@ -25,7 +25,7 @@ from papilio.trainer.storage.api import (
     make_folder,
     read_if_there,
     remove_file,
-    write_passing,
+    write_ephemeral,
 )
 
 # What decides results, or what ranks send each other. Not Python and NumPy, whose patch levels differ harmlessly.
@@ -93,7 +93,7 @@ def _leave_probe(folder: str) -> tuple[str, StorageError | None]:
     name = f"{PROBE}{secrets.token_hex(8)}"
     try:
         make_folder(folder)
-        write_passing(join(folder, name), name)
+        write_ephemeral(join(folder, name), name)
     except StorageError as error:
         return name, error
     return name, None

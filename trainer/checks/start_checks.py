@@ -1,4 +1,4 @@
-"""What can be known of a training before any rank runs: refused here, with the key that mends it. Needs no torch.
+"""What can be known of a training before any rank runs: refused here, with the key that fixes it. Needs no torch.
 
 `papilio train` asks before it starts processes; rank 0 asks again, for jobs that came another way.
 """

@@ -34,7 +34,7 @@ from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.trainer.elastic.bootstrap import FILE, bound
 from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from papilio.trainer.elastic.health.failures import last_error
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel, host_name, open_side_channel
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore, host_name, open_health_store
 from papilio.trainer.elastic.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from papilio.trainer.elastic.store import ForeignListenerError
 
@@ -133,7 +133,7 @@ class Agent(LocalElasticAgent):
         self._place, self._stop = rendezvous, stop
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        self._channel = SideChannel(None)
+        self._channel = HealthStore(None)
         self._were_saved = False
         self._has_started = False
         self._failure = ""
@@ -167,7 +167,7 @@ class Agent(LocalElasticAgent):
         spec = worker_group.spec
         world_size = worker_group.workers[0].world_size
         run_id, address, port = spec.rdzv_handler.get_run_id(), worker_group.master_addr, worker_group.master_port
-        self._channel = open_side_channel(
+        self._channel = open_health_store(
             {
                 "PET_RDZV_ENDPOINT": os.environ["PET_RDZV_ENDPOINT"],
                 "TORCHELASTIC_RUN_ID": run_id,
@@ -335,7 +335,7 @@ def describe_status(status: int) -> str:
     if status >= 0:
         return f"exited with status {status}"
     name = signal.Signals(-status).name
-    why = " (by hand, or by the kernel for want of memory)" if -status == signal.SIGKILL else ""
+    why = " (by hand, or by the kernel out of memory)" if -status == signal.SIGKILL else ""
     return f"killed by {name}{why}"
 
 

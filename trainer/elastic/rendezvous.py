@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from papilio.trainer.elastic.addresses import is_loopback, is_own_address, own_address_towards
-from papilio.trainer.elastic.store import TELL_AFTER_S, Backend, StoreAddress, Tell, hold_store
+from papilio.trainer.elastic.store import TELL_AFTER_S, Backend, StoreAddress, Tell, store_server
 
 # How long an agent without ranks waits for a store that it has known.
 STORE_TIMEOUT_S = 30
@@ -84,7 +84,7 @@ def open_rendezvous(config: LaunchConfig, words: Sequence[str], tell: Tell) -> R
     )
     is_host = settings.get("is_host")
     host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=29400)
-    server = hold_store(host, port, is_certain=is_host is not None) if _holds(host, is_host) else None
+    server = store_server(host, port, is_certain=is_host is not None) if _holds(host, is_host) else None
     address = StoreAddress(host, server.port if server is not None else port)
     backend = Backend(address, server)
     backend.wait_for_store(times.join, tell)
@@ -285,7 +285,7 @@ class Rendezvous(DynamicRendezvousHandler):
         present = set(self._state_holder.state.participants.values())
         missing = frozenset(self._names.get(rank, "unknown") for rank in range(self._size) if rank not in present)
         for name in sorted(missing - self._missing):
-            self._tell(f"host {name} has given no sign of life for {self._times.silence} s; the ranks wait for it")
+            self._tell(f"host {name} has given no heartbeat for {self._times.silence} s; the ranks wait for it")
         for name in sorted(self._missing - missing):
             self._tell(f"host {name} is there again")
         self._missing = missing

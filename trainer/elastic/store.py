@@ -38,7 +38,7 @@ MAX_SHOWN = 60
 Tell = Callable[[str], None]
 
 
-def hold_store(host: str, port: int, *, is_certain: bool = True) -> dist.TCPStore | None:
+def store_server(host: str, port: int, *, is_certain: bool = True) -> dist.TCPStore | None:
     """Hold a store in this process, at a free port if `port` is 0.
 
     None if the port is taken, unless this host `is_certain` to hold it: another agent of this host may hold the store.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from papilio.trainer.elastic.exit_codes import leave
-from papilio.trainer.elastic.store import hold_store
+from papilio.trainer.elastic.store import store_server
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     port = parser.parse_args(arguments).port
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # before the store's threads start, which inherit it
     try:
-        store = hold_store("localhost", port)
+        store = store_server("localhost", port)
     except RendezvousConnectionError as error:
         print(f"papilio rendezvous: error: {error}; take another one with --port", file=sys.stderr, flush=True)
         return 1

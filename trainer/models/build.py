@@ -103,5 +103,5 @@ def _check_features(key: str, entries: Mapping[str, object], known: Mapping[str,
     for feature in entries:
         if feature not in known:
             nearest = difflib.get_close_matches(feature, list(known), n=1)
-            mend = f"did you mean {nearest[0]}?" if nearest else f"features: {', '.join(known)}"
-            raise ConfigError(f"{key}.{feature}: the data set has no such feature; {mend}")
+            fix = f"did you mean {nearest[0]}?" if nearest else f"features: {', '.join(known)}"
+            raise ConfigError(f"{key}.{feature}: the data set has no such feature; {fix}")

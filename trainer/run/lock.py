@@ -38,7 +38,7 @@ from papilio.trainer.storage.api import (
     remove_empty_folder,
     remove_if_same,
     what_is_no_file,
-    write_passing,
+    write_ephemeral,
 )
 from papilio.trainer.storage.retries import RetryPolicy
 
@@ -344,7 +344,7 @@ class _LockFile:
             if (holder is None and raw == self._damaged) or (holder is not None and holder.token == self._holder.token):
                 self._num_beats += 1
                 text = replace(self._holder, beat=self._num_beats).to_bytes().decode()
-                write_passing(self.path, text, retries=ONCE)
+                write_ephemeral(self.path, text, retries=ONCE)
             self._damaged = raw if holder is None else None
 
     def release(self) -> None:

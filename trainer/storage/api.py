@@ -99,7 +99,7 @@ def write_text(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) 
     write_file(path, lambda: [data], retries=retries)
 
 
-def write_passing(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
+def write_ephemeral(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
     """Write a text file that is soon written anew: whole or not at all, but not flushed to a local disk.
 
     Raises:
@@ -260,7 +260,7 @@ def require_writable(folder: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> 
     """Make sure that files can be written to a folder, before hours of work that end there; create it if need be.
 
     Raises:
-        StorageError: they cannot, and what mends that.
+        StorageError: they cannot, and what fixes that.
     """
     make_folder(folder, retries=retries)
     probe = join(folder, f".writable-{os.urandom(4).hex()}")

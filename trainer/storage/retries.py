@@ -1,4 +1,4 @@
-"""What a failing storage operation leads to: another try after a pause, or an error that names the mend."""
+"""What a failing storage operation leads to: another try after a pause, or an error that names the fix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRANSIENT_ERRNOS = frozenset(
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 _PERMISSION = "give this user the right to it, or choose another folder"
 _FULL = "free space there, or choose a folder on another disk"
-MENDS = {
+FIXES = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: "the disk is mounted read-only; choose another folder",
@@ -52,7 +52,7 @@ MENDS = {
 
 
 class StorageError(OSError):
-    """An operation on stored bytes that failed for good: which, where, how often it was tried, and what mends it."""
+    """An operation on stored bytes that failed for good: which, where, how often it was tried, and what fixes it."""
 
     def __init__(self, message: str, number: int | None = None, *, is_transient: bool | None = None) -> None:
         """`number` is the errno, where there is one; `is_transient`: as the storage says, or else as the errno does."""
@@ -83,7 +83,7 @@ class Failure:
     """What an exception of a storage means."""
 
     reason: str
-    mend: str
+    fix: str
     is_transient: bool
     errno: int | None = None
 
@@ -116,8 +116,8 @@ def explain_os_error(error: Exception) -> Failure | None:
     if not isinstance(error, OSError):
         return None
     is_transient = error.errno in TRANSIENT_ERRNOS or isinstance(error, TimeoutError | ConnectionError)
-    mend = MENDS.get(error.errno or 0, "check the storage, or choose another folder")
-    return Failure(error.strerror or str(error), mend, is_transient, error.errno)
+    fix = FIXES.get(error.errno or 0, "check the storage, or choose another folder")
+    return Failure(error.strerror or str(error), fix, is_transient, error.errno)
 
 
 def attempt(
@@ -154,7 +154,7 @@ def attempt(
                 raise
             if not failure.is_transient or num_failed == retries.num_attempts:
                 times = "once" if num_failed == 1 else f"{num_failed} times"
-                message = f"could not {operation} {path} (tried {times}): {failure.reason}; {failure.mend}"
+                message = f"could not {operation} {path} (tried {times}): {failure.reason}; {failure.fix}"
                 raise StorageError(message, failure.errno, is_transient=failure.is_transient) from error
         wait_s = retries.wait_s(num_failed)
         logger.warning("could not %s %s: %s; next try in %.1f s", operation, path, failure.reason, wait_s)

@@ -1,4 +1,4 @@
-"""Requests to S3: one client a process, tried again by our own rules, with errors that name the mend."""
+"""Requests to S3: one client a process, tried again by our own rules, with errors that name the fix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_CONNECTIONS = 32
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _ENDPOINT = "check the network and AWS_ENDPOINT_URL"
 _FORBIDDEN = "check the credentials, and the bucket's policy for s3:GetObject, PutObject, DeleteObject and ListBucket"
-_MENDS = {
+_FIXES = {
     "403": _FORBIDDEN,
     "AccessDenied": _FORBIDDEN,
     "InvalidAccessKeyId": _CREDENTIALS,
@@ -67,8 +67,8 @@ def explain_s3_error(error: Exception) -> Failure | None:
         code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         is_transient = status >= 500 or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
         number = errno.ENOENT if code in _MISSING else errno.EACCES if status == 403 else None
-        mend = _MENDS.get(code) or (_FORBIDDEN if status == 403 else "check the bucket and its service")
-        return Failure(str(error), mend, is_transient, number)
+        fix = _FIXES.get(code) or (_FORBIDDEN if status == 403 else "check the bucket and its service")
+        return Failure(str(error), fix, is_transient, number)
     if isinstance(error, _TRANSIENT_ERRORS):
         return Failure(str(error), _ENDPOINT, True, errno.ETIMEDOUT)
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):

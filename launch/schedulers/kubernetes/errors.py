@@ -1,4 +1,4 @@
-"""What a Kubernetes cluster, or its absence, answers, in one line that names the mend."""
+"""What a Kubernetes cluster, or its absence, answers, in one line that names the fix."""
 
 from __future__ import annotations
 

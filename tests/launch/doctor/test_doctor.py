@@ -60,7 +60,7 @@ OLDER_TRIO = {"torch": "2.11.0+cu130", "fbgemm-gpu": "1.6.0", "torchrec": "1.6.1
 def test_sound_installations_pass(installation: Installation) -> None:
     checks = doctor.diagnose(installation)
     assert {check.status for check in checks} == {"ok"}
-    assert {check.mend for check in checks} == {""}
+    assert {check.fix for check in checks} == {""}
     assert doctor.report(checks).endswith("this installation is sound")
 
 
@@ -73,20 +73,25 @@ UNDEFINED_SYMBOL = {"fbgemm_loads": False, "torchrec_loads": False, "error": "un
 
 
 @pytest.mark.parametrize(
-    ("installation", "name", "found", "mend"),
+    ("installation", "name", "found", "fix"),
     [
         (change(python=(3, 10, 2)), "python", "3.10.2, needs 3.11 or newer", "make env PYTHON="),
-        (change(versions={"torchrec": "1.6.1"}), "trio", "torchrec 1.6.1: not one of the supported trios", INSTALL_CPU),
+        (
+            change(versions={"torchrec": "1.6.1"}),
+            "version set",
+            "torchrec 1.6.1: not one of the supported version sets",
+            INSTALL_CPU,
+        ),
         (
             change(versions={"torch": "2.11.0+cpu"}),
-            "trio",
+            "version set",
             "torch 2.11.0 + fbgemm 1.6.0 + torchrec 1.6.1",
             "pip install torch==2.11.0 fbgemm-gpu-cpu==1.6.0 && pip install --no-deps torchrec==1.6.1",
         ),
-        (change(versions={"torch": None}), "trio", "torch None", INSTALL_CPU),
+        (change(versions={"torch": None}), "version set", "torch None", INSTALL_CPU),
         (
             change(SOUND_CUDA, versions={"torchrec": None, "fbgemm-gpu": None, "fbgemm-gpu-cpu": "1.8.0"}),
-            "trio",
+            "version set",
             "torchrec None",
             "pip uninstall -y fbgemm-gpu-cpu && pip install torch==2.13.0 fbgemm-gpu==1.8.0 && pip install --no-deps",
         ),
@@ -120,9 +125,9 @@ UNDEFINED_SYMBOL = {"fbgemm_loads": False, "torchrec_loads": False, "error": "un
             change(versions={"fbgemm-gpu-cpu": None, "fbgemm-gpu": "1.8.0"}, probe=UNDEFINED_SYMBOL),
             "loading",
             "undefined symbol",
-            "mend the fbgemm build first",
+            "fix the fbgemm build first",
         ),
-        (change(probe=UNDEFINED_SYMBOL), "operators", "fbgemm does not load", "mend the loading first"),
+        (change(probe=UNDEFINED_SYMBOL), "operators", "fbgemm does not load", "fix the loading first"),
         (
             change(probe={"missing_operators": ("permute_2D_sparse_data",)}),
             "operators",
@@ -162,18 +167,18 @@ UNDEFINED_SYMBOL = {"fbgemm_loads": False, "torchrec_loads": False, "error": "un
         ),
     ],
 )
-def test_failures_say_what_is_wrong_and_the_mend(installation: Installation, name: str, found: str, mend: str) -> None:
+def test_failures_say_what_is_wrong_and_the_fix(installation: Installation, name: str, found: str, fix: str) -> None:
     checks = doctor.diagnose(installation)
     (check,) = (check for check in checks if check.name == name)
     assert check.status == "FAIL"
     assert found in check.found
-    assert mend in check.mend
-    assert f"mend: {check.mend}" in doctor.report(checks)
+    assert fix in check.fix
+    assert f"fix: {check.fix}" in doctor.report(checks)
     assert "checks failed" in doctor.report(checks)
 
 
 @pytest.mark.parametrize(
-    ("installation", "name", "found", "mend"),
+    ("installation", "name", "found", "fix"),
     [
         (change(gpus=("GPU 0",), driver="580.1"), "gpu", "torch is built for CPU only", "make env DEVICE=cuda"),
         (change(SOUND_CUDA, probe={"num_visible_gpus": 0}), "gpu", "torch sees 0 of them", "CUDA_VISIBLE_DEVICES"),
@@ -188,9 +193,9 @@ def test_failures_say_what_is_wrong_and_the_mend(installation: Installation, nam
         (change(shared_memory_bytes=64 << 20), "shared memory", "/dev/shm has 0.06 GiB", "--shm-size=8g"),
     ],
 )
-def test_warnings_say_what_is_wrong_and_the_mend(installation: Installation, name: str, found: str, mend: str) -> None:
+def test_warnings_say_what_is_wrong_and_the_fix(installation: Installation, name: str, found: str, fix: str) -> None:
     (check,) = (check for check in doctor.diagnose(installation) if check.status == "warn")
-    assert (check.name, found in check.found, mend in check.mend) == (name, True, True)
+    assert (check.name, found in check.found, fix in check.fix) == (name, True, True)
 
 
 @pytest.mark.parametrize(("installation", "status"), [(SOUND, 0), (change(torchrun=None), 0)])
@@ -200,7 +205,7 @@ def test_the_exit_status_is_1_only_for_failures(
     monkeypatch.setattr(doctor, "inspect_installation", lambda: installation)
     assert doctor.run(argparse.Namespace(json=True)) == status
     checks = json.loads(capsys.readouterr().out)
-    assert [set(check) for check in checks] == [{"name", "status", "found", "mend"}] * len(checks)
+    assert [set(check) for check in checks] == [{"name", "status", "found", "fix"}] * len(checks)
     assert doctor.run(argparse.Namespace(json=False)) == status
 
 

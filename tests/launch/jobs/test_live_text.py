@@ -78,7 +78,7 @@ def test_a_rank_without_a_heartbeat_is_named_and_no_time_left_is_promised():
     assert "unresponsive" not in " ".join(ended)
 
 
-def test_a_wide_terminal_shows_each_ranks_own_work():
+def test_a_wide_terminal_shows_each_ranks_step_timer():
     lines = lines_of(
         view_of([rank_of(0, dense_ms=8.0, wait_share=0.0), rank_of(1, dense_ms=20.0, wait_share=0.0)]), 120
     )
@@ -113,7 +113,7 @@ def test_a_job_that_ended_says_how_and_when():
     assert lines[0].startswith("terabyte  failed 9 s ago  step ")
     assert "left" not in lines[0]
     assert "! rank 1 (host n0) failed first: KeyError" in lines
-    assert "1 of 2 ranks gave no sign of life yet" in lines_of(view_of([rank_of(0)], world_size=2))
+    assert "1 of 2 ranks gave no heartbeat yet" in lines_of(view_of([rank_of(0)], world_size=2))
 
 
 def test_what_is_not_measured_yet_is_a_dash():

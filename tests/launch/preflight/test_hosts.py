@@ -1,4 +1,4 @@
-"""Whole preflights of hosts on loopback, each with one thing wrong: found, with its host and its mend."""
+"""Whole preflights of hosts on loopback, each with one thing wrong: found, with its host and its fix."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_a_port_that_is_closed(hosts, preflight) -> None:
         data_port.close()
         return data_port
 
-    hosts[1].senses["data_port"] = closed
+    hosts[1].probes["data_port"] = closed
     (ports,) = findings_of(preflight(hosts))
     assert ports[:2] == ("ports", ["127.0.0.12"])
     assert ports[2].startswith("127.0.0.11, 127.0.0.13 to 127.0.0.12 (127.0.0.12:")
@@ -88,15 +88,15 @@ def test_a_port_that_is_closed(hosts, preflight) -> None:
 
 
 def test_a_port_that_leads_to_another_host(hosts, preflight) -> None:
-    hosts[1].senses["data_port"] = lambda token, port: DataPort("another", port)
+    hosts[1].probes["data_port"] = lambda token, port: DataPort("another", port)
     (ports,) = findings_of(preflight(hosts))
     assert (ports[0], ports[1]) == ("ports", ["127.0.0.12"])
     assert ports[2].endswith("leads to another host than its own")
 
 
 def test_a_version_and_code_that_differ(hosts, preflight) -> None:
-    hosts[1].senses["versions"] = lambda: {**VERSIONS, "torch": "2.11.0", "torchx": "0.7.0"}
-    hosts[2].senses["code"] = lambda: {**CODE, "trainer": "ffffff", "torch": "888888"}
+    hosts[1].probes["versions"] = lambda: {**VERSIONS, "torch": "2.11.0", "torchx": "0.7.0"}
+    hosts[2].probes["code"] = lambda: {**CODE, "trainer": "ffffff", "torch": "888888"}
     torch, torchx, ours, build = findings_of(preflight(hosts))
     assert torch == (
         "versions",
@@ -111,9 +111,9 @@ def test_a_version_and_code_that_differ(hosts, preflight) -> None:
 
 
 def test_a_disk_that_is_nearly_full(hosts, preflight, tmp_path) -> None:
-    hosts[1].senses["free_bytes"] = lambda _: 300 * MB
+    hosts[1].probes["free_bytes"] = lambda _: 300 * MB
     for host in hosts:
-        host.senses["plan"] = lambda *_: PLAN.model_copy(update={"model_bytes": 2 * GIB})
+        host.probes["plan"] = lambda *_: PLAN.model_copy(update={"model_bytes": 2 * GIB})
     (room,) = findings_of(preflight(hosts))
     assert room[:2] == ("room", ["127.0.0.12"])
     needed = "8.00 GiB are needed, for 4 checkpoints of 2.00 GiB"  # two kept, the best, and the one being written
@@ -158,13 +158,13 @@ def test_a_shard_that_is_missing_cut_or_changed(hosts, preflight, data, tmp_path
     content[-20] ^= 1
     (copies[2] / "train" / "0.arrow").write_bytes(content)
     missing, longer, changed = findings_of(preflight(hosts))
-    mend = "restore it or preprocess the data again"
-    assert missing == ("data", ["127.0.0.11"], f"shard {copies[0]}/train/1.arrow is missing", mend)
+    fix = "restore it or preprocess the data again"
+    assert missing == ("data", ["127.0.0.11"], f"shard {copies[0]}/train/1.arrow is missing", fix)
     assert longer[1] == ["127.0.0.12"] and f"shard {copies[1]}/test/0.arrow has " in longer[2]
     assert changed[1:] == (
         ["127.0.0.13"],
         f"shard {copies[2]}/train/0.arrow has another checksum than the manifest says",
-        mend,
+        fix,
     )
 
 
@@ -177,7 +177,7 @@ def test_another_data_set(hosts, preflight, tmp_path) -> None:
 
 @pytest.mark.parametrize(("shift_s", "words"), [(30.0, "30.0 s ahead of the others'"), (-2.5, "2.5 s behind the")])
 def test_a_clock_that_is_off(hosts, preflight, shift_s, words) -> None:
-    hosts[0].senses["now"] = lambda: time.time() + shift_s  # the clock that the others are compared with
+    hosts[0].probes["now"] = lambda: time.time() + shift_s  # the clock that the others are compared with
     (clocks,) = findings_of(preflight(hosts))
     assert clocks[:2] == ("clocks", ["127.0.0.11"])
     assert words in clocks[2]
@@ -253,19 +253,19 @@ def test_a_host_with_another_recipe_under_the_same_path(hosts, preflight) -> Non
 
 
 def test_ranks_that_do_not_come_to_the_end(hosts, preflight) -> None:
-    hosts[1].senses["links"] = lambda job: LinkFacts(errors=("rank 1 was still in the all-reduce after 180 s",))
+    hosts[1].probes["links"] = lambda job: LinkFacts(errors=("rank 1 was still in the all-reduce after 180 s",))
     (links,) = findings_of(preflight(hosts))
     assert links[:3] == ("links", ["127.0.0.12"], "rank 1 was still in the all-reduce after 180 s")
 
 
 def test_a_plan_that_does_not_fit(hosts, preflight) -> None:
-    hosts[0].senses["plan"] = lambda *_: PlanFacts(error="table t_a needs 41.2 GiB; use row_wise for it")
+    hosts[0].probes["plan"] = lambda *_: PlanFacts(error="table t_a needs 41.2 GiB; use row_wise for it")
     (plan,) = findings_of(preflight(hosts))
     assert plan[:3] == ("plan", [], "table t_a needs 41.2 GiB; use row_wise for it")
 
 
 def test_a_plan_that_fits_the_profile_and_not_the_host(hosts, preflight) -> None:
-    hosts[0].senses["plan"] = lambda *_: PLAN.model_copy(update={"rank_device_bytes": (1 << 50, *[GIB] * 5)})
+    hosts[0].probes["plan"] = lambda *_: PLAN.model_copy(update={"rank_device_bytes": (1 << 50, *[GIB] * 5)})
     (memory,) = findings_of(preflight(hosts))
     assert memory[:2] == ("memory", ["127.0.0.11"])
     assert memory[2] == "64.0 GiB of memory; the plan puts 1,024 TiB there"
@@ -278,10 +278,10 @@ def gpu(index, **differences):
 
 def test_gpus_that_are_few_broken_busy_or_others(hosts, preflight) -> None:
     for host in hosts:
-        host.senses["plan"] = lambda *_: PLAN.model_copy(update={"device": "cuda", "hardware": "dgx_h100"})
-    hosts[0].senses["gpus"] = lambda: ((gpu(0, uncorrected_errors=2),), "570.1", "")
-    hosts[1].senses["gpus"] = lambda: ((), "", "")
-    hosts[2].senses["gpus"] = lambda: ((gpu(0, used_bytes=9 * GIB, celsius=90),), "570.1", "")
+        host.probes["plan"] = lambda *_: PLAN.model_copy(update={"device": "cuda", "hardware": "dgx_h100"})
+    hosts[0].probes["gpus"] = lambda: ((gpu(0, uncorrected_errors=2),), "570.1", "")
+    hosts[1].probes["gpus"] = lambda: ((), "", "")
+    hosts[2].probes["gpus"] = lambda: ((gpu(0, used_bytes=9 * GIB, celsius=90),), "570.1", "")
     report = preflight(hosts, host="dgx_h100")
     found = [finding for finding in findings_of(report) if finding[0] == "gpus"]
     assert [finding[1:3] for finding in found] == [

@@ -226,14 +226,14 @@ def test_the_table_fits_the_terminal(columns, capsys, monkeypatch, tmp_path) -> 
     monkeypatch.setenv("COLUMNS", str(columns))
     data = write_dataset(tmp_path / "data")
     hosts = [FakeHost(f"127.0.0.1{index}", data, str(tmp_path / "runs")) for index in range(3)]
-    hosts[1].senses["free_bytes"] = lambda _: 5 * MB
+    hosts[1].probes["free_bytes"] = lambda _: 5 * MB
     run_hosts(hosts, common_options(3))
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if str(tmp_path) not in line]  # a word that cannot be broken
     assert max(map(len, lines)) <= columns
     assert re.search(r"^FAIL  room +127.0.0.11 +4.77 MiB", out, re.MULTILINE)
-    assert re.search(r"^ +mend: free some, or choose another disk:", out, re.MULTILINE)
-    assert "\nnot ready: 1 thing to mend" in out
+    assert re.search(r"^ +fix: free some, or choose another disk:", out, re.MULTILINE)
+    assert "\nnot ready: 1 thing to fix" in out
     assert "host 1 took part; 127.0.0.10 prints the report" in out
 
 

@@ -1,4 +1,4 @@
-"""What a recipe asks of the plan: kept, or refused by a message that names the constraint and the mend."""
+"""What a recipe asks of the plan: kept, or refused by a message that names the constraint and the fix."""
 
 import dataclasses
 

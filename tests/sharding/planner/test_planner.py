@@ -149,7 +149,7 @@ def ways_of(message):
     return re.findall(r"^  (\w.*): ([\d,.]+) ms a step, ([\d,]+) samples/s\n      (.*)$", message, re.MULTILINE)
 
 
-def test_what_does_not_fit_is_told_with_ways_out_that_do_fit():
+def test_what_does_not_fit_is_told_with_remediation_that_do_fit():
     # Two tables of 8 GiB on two ranks of 6 GiB: only cutting them, or making them smaller, helps.
     job, cluster = make_job((16 << 20, 16 << 20, 1_000), dim=128), make_cluster(ranks_per_node=2)
     message = failure(job, cluster, 6, types=["table_wise"])
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told_with_ways_out_that_do_fit():
     assert all(rank.memory.device_bytes <= 0.9 * 6 * GIB for rank in plan.ranks)
 
 
-def test_ways_out_are_ranked_by_speed_and_name_the_tables():
+def test_remediation_are_ranked_by_speed_and_name_the_tables():
     job, cluster = make_job((16 << 20, 1_000, 1_000), dim=128), make_cluster(ranks_per_node=4)
     message = failure(job, cluster, 7, types=["table_wise"])
     ways = ways_of(message)

@@ -10,7 +10,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
-from papilio.sharding.runtime.empty_shards import mend_empty_shards
+from papilio.sharding.runtime.empty_shards import fix_empty_shards
 from papilio.sharding.runtime.rowwise_adagrad import speed_up_rowwise_adagrad
 from tests.support.reference import SparseReference, pool_bags
 
@@ -35,7 +35,7 @@ def make_tbe(shapes, optimizer, precision=SparseType.FP32):
 def holder(tbe):
     model = nn.Module()
     model.tbe = tbe
-    mend_empty_shards(model)
+    fix_empty_shards(model)
     return model
 
 

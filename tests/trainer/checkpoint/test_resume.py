@@ -44,7 +44,7 @@ def test_a_run_that_died_ends_as_one_that_did_not(two_ranks, data, tmp_path, sha
     for step in (1, 8, 21, 32):
         two_ranks.run(stop_after, config, step)
     printed = two_ranks.run(run, config)[0]
-    assert "going on after step 30, saved " in printed
+    assert "resuming from step 30, saved " in printed
     assert_same_runs(tmp_path / "dead", tmp_path / "whole")
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(two_ranks, data, 
     damage(path, how)
     printed = two_ranks.run(run, config)[0]
     assert f"checkpoint {path.parent.name} cannot be used and is left out: {path} is " in printed
-    assert "going on after step 6, saved" in printed
+    assert "resuming from step 6, saved" in printed
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_one_that_cannot_be_read_is_named_and_the_one_before_used(two_ranks, dat
     (line,) = [line for line in printed.splitlines() if "cannot be used" in line]
     assert line.startswith(f"checkpoint {path.parent.name} cannot be used and is left out: could not ")
     assert f"{path} (tried once): " in line
-    assert "going on after step 3, saved" in printed
+    assert "resuming from step 3, saved" in printed
     assert_same_runs(tmp_path / "run", nine_steps)
     steps = [int(name[5:15]) for name in CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()]
     assert steps == [6, 6, 9], "that of the first try stays, two newer ones beside it"
@@ -183,7 +183,7 @@ def test_one_that_is_forbidden_is_left_out_too(two_ranks, data, tmp_path):
     printed = two_ranks.run(read_with_errno, config, f"{name}/index.json", errno.EACCES)[0]
     assert f"checkpoint {name} cannot be used and is left out: could not read " in printed
     assert "Permission denied; give this user the right to it" in printed
-    assert "going on after step 3, saved" in printed
+    assert "resuming from step 3, saved" in printed
 
 
 def test_a_storage_that_does_not_answer_is_no_damage():
@@ -220,7 +220,7 @@ def test_what_was_never_completed_is_invisible_and_swept(one_rank, data, tmp_pat
     one_rank.run(run, config)
     latest = newest(tmp_path / "run" / "checkpoints")
     (latest / "checkpoint.json").unlink()
-    assert "going on after step 3, saved" in one_rank.run(run, config)[0]
+    assert "resuming from step 3, saved" in one_rank.run(run, config)[0]
     assert not latest.exists()
 
 
@@ -273,7 +273,7 @@ def test_a_finished_run_has_nothing_left_to_do(one_rank, data, tmp_path):
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     more = one_rank.run(run, make_config(data, tmp_path / "run", train={"epochs": 3}))[0]
-    assert "going on after step 42" in more
+    assert "resuming from step 42" in more
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 3 * 403
 
 
@@ -284,7 +284,7 @@ def test_a_run_that_lacks_its_summary_is_summed_up(one_rank, data, tmp_path):
     names = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names()
     lines = metric_lines(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text('{"num_st')
-    assert "going on after step 21" in one_rank.run(run, config)[0]
+    assert "resuming from step 21" in one_rank.run(run, config)[0]
     assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == names
     assert metric_lines(tmp_path / "run") == lines
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_samples"] == 403
@@ -309,7 +309,7 @@ def test_the_end_is_saved_before_anything_else(two_ranks, data, tmp_path):
     assert two_ranks.run(unmeasured, config)[0] == "DatasetError: the shard is gone"
     saved = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()
     assert [(found.marker.step, found.marker.saved_for) for found in saved] == [(21, "end")]
-    assert "going on after step 21" in two_ranks.run(run, config)[0]
+    assert "resuming from step 21" in two_ranks.run(run, config)[0]
     assert_same_runs(tmp_path / "run", tmp_path / "whole")
     (found,) = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed()
     assert found.name == saved[0].name
@@ -396,7 +396,7 @@ def test_checkpoints_lie_in_an_object_store(two_ranks, one_rank, s3, data, tmp_p
     s3.faults.fail(3, "GET")
     config = make_config(data, tmp_path / "run", checkpoint=checkpoint)
     printed = one_rank.run(run_with, config, s3.environment)[0]
-    assert "going on after step 12, saved" in printed
+    assert "resuming from step 12, saved" in printed
     two_ranks.run(run, make_config(data, tmp_path / "whole"))
     found, expected = metric_lines(tmp_path / "run")[-1], metric_lines(tmp_path / "whole")[-1]
     assert found["kind"] == expected["kind"] == "test"
@@ -411,7 +411,7 @@ def test_replicated_groups_go_on_too(four_ranks, data, tmp_path, replicas):
     four_ranks.run(run, make_config(data, tmp_path / "whole", sharding=sharding, train=train_section))
     config = make_config(data, tmp_path / "dead", sharding=sharding, train=train_section)
     four_ranks.run(stop_after, config, 10)
-    assert "going on after step 9, saved " in four_ranks.run(run, config)[0]
+    assert "resuming from step 9, saved " in four_ranks.run(run, config)[0]
     assert metric_lines(tmp_path / "dead") == metric_lines(tmp_path / "whole")
     whole, dead = (newest(tmp_path / name / "checkpoints") for name in ("whole", "dead"))
     folders = ["group_0", "group_1"] if "independent_tables" in replicas else ["."]

@@ -37,7 +37,7 @@ def test_a_killed_rank_is_named_to_all_and_the_job_goes_on(tmp_path: Path, start
         agent.output,
         "[0]:toy begins at step 0 on 2",
         "[0]:toy: error: rank 1 (host ",
-        ") failed first: killed by SIGKILL (by hand, or by the kernel for want of memory)",
+        ") failed first: killed by SIGKILL (by hand, or by the kernel out of memory)",
         "restarting, restart 1 of 2",
         "papilio: starting again on 2 ranks",
         "[0]:toy begins at step 10 on 2",

@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from papilio.trainer.elastic import agent
 from papilio.trainer.elastic import store as rendezvous_store
 from papilio.trainer.elastic.rendezvous import open_rendezvous
-from papilio.trainer.elastic.store import HELLO, Backend, ForeignListenerError, StoreAddress, hold_store
+from papilio.trainer.elastic.store import HELLO, Backend, ForeignListenerError, StoreAddress, store_server
 from tests.support.agents import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -140,7 +140,7 @@ def test_a_store_is_no_other_program() -> None:
 
 
 def test_a_question_that_is_never_answered_ends() -> None:
-    server = hold_store("localhost", 0)
+    server = store_server("localhost", 0)
     assert server is not None
     backend = Backend(StoreAddress("localhost", server.port), server)
     with pytest.raises(RendezvousConnectionError, match="does not answer: no answer"):

@@ -180,7 +180,7 @@ def test_what_is_no_file_in_the_place_of_a_lock_is_refused(
     assert capsys.readouterr().err.startswith(f"papilio train: error: {tmp_path / LOCK} is {kind}")
 
 
-def test_a_lock_that_was_damaged_is_mended_by_its_holder_at_the_second_heartbeat(tmp_path: Path) -> None:
+def test_a_lock_that_was_damaged_is_fixed_by_its_holder_at_the_second_heartbeat(tmp_path: Path) -> None:
     lock, _ = take(tmp_path)
     (tmp_path / LOCK).write_bytes(b"")
     lock._files[0].beat()

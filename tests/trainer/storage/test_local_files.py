@@ -40,7 +40,7 @@ def test_a_passing_error_of_a_disk_is_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "fix"),
     [
         (errno.ENOSPC, "free space there, or choose a folder on another disk"),
         (errno.EDQUOT, "the quota of this user is used up"),
@@ -49,13 +49,13 @@ def test_a_passing_error_of_a_disk_is_tried_again(
     ],
 )
 def test_a_lasting_error_of_a_disk_is_not(
-    number: int, mend: str, tmp_path: Path, pauses: Pauses, monkeypatch: pytest.MonkeyPatch
+    number: int, fix: str, tmp_path: Path, pauses: Pauses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
-    message = rf"could not write {tmp_path}/x \(tried once\): {os.strerror(number)}; {mend}"
+    message = rf"could not write {tmp_path}/x \(tried once\): {os.strerror(number)}; {fix}"
     with pytest.raises(StorageError, match=message) as raised:
         storage.write_file(f"{tmp_path}/x", lambda: [b"abc"], retries=pauses.policy)
     assert raised.value.errno == number

@@ -1,7 +1,7 @@
 """Who failed first: told in every rank's log after an error, without any collective.
 
-A rank that fails by itself notes so in the side channel. A rank whose peer went away looks there for the cause, or
-names the ranks that give no more signs of life.
+A rank that fails by itself notes so in the health store. A rank whose peer went away looks there for the cause, or
+names the ranks that give no more heartbeats.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import traceback
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel, Sign, host_name, open_side_channel
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore, Sign, host_name, open_health_store
 from papilio.trainer.process_group import Ranks
 
 # How long a rank that lost its peers waits for the cause: some beats, and for the agent to find the dead.
 WAIT_FOR_CAUSE_S = 3.0
 POLL_S = 0.1
 MAX_ERROR_CHARACTERS = 300
-# Errors of these say what was wrong and what mends it; of any other, where it came from says more.
+# Errors of these say what was wrong and what fixes it; of any other, where it came from says more.
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 # As Python ends a traceback, with the rank that torch puts before it; and as our entry points say what they foresaw,
 # which a rank without others does not note.
@@ -69,7 +69,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def told_with_place(error: BaseException) -> str:
+def format_with_place(error: BaseException) -> str:
     """Return an error's type and first line, and the line of our code or the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or type(error).__module__.partition(".")[0] == "papilio":
@@ -87,15 +87,15 @@ def note_early_failure(error: BaseException) -> bool:
     """
     rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if num_ranks > 1 and not isinstance(error, LostRankError):
-        text = told_with_place(error)
-        first = open_side_channel().note_failure(Failure(rank, host_name(), -1, text, time.time()))
+        text = format_with_place(error)
+        first = open_health_store().note_failure(Failure(rank, host_name(), -1, text, time.time()))
         return first.rank == rank or first.error != text
     return True
 
 
 def describe_join_failure(error: BaseException) -> str:
     """Say why this rank could not join the others; what the first to fail has said itself is not said again."""
-    first = open_side_channel().first_failure()
+    first = open_health_store().first_failure()
     if first is None:
         return f"this rank could not join the others: {one_line(error)}"
     return f"this rank could not join the others, of which rank {first.rank} (host {first.host}) failed first"
@@ -115,14 +115,14 @@ def last_error(path: str | None) -> str:
     return f": {found[-1][:MAX_ERROR_CHARACTERS]}" if found else ""
 
 
-def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: SideChannel) -> str | None:
+def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: HealthStore) -> str | None:
     """Note that this rank failed by itself; return a line about another that did so first, for another reason."""
-    text = told_with_place(error)
+    text = format_with_place(error)
     first = channel.note_failure(Failure(ranks.rank, host_name(), step, text, time.time()))
     return None if first.rank == ranks.rank or first.error == text else str(first)
 
 
-def find_cause(ranks: Ranks, step: int, channel: SideChannel, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
+def find_cause(ranks: Ranks, step: int, channel: HealthStore, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
     """After the loss of a peer, wait a little for the first failure's note, and return it as a line.
 
     When there is none, name the ranks that fell silent, and note the first of them for the others.
@@ -142,10 +142,10 @@ def find_cause(ranks: Ranks, step: int, channel: SideChannel, wait_s: float = WA
     return _note_silent_ranks(before, channel.signs(ranks.world_size), ranks, channel)
 
 
-def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, channel: SideChannel) -> str:
+def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, channel: HealthStore) -> str:
     silent = silent_ranks(before, after, ranks.world_size)
     if not silent:
-        return "all ranks give signs of life, yet a connection between them broke: is the network between them sound?"
+        return "all ranks give heartbeats, yet a connection between them broke: is the network between them sound?"
     failures = [_silence_of(rank, after.get(rank)) for rank in silent]
     channel.note_failure(failures[0])
     return "; ".join(f"rank {failure.rank} (host {failure.host}) {failure.error}" for failure in failures)
@@ -153,7 +153,7 @@ def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: R
 
 def _silence_of(rank: int, sign: Sign | None) -> Failure:
     if sign is None:
-        return Failure(rank, "unknown", -1, "went away before it gave a sign of life", time.time())
+        return Failure(rank, "unknown", -1, "went away before it gave a heartbeat", time.time())
     error = f"went away without a word after step {sign.step:,}: killed, or its host is gone"
     return Failure(rank, sign.host, -1, error, time.time())
 

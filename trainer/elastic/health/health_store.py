@@ -1,6 +1,6 @@
 """A store beside the process group, through which ranks learn of each other when collectives no longer work.
 
-Each rank writes its sign of life there, and the first failure of the job is noted once, by the rank that failed or by
+Each rank writes its heartbeat there, and the first failure of the job is noted once, by the rank that failed or by
 the agent that found it dead. Nothing here is collective, and a store that does not answer is a store that is silent.
 """
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's sign of life: where its training stands.
+    """A rank's heartbeat: where its training stands.
 
     `count` grows with every sign; `num_collectives` is how many the rank has begun;
     `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come;
@@ -75,7 +75,7 @@ class Failure:
         return f"rank {self.rank} (host {self.host}) failed first{at_step}: {self.error}"
 
 
-class SideChannel:
+class HealthStore:
     """The signs and the first failure of one round of a job, in a store; without a store it is mute.
 
     Any method may be called from any thread. When the store fails to answer, a question is answered with nothing, and
@@ -144,14 +144,14 @@ class SideChannel:
             with contextlib.suppress(dist.DistError, RuntimeError, ValueError):  # the store is gone, or cut off
                 answers.append(question(store))
 
-        thread = Thread(target=put, name="side_channel", daemon=True)
+        thread = Thread(target=put, name="health_store", daemon=True)
         thread.start()
         thread.join(ANSWER_TIMEOUT_S)
         self.is_answering = bool(answers)
         return answers[0] if answers else silence
 
 
-def open_side_channel(environment: Mapping[str, str] = os.environ) -> SideChannel:
+def open_health_store(environment: Mapping[str, str] = os.environ) -> HealthStore:
     """Reach the store of the job that torchrun's variables describe; without them, or in vain, a mute channel.
 
     Under our agent that is the store of the rendezvous, which lives in the first agent and outlives the ranks. Under
@@ -163,16 +163,16 @@ def open_side_channel(environment: Mapping[str, str] = os.environ) -> SideChanne
         address = f"{environment.get('MASTER_ADDR', '')}:{environment.get('MASTER_PORT', '')}"
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "TORCHELASTIC_RUN_ID" not in environment:
-        return SideChannel(None)
+        return HealthStore(None)
     try:
         store = dist.TCPStore(host.strip("[]"), int(port), is_master=False, timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
     except (dist.DistError, RuntimeError, ValueError):
-        return SideChannel(None)
+        return HealthStore(None)
     attempt = "" if has_agent else environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = round_prefix(
         environment["TORCHELASTIC_RUN_ID"], environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     )
-    return SideChannel(dist.PrefixStore(f"{prefix}/{attempt}", store))
+    return HealthStore(dist.PrefixStore(f"{prefix}/{attempt}", store))
 
 
 def round_prefix(run_id: str, master_address: str, master_port: int) -> str:

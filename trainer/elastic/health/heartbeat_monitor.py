@@ -1,4 +1,4 @@
-"""Ranks that give no more signs of life while another waits for them: their host lost its power or its network.
+"""Ranks that give no more heartbeats while another waits for them: their host lost its power or its network.
 
 Nothing else tells of that: no connection is closed, and what waits at it goes on waiting. A rank that trains never
 asks; one that waits looks at the others' signs every few seconds.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from papilio.trainer.elastic.health.health_store import SideChannel, Sign
+from papilio.trainer.elastic.health.health_store import HealthStore, Sign
 
 # So long without a sign, and nothing will come; a cable that is plugged in again, or a switch that reboots, takes less.
 LOST_AFTER_S = 60.0
@@ -20,7 +20,7 @@ STORE = -1
 class SilenceWatch:
     """What one rank knows of the others' silence, by its own clock."""
 
-    def __init__(self, channel: SideChannel, world_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, channel: HealthStore, world_size: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._channel = channel
         self._world_size = world_size
         self._clock = clock
@@ -69,7 +69,7 @@ class SilenceWatch:
             return f"the store has not answered for {LOST_AFTER_S:g} s: its host is gone, or this one's network"
         names = ", ".join(f"rank {rank} (host {self._host(rank)})" for rank in silent)
         has = "has" if len(silent) == 1 else "have"
-        return f"{names} {has} given no sign of life for {LOST_AFTER_S:g} s: the host or its network is gone"
+        return f"{names} {has} given no heartbeat for {LOST_AFTER_S:g} s: the host or its network is gone"
 
     def _host(self, rank: int) -> str:
         return self._signs[rank].host if rank in self._signs else "unknown"

@@ -1,4 +1,4 @@
-"""What keeps one rank's failure from becoming everyone's riddle: signs of life, a watchdog, and the first failure told.
+"""What keeps one rank's failure from becoming everyone's riddle: heartbeats, a watchdog, and the first failure told.
 
 Used around a job, inside its process group:
 
@@ -24,7 +24,7 @@ from papilio.trainer.elastic.health.failures import (
     note_own_failure,
     one_line,
 )
-from papilio.trainer.elastic.health.health_store import SideChannel, open_side_channel
+from papilio.trainer.elastic.health.health_store import HealthStore, open_health_store
 from papilio.trainer.elastic.health.live_writer import LiveWriter, Run
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 from papilio.trainer.elastic.health.watchdog import Watchdog
@@ -37,7 +37,7 @@ EXIT_TIMEOUT_S = 10.0
 class JobHealth:
     """What the training tells of itself."""
 
-    def __init__(self, watchdog: Watchdog | None = None, channel: SideChannel | None = None) -> None:
+    def __init__(self, watchdog: Watchdog | None = None, channel: HealthStore | None = None) -> None:
         """Without a watchdog nobody listens."""
         self._watchdog = watchdog
         self._channel = channel
@@ -85,7 +85,7 @@ class JobHealth:
 def job_health(
     ranks: Ranks,
     stall_timeout_s: float,
-    channel: SideChannel | None = None,
+    channel: HealthStore | None = None,
     exit_timeout_s: float | None = EXIT_TIMEOUT_S,
 ) -> Iterator[JobHealth]:
     """Watch this rank while the block runs; after an error say who failed first, and run no collective.
@@ -95,7 +95,7 @@ def job_health(
     Raises:
         LostRankError: a collective failed because of another rank; in place of the collective's own error.
     """
-    channel = open_side_channel() if channel is None else channel
+    channel = open_health_store() if channel is None else channel
     watchdog = Watchdog(ranks, stall_timeout_s, channel)
     watchdog.start()
     health = JobHealth(watchdog, channel)
@@ -114,7 +114,7 @@ def job_health(
 
 
 def _report(
-    error: Exception, ranks: Ranks, watchdog: Watchdog, channel: SideChannel, exit_timeout_s: float | None
+    error: Exception, ranks: Ranks, watchdog: Watchdog, channel: HealthStore, exit_timeout_s: float | None
 ) -> LostRankError | None:
     """Tell and note what happened; return what to raise in place of the error, if that is another rank's."""
     if exit_timeout_s is not None:

@@ -1,6 +1,6 @@
 """Rank 0's thread that puts all ranks' signs together: live.json in the run folder, and what is worth a line of log.
 
-It is a thread of its own, beside the watchdog's: a storage that does not answer must not stop the signs of life.
+It is a thread of its own, beside the watchdog's: a storage that does not answer must not stop the heartbeats.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from papilio.data_pipeline.paths import join
-from papilio.trainer.elastic.health.health_store import SideChannel, Sign
+from papilio.trainer.elastic.health.health_store import HealthStore, Sign
 from papilio.trainer.elastic.health.live_view import LIVE, CheckpointView, FindingView, JobState, LiveView, RankView
 from papilio.trainer.elastic.health.stragglers import Judge, RankState
-from papilio.trainer.storage.api import is_remote, write_passing
+from papilio.trainer.storage.api import is_remote, write_ephemeral
 from papilio.trainer.storage.retries import RetryPolicy, StorageError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class LiveWriter:
     """Reads, judges, logs and writes, until it is closed."""
 
     def __init__(
-        self, run: Run, channel: SideChannel, own_sign: Callable[[], Sign], judge: Judge | None = None
+        self, run: Run, channel: HealthStore, own_sign: Callable[[], Sign], judge: Judge | None = None
     ) -> None:
         """`own_sign` gives this rank's, should there be no channel."""
         self._run = run
@@ -132,7 +132,7 @@ class LiveWriter:
     def _write(self, view: LiveView) -> None:
         self._written_s = time.monotonic()
         try:
-            write_passing(join(self._run.folder, LIVE), view.model_dump_json() + "\n", retries=ONE_TRY)
+            write_ephemeral(join(self._run.folder, LIVE), view.model_dump_json() + "\n", retries=ONE_TRY)
         except StorageError as error:
             if not self._has_warned:
                 logger.warning("%s; `papilio status` shows an old view, training goes on", error)

@@ -1,4 +1,4 @@
-"""What a rank says of its own work, in its sign of life; no torch."""
+"""What a rank says of its own work, in its heartbeat; no torch."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Times(Protocol):
     wait_s: float
 
 
-class OwnWork:
+class StepTimer:
     """Times one rank's work; `timed` around every step, `figures` from any thread."""
 
     def __init__(self, model: nn.Module, device: torch.device, times: Times, every_s: float = TIMED_EVERY_S) -> None:

@@ -99,7 +99,7 @@ class Judge:
                 (began if suspicion.stands else ended).append((kind, rank))
         self.findings = tuple(_told(self._standing(), states))
         new = [finding.text for finding in _told({key: self._suspicions[key] for key in began}, states)]
-        return new + [_told_end(kind, rank, states) for kind, rank in ended]
+        return new + [_format_end(kind, rank, states) for kind, rank in ended]
 
     def _standing(self) -> dict[tuple[Kind, int], _Suspicion]:
         return {key: suspicion for key, suspicion in self._suspicions.items() if suspicion.stands}
@@ -177,14 +177,14 @@ def _told(found: Mapping[tuple[Kind, int], _Suspicion], states: Mapping[int, Ran
         own = statistics.median(found[kind, rank].own for rank in ranks)
         others = statistics.median(found[kind, rank].others for rank in ranks)
         if kind == "all_data":
-            yield Finding(kind, (), "", _tell_all_data(own))
+            yield Finding(kind, (), "", _format_all_data(own))
             continue
         text = _TELLERS[kind](describe_on(ranks, host), len(ranks) > 1, own, others)
         tables = _tables(states[ranks[0]].figures) if kind == "lookups" else ""
-        yield Finding(kind, tuple(ranks), host, f"{text}{tables}; {_MENDS[kind]}")
+        yield Finding(kind, tuple(ranks), host, f"{text}{tables}; {_FIXES[kind]}")
 
 
-def _tell_dense(who: str, is_many: bool, own: float, others: float) -> str:
+def _format_dense(who: str, is_many: bool, own: float, others: float) -> str:
     verb, whose = ("compute", "their") if is_many else ("computes", "its")
     return (
         f"{who} {verb} {whose} dense layers {own / others:.1f} times as slowly as the others ({own:.1f} ms against "
@@ -192,26 +192,26 @@ def _tell_dense(who: str, is_many: bool, own: float, others: float) -> str:
     )
 
 
-def _tell_lookups(who: str, is_many: bool, own: float, others: float) -> str:
+def _format_lookups(who: str, is_many: bool, own: float, others: float) -> str:
     verb, whose = ("take", "their") if is_many else ("takes", "its")
     times = f"{own / others:.1f} times as long as the others" if others else "all the time"
     return f"{who} {verb} {times} for {whose} lookups ({own:.1f} ms against {others:.1f} ms), and everyone waits"
 
 
-def _tell_data(who: str, is_many: bool, own: float, others: float) -> str:
+def _format_data(who: str, is_many: bool, own: float, others: float) -> str:
     verb = "wait" if is_many else "waits"
     return f"{who} {verb} {own:.0%} of the time for data, the others {others:.0%}, and everyone waits with that"
 
 
-def _tell_all_data(share: float) -> str:
+def _format_all_data(share: float) -> str:
     return (
         f"all ranks wait for data, {share:.0%} of the time: faster storage, more cores a rank, or more of "
         "data.prefetch_batches"
     )
 
 
-_TELLERS = {"dense": _tell_dense, "lookups": _tell_lookups, "data": _tell_data}
-_MENDS = {
+_TELLERS = {"dense": _format_dense, "lookups": _format_lookups, "data": _format_data}
+_FIXES = {
     "dense": "look there for other processes, clocks, temperature",
     "lookups": "`papilio calibrate` and plan anew, or give sharding.constraints",
     "data": "look at the storage and the cores there",
@@ -219,7 +219,7 @@ _MENDS = {
 _ENDS = {"dense": "as fast as the others", "lookups": "as fast in lookups as the others", "data": "in time with data"}
 
 
-def _told_end(kind: Kind, rank: int, states: Mapping[int, RankState]) -> str:
+def _format_end(kind: Kind, rank: int, states: Mapping[int, RankState]) -> str:
     if kind == "all_data":
         return "data comes in time again"
     return f"{describe_on([rank], states[rank].host)} is {_ENDS[kind]} again"

@@ -1,9 +1,9 @@
-"""Signs of life, and the end of a rank that waits for ever.
+"""Heartbeats, and the end of a rank that waits for ever.
 
-Each rank has a thread that writes, once a second, where its training stands into the side channel; the step itself only
+Each rank has a thread that writes, once a second, where its training stands into the health store; the step itself only
 assigns a few attributes. When nothing has moved here for `stall_timeout_s`, the thread reads the others' signs, says
 which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again. It
-does so sooner when another rank gives no more signs of life (trainer/elastic/health/heartbeat_monitor.py).
+does so sooner when another rank gives no more heartbeats (trainer/elastic/health/heartbeat_monitor.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from papilio.trainer.elastic.health.failures import silent_ranks
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel, Sign, host_name
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore, Sign, host_name
 from papilio.trainer.elastic.health.heartbeat_monitor import SilenceWatch
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 from papilio.trainer.elastic.health.stragglers import describe_ranks
@@ -36,7 +36,7 @@ GRACE_AFTER_FAILURE_S = 15.0
 class Watchdog:
     """The thread that watches one rank; `mark` is called by the training as it goes on."""
 
-    def __init__(self, ranks: Ranks, stall_timeout_s: float, channel: SideChannel) -> None:
+    def __init__(self, ranks: Ranks, stall_timeout_s: float, channel: HealthStore) -> None:
         self._ranks = ranks
         self._stall_timeout_s = stall_timeout_s
         self._channel = channel
@@ -222,7 +222,7 @@ def describe_stall(late: list[int], signs: dict[int, Sign], own: Sign, world_siz
 
 def _describe_late(rank: int, sign: Sign | None, next_step: int, now_unix_s: float) -> str:
     if sign is None:
-        return f"rank {rank} has not arrived and never gave a sign of life"
+        return f"rank {rank} has not arrived and never gave a heartbeat"
     age_s = max(0.0, now_unix_s - sign.unix_s) + sign.idle_s
     return (
         f"rank {rank} has not arrived at step {next_step:,}: last sign step {sign.step:,} ({sign.phase}), "

@@ -131,16 +131,16 @@ def require_fit(package: Package, info: FormatInfo) -> None:
     Raises:
         PackageError: it was built for other versions, or for another processor.
     """
-    mend = f"`papilio package build {package.folder} --format {info.name}` on this machine makes one that fits"
+    fix = f"`papilio package build {package.folder} --format {info.name}` on this machine makes one that fits"
     for library, version in versions_needed().items():
         if info.needs.get(library) != version:
             raise PackageError(
                 f"format {info.name} of {package.folder} was compiled for {library} {info.needs.get(library)}, here is "
-                f"{version}; {mend}"
+                f"{version}; {fix}"
             )
     lacking = sorted(set(info.instruction_sets) - set(instruction_sets()))
     if lacking:
         raise PackageError(
             f"format {info.name} of {package.folder} was compiled for a processor with {', '.join(lacking)}, which "
-            f"this one lacks; {mend}"
+            f"this one lacks; {fix}"
         )

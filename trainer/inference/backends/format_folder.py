@@ -236,7 +236,7 @@ def verify_formats(package: Package) -> Iterator[tuple[str, str | None]]:
 
 def _verify(package: Package, name: str, folder: str) -> Iterator[tuple[str, str | None]]:
     try:
-        info = _parse(folder, "building it again mends that")
+        info = _parse(folder, "building it again fixes that")
     except PackageError as error:
         yield FORMAT_INFO, str(error).removeprefix(f"{os.path.join(folder, FORMAT_INFO)} ")
         return

@@ -60,8 +60,8 @@ def unknown_column(name: str, schema: Schema) -> str:
     # What is much longer is near to none, and comparing it takes long.
     is_comparable = len(name) <= 2 * max(map(len, names), default=0)
     nearest = difflib.get_close_matches(name, names, n=1) if is_comparable else []
-    mend = f"did you mean {nearest[0]}?" if nearest else f"columns: {', '.join(names)}"
-    return f"there is no column {shown(name)}; {mend}"
+    fix = f"did you mean {nearest[0]}?" if nearest else f"columns: {', '.join(names)}"
+    return f"there is no column {shown(name)}; {fix}"
 
 
 def dense_matrix(records: Sequence[Record], names: Sequence[str], faults: Faults) -> NDArray[np.float64]:

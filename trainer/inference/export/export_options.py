@@ -158,8 +158,8 @@ def parse_precision(option: str, word: str, allowed: Sequence[str] = PRECISIONS)
     if refused is not None:
         raise PackageError(f"{option} {word}: {refused}")
     nearest = [_SPELLINGS[lower]] if lower in _SPELLINGS else difflib.get_close_matches(lower, allowed, 1)
-    mend = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(allowed)}"
-    raise PackageError(f"{option} {word}: there is no such precision; {mend}")
+    fix = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(allowed)}"
+    raise PackageError(f"{option} {word}: there is no such precision; {fix}")
 
 
 def parse_table_choice(word: str) -> tuple[str, Precision]:

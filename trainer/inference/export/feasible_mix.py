@@ -30,7 +30,7 @@ class Mix:
     comparison: Comparison
 
 
-def find_passing(
+def find_feasible(
     tables: Sequence[TableEntry],
     options: Mapping[str, Sequence[OptionFigures]],
     *,

@@ -15,7 +15,7 @@ from papilio.data_pipeline.progress import Progress
 from papilio.trainer.inference.backends.flat_model import FlatModel, build_flat_model
 from papilio.trainer.inference.export.comparison import Comparison, compare_scores
 from papilio.trainer.inference.export.export_options import SEARCHED_PRECISIONS
-from papilio.trainer.inference.export.feasible_mix import Choices, Mix, export_options, find_passing
+from papilio.trainer.inference.export.feasible_mix import Choices, Mix, export_options, find_feasible
 from papilio.trainer.inference.export.held_out import Block, HeldOut
 from papilio.trainer.inference.export.quality_report import (
     OptionFigures,
@@ -188,7 +188,7 @@ def _passing(
         comparison = models.compare(held_out, mix)
         return None if report.thresholds.failures(comparison) else comparison
 
-    return find_passing(models.tables, options, screen=screen, confirm=confirm)
+    return find_feasible(models.tables, options, screen=screen, confirm=confirm)
 
 
 def _refusal(report: QualityReport, mix: Mix | None) -> str:

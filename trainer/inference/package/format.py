@@ -21,7 +21,7 @@ It is `rows` rows of `row_bytes` bytes with nothing between them, D = `dim` valu
     int4    fp16 scale, fp16 bias, then D/2 bytes: codes 2i (low half) and 2i + 1
     int2    fp16 scale, fp16 bias, then D/4 bytes: codes 4i (lowest two bits) to 4i + 3
 
-A value is scale * code + bias, reckoned in fp32. This is the layout in which FBGEMM's CPU lookups read tables with a
+A value is scale * code + bias, estimated in fp32. This is the layout in which FBGEMM's CPU lookups read tables with a
 row alignment of 1, so the mapped file is their weights as it is.
 """
 

@@ -62,8 +62,8 @@ class PackageSwap:
         while True:
             await asyncio.sleep(every_s)
             place = _place(self._folder)
-            is_mended = self._refused is not None and _files(self._folder) != self._refused
-            if place is not None and (place != self._seen or is_mended):
+            is_fixed = self._refused is not None and _files(self._folder) != self._refused
+            if place is not None and (place != self._seen or is_fixed):
                 await self.swap()
 
     def _try_to_load(self) -> Scorer | str:

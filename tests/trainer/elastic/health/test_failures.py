@@ -13,14 +13,14 @@ from papilio.trainer.config_file import ConfigError, build_config
 from papilio.trainer.elastic.health.failures import (
     LostRankError,
     find_cause,
+    format_with_place,
     is_loss_of_a_peer,
     last_error,
     note_early_failure,
     note_own_failure,
     one_line,
-    told_with_place,
 )
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel, open_side_channel
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore, open_health_store
 from papilio.trainer.process_group import Ranks
 from tests.support.agents import REPOSITORY, AgentProcess
 from tests.support.signs import sign_of
@@ -58,14 +58,14 @@ def test_an_error_is_told_with_the_line_of_the_user_that_it_came_from() -> None:
         json.loads("{")
     line = test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__code__.co_firstlineno
     place = f"in {test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__name__})"
-    assert told_with_place(caught.value).endswith(f" (trainer/test_failures.py:{line + 2}, {place}")
-    assert told_with_place(deep.value).endswith(f" (trainer/test_failures.py:{line + 4}, {place}")
+    assert format_with_place(caught.value).endswith(f" (trainer/test_failures.py:{line + 2}, {place}")
+    assert format_with_place(deep.value).endswith(f" (trainer/test_failures.py:{line + 4}, {place}")
 
 
 def test_an_error_of_ours_says_enough_by_itself() -> None:
     with pytest.raises(ConfigError) as caught:
         build_config({"name": "x"}, source="r.toml")
-    assert told_with_place(caught.value) == one_line(caught.value)
+    assert format_with_place(caught.value) == one_line(caught.value)
 
 
 def test_what_fails_before_the_group_is_noted_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +75,9 @@ def test_what_fails_before_the_group_is_noted_for_those_that_wait(monkeypatch: p
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     note_early_failure(LostRankError("rank 2 failed first"))
-    assert open_side_channel().first_failure() is None
+    assert open_health_store().first_failure() is None
     note_early_failure(ConfigError("recipe: there is no key train.epoch"))
-    first = open_side_channel().first_failure()
+    first = open_health_store().first_failure()
     assert first is not None
     assert (first.rank, first.step, first.error) == (5, -1, "ConfigError: recipe: there is no key train.epoch")
 
@@ -102,8 +102,8 @@ def test_the_last_error_of_a_log(tmp_path: Path, log: str, expected: str) -> Non
 
 
 @pytest.fixture
-def channel(tmp_path: Path) -> SideChannel:
-    return SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+def channel(tmp_path: Path) -> HealthStore:
+    return HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
 
 
 def rank_of(rank: int, world_size: int = 3) -> Ranks:
@@ -111,7 +111,7 @@ def rank_of(rank: int, world_size: int = 3) -> Ranks:
     return Ranks(rank, world_size, rank, world_size, torch.device("cpu"), None)
 
 
-def test_a_second_failure_tells_of_the_first_unless_it_is_the_same(channel: SideChannel) -> None:
+def test_a_second_failure_tells_of_the_first_unless_it_is_the_same(channel: HealthStore) -> None:
     assert note_own_failure(ValueError("bad batch"), rank_of(2), 120, channel) is None
     assert note_own_failure(ValueError("bad batch"), rank_of(0), 120, channel) is None
     told = note_own_failure(OSError("disk full"), rank_of(1), 121, channel)
@@ -119,7 +119,7 @@ def test_a_second_failure_tells_of_the_first_unless_it_is_the_same(channel: Side
     assert told.endswith(") failed first, at step 120: ValueError: bad batch")
 
 
-def test_the_cause_is_waited_for(channel: SideChannel) -> None:
+def test_the_cause_is_waited_for(channel: HealthStore) -> None:
     failure = Failure(2, "h", 120, "ValueError: bad batch", 0.0)
     timer = threading.Timer(0.3, channel.note_failure, [failure])
     timer.start()
@@ -128,14 +128,14 @@ def test_the_cause_is_waited_for(channel: SideChannel) -> None:
     assert found == "rank 2 (host h) failed first, at step 120: ValueError: bad batch"
 
 
-def beat_until(ended: threading.Event, channel: SideChannel, rank: int) -> None:
+def beat_until(ended: threading.Event, channel: HealthStore, rank: int) -> None:
     count = 10
     while not ended.wait(0.05):
         count += 1
         channel.publish(sign_of(rank, 120, count=count))
 
 
-def find_cause_among_living(channel: SideChannel, *living: int) -> str:
+def find_cause_among_living(channel: HealthStore, *living: int) -> str:
     ended = threading.Event()
     threads = [threading.Thread(target=beat_until, args=(ended, channel, rank)) for rank in living]
     for thread in threads:
@@ -147,7 +147,7 @@ def find_cause_among_living(channel: SideChannel, *living: int) -> str:
     return found
 
 
-def test_without_a_note_the_silent_rank_is_named(channel: SideChannel) -> None:
+def test_without_a_note_the_silent_rank_is_named(channel: HealthStore) -> None:
     for rank in range(3):
         channel.publish(sign_of(rank, 119))
     expected = "(host host-1) went away without a word after step 119: killed, or its host is gone"
@@ -156,19 +156,19 @@ def test_without_a_note_the_silent_rank_is_named(channel: SideChannel) -> None:
     assert find_cause(rank_of(2), 120, channel, wait_s=0.2).endswith("killed, or its host is gone")
 
 
-def test_a_rank_that_took_its_leave_or_never_came_is_told_apart(channel: SideChannel) -> None:
+def test_a_rank_that_took_its_leave_or_never_came_is_told_apart(channel: HealthStore) -> None:
     channel.publish(sign_of(1, 119, has_left=True))
-    assert find_cause_among_living(channel, 0) == "rank 2 (host unknown) went away before it gave a sign of life"
+    assert find_cause_among_living(channel, 0) == "rank 2 (host unknown) went away before it gave a heartbeat"
 
 
-def test_when_all_live_the_network_is_suspected(channel: SideChannel) -> None:
+def test_when_all_live_the_network_is_suspected(channel: HealthStore) -> None:
     for rank in range(3):
         channel.publish(sign_of(rank, 119))
-    assert "all ranks give signs of life, yet a connection" in find_cause_among_living(channel, 0, 1, 2)
+    assert "all ranks give heartbeats, yet a connection" in find_cause_among_living(channel, 0, 1, 2)
 
 
 def test_a_store_that_is_gone_is_no_riddle() -> None:
-    found = find_cause(rank_of(1), 1_234, SideChannel(None))
+    found = find_cause(rank_of(1), 1_234, HealthStore(None))
     assert found.startswith("rank 1 lost the other ranks at step 1,234, and the store that knows more does not answer")
 
 

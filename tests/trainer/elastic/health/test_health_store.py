@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel, open_side_channel
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore, open_health_store
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 from tests.support.signs import sign_of
 
@@ -13,8 +13,8 @@ def failure_of(rank: int) -> Failure:
 
 
 def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
-    writer = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
-    reader = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    writer = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
+    reader = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
     assert reader.signs(3) == {}
     writer.publish(sign_of(2, 5))
     writer.publish(sign_of(0, 6))
@@ -24,7 +24,7 @@ def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_figures_travel_with_a_sign(tmp_path: Path) -> None:
-    channel = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    channel = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
     sign = sign_of(1, 9, figures=RankFigures(12.5, 0.25, 40, 1.5, None, (("t_C3", 0.61),)))
     channel.publish(sign)
     assert channel.signs(2) == {1: sign}
@@ -44,13 +44,13 @@ def test_all_signs_of_many_ranks_are_two_questions() -> None:
             return [sign_of(int(key.rpartition("/")[2]), 3).to_json().encode() for key in keys]
 
     store = Counted()
-    assert SideChannel(store).signs(512) == {rank: sign_of(rank, 3) for rank in range(512)}
+    assert HealthStore(store).signs(512) == {rank: sign_of(rank, 3) for rank in range(512)}
     assert store.questions == ["check", "multi_get"]
 
 
 def test_the_first_failure_stands(tmp_path: Path) -> None:
-    one = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
-    other = SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+    one = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
+    other = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
     assert other.first_failure() is None
     assert one.note_failure(failure_of(1)) == failure_of(1)
     assert other.note_failure(failure_of(0)) == failure_of(1)
@@ -59,7 +59,7 @@ def test_the_first_failure_stands(tmp_path: Path) -> None:
 
 def test_a_new_round_forgets(tmp_path: Path) -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = SideChannel(dist.PrefixStore("p", store))
+    channel = HealthStore(dist.PrefixStore("p", store))
     channel.publish(sign_of(0, 6))
     channel.note_failure(failure_of(0))
     channel.forget(2)
@@ -73,7 +73,7 @@ def test_failures_read_as_a_sentence() -> None:
 
 
 def test_without_a_store_all_is_silence() -> None:
-    channel = SideChannel(None)
+    channel = HealthStore(None)
     channel.publish(sign_of(0, 6))
     assert channel.signs(2) == {}
     assert channel.first_failure() is None
@@ -92,7 +92,7 @@ def environment_of(port: int) -> dict[str, str]:
 
 def test_a_store_that_dies_is_silence_too() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = open_side_channel(environment_of(server.port))
+    channel = open_health_store(environment_of(server.port))
     channel.publish(sign_of(0, 6))
     assert (channel.is_answering, channel.signs(1)) == (True, {0: sign_of(0, 6)})
     del server
@@ -106,14 +106,14 @@ def test_a_store_that_dies_is_silence_too() -> None:
 def test_rounds_do_not_read_each_other() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment = environment_of(server.port)
-    open_side_channel(environment).note_failure(failure_of(1))
-    assert open_side_channel(environment).first_failure() == failure_of(1)
-    assert open_side_channel({**environment, "MASTER_PORT": "2"}).first_failure() is None
+    open_health_store(environment).note_failure(failure_of(1))
+    assert open_health_store(environment).first_failure() == failure_of(1)
+    assert open_health_store({**environment, "MASTER_PORT": "2"}).first_failure() is None
     plain = {"TORCHELASTIC_RUN_ID": "j", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port)}
-    open_side_channel({**plain, "TORCHELASTIC_RESTART_COUNT": "0"}).note_failure(failure_of(0))
-    assert open_side_channel({**plain, "TORCHELASTIC_RESTART_COUNT": "1"}).first_failure() is None
+    open_health_store({**plain, "TORCHELASTIC_RESTART_COUNT": "0"}).note_failure(failure_of(0))
+    assert open_health_store({**plain, "TORCHELASTIC_RESTART_COUNT": "1"}).first_failure() is None
 
 
 def test_outside_a_job_the_channel_is_mute() -> None:
-    assert not open_side_channel({}).is_answering
-    assert not open_side_channel({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).is_answering
+    assert not open_health_store({}).is_answering
+    assert not open_health_store({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).is_answering

@@ -7,7 +7,7 @@ from tests.support.signs import sign_of
 
 
 class Signs:
-    """A side channel: each rank's count of signs, None for one that never gave any."""
+    """A health store: each rank's count of signs, None for one that never gave any."""
 
     def __init__(self, *counts: int | None) -> None:
         self.counts = list(counts)
@@ -52,7 +52,7 @@ def test_a_silent_rank_is_named_after_a_minute_and_not_before(count: int | None)
     assert waiting.wait(LOST_AFTER_S, 0, 2) is None
     host = "unknown" if count is None else "host-1"
     assert waiting.wait(30, 0, 2) == (
-        f"rank 1 (host {host}) has given no sign of life for 60 s: the host or its network is gone"
+        f"rank 1 (host {host}) has given no heartbeat for 60 s: the host or its network is gone"
     )
     assert waiting.watch.culprit() == (1, host)
 
@@ -66,7 +66,7 @@ def test_ranks_that_speak_now_and_then_are_there() -> None:
 
 def test_several_silent_ranks_are_named_together() -> None:
     waiting = Waiting(Signs(3, 3, 3))
-    assert str(waiting.wait(90, 0)).startswith("rank 1 (host host-1), rank 2 (host host-2) have given no sign of life")
+    assert str(waiting.wait(90, 0)).startswith("rank 1 (host host-1), rank 2 (host host-2) have given no heartbeat")
 
 
 def test_a_store_that_is_silent_is_named_and_no_rank() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from papilio.launch.jobs.live_text import Ink, view_lines
 from papilio.trainer.config_file import build_config
-from papilio.trainer.elastic.health.health_store import Failure, SideChannel
+from papilio.trainer.elastic.health.health_store import Failure, HealthStore
 from papilio.trainer.elastic.health.job_health import JobHealth
 from papilio.trainer.elastic.health.live_view import LIVE_FORMAT_VERSION, LiveView, LiveViewError, read_view
 from papilio.trainer.elastic.health.live_writer import NUM_LOOKS, WRITE_REMOTE_EVERY_S, LiveWriter, Run, Standing
@@ -72,7 +72,7 @@ def train_with_a_slow_rank(ranks, store, config, slow):
     import papilio.trainer.train as entry
     from papilio.data_pipeline.loading.batch import Batch
     from papilio.trainer.elastic.health.job_health import job_health
-    from papilio.trainer.elastic.health.step_timer import OwnWork
+    from papilio.trainer.elastic.health.step_timer import StepTimer
     from papilio.trainer.elastic.health.stragglers import Judge
 
     build, padded_to = entry.build_sharded_model, Batch.padded_to
@@ -95,7 +95,7 @@ def train_with_a_slow_rank(ranks, store, config, slow):
         for target, value in (
             ("papilio.trainer.train.build_sharded_model", build_slow),
             ("papilio.data_pipeline.loading.batch.Batch.padded_to", pad_slowly),
-            ("papilio.trainer.loop.OwnWork", functools.partial(OwnWork, every_s=TIMED_EVERY_S)),
+            ("papilio.trainer.loop.StepTimer", functools.partial(StepTimer, every_s=TIMED_EVERY_S)),
             ("papilio.trainer.elastic.health.job_health.LiveWriter", functools.partial(LiveWriter, judge=judge)),
             ("papilio.trainer.elastic.health.live_writer.LOOK_EVERY_S", LOOK_EVERY_S),
             ("papilio.trainer.elastic.health.watchdog.BEAT_S", BEAT_S),
@@ -103,7 +103,7 @@ def train_with_a_slow_rank(ranks, store, config, slow):
             stack.enter_context(patch(target, value))
         stack.enter_context(contextlib.redirect_stdout(log))
         logging.getLogger("papilio.trainer.elastic.health").addHandler(handler)
-        channel = SideChannel(dist.FileStore(store, -1))
+        channel = HealthStore(dist.FileStore(store, -1))
         with job_health(ranks, 60.0, channel, exit_timeout_s=None) as health:
             entry.train(config, ranks, health)
         logging.getLogger("papilio.trainer.elastic.health").removeHandler(handler)
@@ -179,11 +179,11 @@ def write_last_view(folder, channel, error=None, **settings):
 
 
 @pytest.fixture
-def channel(tmp_path: Path) -> SideChannel:
-    return SideChannel(dist.FileStore(str(tmp_path / "store"), -1))
+def channel(tmp_path: Path) -> HealthStore:
+    return HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
 
 
-def test_ranks_without_a_sign_are_left_out(tmp_path: Path, channel: SideChannel) -> None:
+def test_ranks_without_a_sign_are_left_out(tmp_path: Path, channel: HealthStore) -> None:
     view = write_last_view(tmp_path, channel)
     assert (view.state, view.world_size, view.loss, view.checkpoint) == ("done", 3, None, None)
     assert [(rank.rank, rank.host, rank.step, rank.phase) for rank in view.ranks] == [
@@ -192,18 +192,18 @@ def test_ranks_without_a_sign_are_left_out(tmp_path: Path, channel: SideChannel)
     ]
 
 
-def test_what_is_wrong_with_the_model_is_shown(tmp_path: Path, channel: SideChannel) -> None:
+def test_what_is_wrong_with_the_model_is_shown(tmp_path: Path, channel: HealthStore) -> None:
     text = "NOT LEARNING: AUC on validation is 0.4840, no better than chance"
     view = write_last_view(tmp_path, channel, findings=(text,))
     assert [(finding.kind, finding.ranks, finding.text) for finding in view.findings] == [("model", (), text)]
     assert f"! {text}" in view_lines(view, 100, view.unix_s, Ink(has_colors=False))
 
 
-def test_a_preempted_run_says_so(tmp_path: Path, channel: SideChannel) -> None:
+def test_a_preempted_run_says_so(tmp_path: Path, channel: HealthStore) -> None:
     assert write_last_view(tmp_path, channel, is_saved=True).state == "saved"
 
 
-def test_a_failed_run_says_who_failed_first(tmp_path: Path, channel: SideChannel) -> None:
+def test_a_failed_run_says_who_failed_first(tmp_path: Path, channel: HealthStore) -> None:
     channel.note_failure(Failure(2, "host-2", 6, "KeyError: 'no such thing'", 1e9))
     view = write_last_view(tmp_path, channel, RuntimeError("Connection closed by peer"))
     assert (view.state, view.error) == (
@@ -248,7 +248,7 @@ def test_a_view_that_should_have_been_written_anew_is_stale() -> None:
     assert not view.model_copy(update={"state": "done"}).is_stale(2e9)
 
 
-def test_a_remote_folder_is_written_seldom(channel: SideChannel) -> None:
+def test_a_remote_folder_is_written_seldom(channel: HealthStore) -> None:
     assert LiveWriter(Run("r", "s3://b/run", 2, None), channel, None).interval_s == WRITE_REMOTE_EVERY_S
 
 

@@ -45,7 +45,7 @@ def test_a_stall_is_told_with_the_last_sign() -> None:
     )
     del found[3]
     assert describe_stall([3], found, found[0], 4, 1e9).startswith(
-        "rank 3 has not arrived and never gave a sign of life; ranks 0-2 wait"
+        "rank 3 has not arrived and never gave a heartbeat; ranks 0-2 wait"
     )
 
 
@@ -73,7 +73,7 @@ def test_ranks_are_written_as_spans(ranks: list[int], expected: str) -> None:
         (
             "SIGSTOP",
             "--lost-after-s=4",
-            r"rank 1 \(host \S+\) has given no sign of life for 4 s: the host or its network is gone",
+            r"rank 1 \(host \S+\) has given no heartbeat for 4 s: the host or its network is gone",
         ),
     ],
     ids=["late", "silent"],

@@ -340,4 +340,4 @@ def test_every_byte_of_a_format_can_be_verified(own, capsys) -> None:
     assert "sound" not in "".join(lines)
     Path(own.folder, names[0]).write_text("{")
     ((file, problem),) = verify_formats(own)
-    assert file == names[0] and problem == "is damaged; building it again mends that"
+    assert file == names[0] and problem == "is damaged; building it again fixes that"

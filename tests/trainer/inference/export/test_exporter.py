@@ -248,8 +248,8 @@ def test_values_that_a_precision_cannot_hold_are_refused_by_table(tmp_path, data
         message = f"table t_b holds values that {precision} cannot: {what} would be beyond fp16's largest, 65,504; use "
         options = ExportOptions(quantize=precision, has_gate=False)
         refused(tmp_path, run, PackageError, f"{message}--table t_b=fp32", options)
-    mended = ExportOptions(tables=(("t_b", "fp32"),), has_gate=False)
-    assert read_tables(export_package(run, str(tmp_path / "mended"), mended).folder)["t_b"][3, 2] == -1e6
+    fixed = ExportOptions(tables=(("t_b", "fp32"),), has_gate=False)
+    assert read_tables(export_package(run, str(tmp_path / "fixed"), fixed).folder)["t_b"][3, 2] == -1e6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "int2"])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from papilio.trainer.inference.export.feasible_mix import MAX_NAMED_TABLES, as_choice, export_options, find_passing
+from papilio.trainer.inference.export.feasible_mix import MAX_NAMED_TABLES, as_choice, export_options, find_feasible
 from papilio.trainer.inference.export.quality_report import OptionFigures
 from papilio.trainer.inference.package.format import RowError, TableEntry, row_bytes
 from papilio.trainer.inference.package.table_writer import TableChoice
@@ -63,7 +63,7 @@ def changed(mix):
 
 @pytest.mark.parametrize("limit", [0.2, 0.05, 0.01, 0.002, 1e-4, 2e-6])
 def test_the_mix_passes_with_few_changes(limit):
-    found = find_passing(
+    found = find_feasible(
         TABLES,
         OPTIONS,
         screen=lambda mix: loss_of(mix) <= limit,
@@ -86,7 +86,7 @@ def test_the_mix_passes_with_few_changes(limit):
 
 
 def test_one_bad_table_is_all_that_changes():
-    found = find_passing(
+    found = find_feasible(
         TABLES,
         OPTIONS,
         screen=lambda mix: mix["t_c"].precision in {"fp16", "fp32"},
@@ -99,7 +99,7 @@ def test_one_bad_table_is_all_that_changes():
 def test_no_table_is_stored_worse_than_it_was():
     tables = [table("t_a", 1_000, "fp16"), table("t_b", 1_000)]
     options = {entry.name: options_of(entry, 1.0) for entry in tables}
-    found = find_passing(tables, options, screen=lambda mix: loss_of_all(mix) < 0.02, confirm=lambda mix: "measured")
+    found = find_feasible(tables, options, screen=lambda mix: loss_of_all(mix) < 0.02, confirm=lambda mix: "measured")
     assert found.choices == {"t_a": TableChoice("fp16"), "t_b": TableChoice("int4", "greedy")}
 
 
@@ -109,7 +109,7 @@ def loss_of_all(mix):
 
 def test_what_passes_on_few_samples_only_is_not_told():
     limit = 0.001
-    found = find_passing(
+    found = find_feasible(
         TABLES,
         OPTIONS,
         screen=lambda mix: loss_of(mix) <= 10 * limit,
@@ -120,7 +120,7 @@ def test_what_passes_on_few_samples_only_is_not_told():
 
 def test_when_not_even_fp32_passes_there_is_no_mix():
     tried = []
-    assert find_passing(TABLES, OPTIONS, screen=lambda mix: False, confirm=tried.append) is None
+    assert find_feasible(TABLES, OPTIONS, screen=lambda mix: False, confirm=tried.append) is None
     assert {choice.precision for choice in tried[-1].values()} == {"fp32"}
 
 

@@ -88,7 +88,8 @@ class Place:
 
 @pytest.fixture
 def place(slurm_programs: SlurmPrograms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    (tmp_path / "small.toml").write_text(SMALL_RECIPE.format(data=write_dataset(tmp_path / "data"), epochs=15))
+    # Long enough for commands to find the job still training, also on a busy machine.
+    (tmp_path / "small.toml").write_text(SMALL_RECIPE.format(data=write_dataset(tmp_path / "data"), epochs=45))
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as stack:
         has_root = not why_not_here()

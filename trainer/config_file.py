@@ -59,7 +59,7 @@ def build_config(tree: dict[str, Any], source: str) -> Config:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with Papilio."""
-    folder = resources.files("launch") / "recipes"
+    folder = resources.files("papilio.launch") / "recipes"
     return sorted(f.name.removesuffix(RECIPE_SUFFIX) for f in folder.iterdir() if f.name.endswith(RECIPE_SUFFIX))
 
 
@@ -70,7 +70,7 @@ def _read_toml(recipe: str) -> dict[str, Any]:
         if os.path.isfile(recipe):  # unlike Path's, it takes a name with a NUL for none
             return read_toml(path)
         if recipe in shipped_recipes():
-            return parse_toml((resources.files("launch") / "recipes" / (recipe + RECIPE_SUFFIX)).read_bytes())
+            return parse_toml((resources.files("papilio.launch") / "recipes" / (recipe + RECIPE_SUFFIX)).read_bytes())
     except PathError as error:
         raise ConfigError(str(error)) from None
     except TomlError as error:

@@ -50,7 +50,7 @@ def test_help_has_an_example_that_parses(verb: Verb, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_every_job_exists(verb: Verb) -> None:
     module_name, _, function_name = verb.job.partition(":")
-    source = (REPOSITORY / Path(*module_name.split("."))).with_suffix(".py").read_text()
+    source = (REPOSITORY / ".package" / Path(*module_name.split("."))).with_suffix(".py").read_text()
     assert f"def {function_name}(" in source
 
 
@@ -130,13 +130,14 @@ def test_plan_diff_needs_two_files(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "--recipe is missing: papilio plan --recipe R --hardware H" in capsys.readouterr().err
 
 
-def test_a_foreign_package_is_named(tmp_path: Path) -> None:
-    (tmp_path / "sharding").mkdir()
-    (tmp_path / "sharding" / "__init__.py").touch()
+def test_a_users_own_trainer_or_launch_is_neither_imported_nor_in_the_way(tmp_path: Path) -> None:
+    for name in ("trainer", "sharding", "data_pipeline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "launch.py").write_text("raise SystemExit('imported')")
     done = run_papilio("evaluate", "--run", ".", "--data", ".", cwd=tmp_path)
-    assert done.returncode == 1
-    assert str(tmp_path / "sharding") in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 78
+    assert done.stderr.startswith("papilio evaluate: error: . is not a run folder: it has no config.json")
 
 
 def path_arguments() -> list[tuple[list[str], str, list[argparse.Action]]]:

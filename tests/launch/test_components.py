@@ -98,16 +98,17 @@ COPIED = (
 
 def run_role(tmp_path: Path, app: specs.AppDef, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the role's command with a stand-in for the agent that prints its arguments and its environment."""
-    for package in ("launch", "trainer", "data_pipeline"):
-        (tmp_path / package).mkdir(exist_ok=True)
-        (tmp_path / package / "__init__.py").touch()
+    home = tmp_path / "papilio"
+    for package in ("", "launch", "trainer", "trainer/elastic", "data_pipeline"):
+        (home / package).mkdir(parents=True, exist_ok=True)
+        (home / package / "__init__.py").touch()
     for name in COPIED:
-        (tmp_path / name).write_text((REPOSITORY / name).read_text("utf-8"))
+        (home / name).write_text((REPOSITORY / name).read_text("utf-8"))
     agent = "import json, os, sys\njson.dump({'words': sys.argv[1:], 'env': dict(os.environ)}, sys.stdout)\n"
-    (tmp_path / "trainer/elastic/agent.py").write_text(agent)
+    (home / "trainer/elastic/agent.py").write_text(agent)
     role = resolve(app)
     return subprocess.run(
-        [role.entrypoint, str(tmp_path / "trainer/elastic/bootstrap.py"), *role.args[1:]],
+        [role.entrypoint, str(home / "trainer/elastic/bootstrap.py"), *role.args[1:]],
         capture_output=True,
         text=True,
         env={**role.env, **environment},
@@ -140,8 +141,8 @@ def test_two_nodes_meet_at_the_head_node(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [0, 1, 78])
 def test_a_preflight_comes_first_meets_where_the_job_will_and_may_end_it(tmp_path: Path, status: int) -> None:
     worker = f"import json, sys\njson.dump(sys.argv[1:], open('asked', 'w'))\nsys.exit({status})\n"
-    (tmp_path / "launch/preflight").mkdir(parents=True)
-    (tmp_path / "launch/preflight/worker.py").write_text(worker)
+    (tmp_path / "papilio/launch/preflight").mkdir(parents=True)
+    (tmp_path / "papilio/launch/preflight/worker.py").write_text(worker)
     app = components.train("--name=it's $HOME", recipe="r", nnodes="2", nproc=3, rdzv_port=1234, preflight=True)
     done = run_role(tmp_path, app, {HEAD_NODE_VARIABLE: "host-a"})
     options = read_options(json.loads((tmp_path / "asked").read_text()))
@@ -207,8 +208,8 @@ def test_a_dollar_arrives_as_it_was_written_without_being_sent(tmp_path: Path) -
 def test_a_recipe_that_came_along_is_there_for_the_job_and_its_checks(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("name = 'it is $x'\n")
     worker = "import sys\nprint(sys.argv[sys.argv.index('--recipe') + 1], file=sys.stderr)\n"
-    (tmp_path / "job/launch/preflight").mkdir(parents=True)
-    (tmp_path / "job/launch/preflight/worker.py").write_text(worker)
+    (tmp_path / "job/papilio/launch/preflight").mkdir(parents=True)
+    (tmp_path / "job/papilio/launch/preflight/worker.py").write_text(worker)
     app = components.train("--name=$x", recipe=str(tmp_path / "a.toml"), nnodes="2", preflight=True)
     app.roles[0].args = with_local_files(app.roles[0])
     (tmp_path / "a.toml").rename(tmp_path / "gone.toml")

@@ -1,5 +1,6 @@
 import ast
 import configparser
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,8 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("benchmarks", "data_pipeline", "launch", "sharding", "trainer")
-COMMAND = "launch/command.py"
+PACKAGES = ("data_pipeline", "launch", "sharding", "trainer")
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built from a copy of the checkout, where the build may leave its folders."""
     copy = tmp_path_factory.mktemp("checkout")
     sources = [path for package in PACKAGES for path in (REPOSITORY / package).rglob("*") if path.is_file()]
-    projects = [REPOSITORY / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", COMMAND)]
+    projects = [REPOSITORY / name for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")]
     for path in [*sources, *(path for path in projects if path.exists())]:
         if "__pycache__" not in path.parts:
             target = copy / path.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
+    shutil.copytree(REPOSITORY / ".package", copy / ".package", symlinks=True)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--wheel-dir", str(copy / "out"), "."], cwd=copy, timeout=120, check=True)
     (path,) = (copy / "out").glob("papilio-*.whl")
@@ -31,13 +32,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_has_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     expected = {
-        str(path.relative_to(REPOSITORY))
+        f"papilio/{path.relative_to(REPOSITORY)}"
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
         if path.suffix in {".py", ".toml", ".html", ".css", ".js"}
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert found == expected | {COMMAND}
+    assert found == expected | {"papilio/__init__.py", "papilio/py.typed"}
 
 
 def test_the_wheel_has_its_entry_points_and_license(wheel: zipfile.ZipFile) -> None:

@@ -187,7 +187,7 @@ def describe(scored: Scored, output: str, seconds: float) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Score as the JSON of a `PredictOptions` says, and say what came of it; return the exit status."""
     logging.basicConfig(format="%(message)s", force=True)  # fbgemm_gpu set up its own
-    logging.getLogger("data_pipeline").setLevel(logging.INFO)
+    logging.getLogger("papilio.data_pipeline").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _leave_in_order)
     options = PredictOptions.model_validate_json(arguments[0])
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))

@@ -23,7 +23,7 @@ INSTALL_HINT = 'the server is not installed: pip install "papilio[serve]"'
 def main(arguments: Sequence[str]) -> int:
     """Serve as the JSON of a `ServeOptions` says; with a second argument, as a worker of a group. Return the status."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    logging.getLogger("papilio.trainer").setLevel(logging.INFO)
     # Until there is something to swap it means nothing; by default it would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,17 @@ from tests.support.storages import Pauses
 
 if TYPE_CHECKING:
     from tests.support.s3_stand_in import S3StandIn
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_path() -> Iterator[None]:
+    """Lets processes that tests start find `tests.support`, as pytest does; papilio is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

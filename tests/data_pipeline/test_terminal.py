@@ -34,7 +34,9 @@ def test_characters_that_a_stream_does_not_have_are_replaced(settings: dict[str,
     command = module_command(
         "tests.support.statement", f"import sys; print({TEXT!a}); print('\\udcff', file=sys.stderr)"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHONIO", "PYTHONUTF8", "LC_"))
+    }
     done = subprocess.run(command, env=environment | settings, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     encoding = settings.get("PYTHONIOENCODING", "ascii")

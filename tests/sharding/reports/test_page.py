@@ -100,8 +100,7 @@ def test_a_large_plan_makes_a_small_page():
 def test_the_files_of_the_page_are_packaged():
     repository = Path(__file__).resolve().parents[3]
     options = read_configuration(repository / "setup.cfg")["options"]
-    patterns = options["package_data"]["sharding.reports"]
-    assert "sharding.reports" in options["packages"]
+    patterns = options["package_data"]["papilio.sharding.reports"]
     folder = Path(papilio.sharding.reports.page.__file__).parent
     for name in (TEMPLATE, STYLE, *SCRIPTS, *FRAME.values()):
         assert (folder / name).is_file()

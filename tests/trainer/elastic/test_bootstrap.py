@@ -40,18 +40,19 @@ def test_a_module_is_taken_from_the_install(hostile: Path, python_path: str) -> 
     for name in ("random.py", "socket.py"):  # of PYTHONPATH, even Python itself would take these
         (hostile / name).unlink() if python_path else None
     command = bootstrap.module_command("tests.support.statement", ORIGINS)
-    done = run(command, hostile, PYTHONPATH=python_path.replace("HOSTILE", str(hostile)))
+    python_path = python_path.replace("HOSTILE", str(hostile))
+    done = run(command, hostile, PYTHONPATH=f"{REPOSITORY}:{python_path}")
     assert done.returncode == 0, done.stderr
     assert "of the folder" not in done.stdout
-    for name, line in zip(("launch", "numpy", "sharding", "trainer"), done.stdout.splitlines(), strict=True):
-        place = REPOSITORY if name != "numpy" else sysconfig.get_path("platlib")
+    for name, line in zip(("papilio", "numpy", "papilio/trainer"), done.stdout.splitlines(), strict=True):
+        place = bootstrap.HOME if name != "numpy" else sysconfig.get_path("platlib")
         assert f"from '{place}/{name}/" in line
 
 
 def test_what_python_starts_by_itself_does_not_look_into_the_working_directory(hostile: Path) -> None:
     """So multiprocessing starts its workers: with -c, before which Python puts the working directory."""
     start = "import subprocess, sys; print(subprocess.run([sys.executable, '-c', 'import random']).returncode)"
-    done = run(bootstrap.module_command("tests.support.statement", start), hostile, PYTHONPATH="")
+    done = run(bootstrap.module_command("tests.support.statement", start), hostile, PYTHONPATH=str(REPOSITORY))
     assert done.stdout.splitlines()[0] == "0", done.stderr
 
 

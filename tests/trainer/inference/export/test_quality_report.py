@@ -268,7 +268,6 @@ def test_the_files_of_the_page_are_packaged():
     repository = Path(__file__).resolve().parents[4]
     options = read_configuration(repository / "setup.cfg")["options"]
     folder = Path(papilio.trainer.inference.export.report_page.__file__).parent
-    assert "trainer.inference" in options["packages"]
     for name in (TEMPLATE, STYLE):
         assert (folder / name).is_file()
-        assert any(Path(name).match(pattern) for pattern in options["package_data"]["trainer.inference"])
+        assert any(Path(name).match(pattern) for pattern in options["package_data"]["papilio.trainer.inference.export"])

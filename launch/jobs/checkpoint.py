@@ -177,6 +177,11 @@ def _prune(folder: CheckpointFolder, namespace: argparse.Namespace) -> int:
     if surplus:
         _require_sound(folder, [found for found in committed if found.name not in going])
     holder = None if namespace.dry_run else holder_of(folder.path)
+    if isinstance(holder, str):
+        raise CheckpointError(
+            f"{holder}, so nobody knows whether a job is in {folder.path}; nothing was removed. See that none trains "
+            "there, remove what lies there, and prune again"
+        )
     if holder is not None:
         raise CheckpointError(
             f"{folder.path} is in use by {holder}, which keeps what checkpoint.keep_last says; nothing was removed. "

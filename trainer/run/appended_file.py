@@ -6,6 +6,8 @@ import logging
 import os
 from contextlib import suppress
 
+from papilio.trainer.storage.local_files import open_regular
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,7 +20,7 @@ class AppendedFile:
         self._has_told = False
         self._file: int | None = None
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
             self._tell(error)
 

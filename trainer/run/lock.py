@@ -187,10 +187,21 @@ def require_unlocked(folders: Sequence[str], job: str | None, tell: Tell, waits:
                 remove_if_same(file.path, raw)
 
 
-def holder_of(folder: str) -> Holder | None:
-    """Return who holds a folder, as far as this host can see; None for nobody, or for one who has ended."""
-    raw = read_if_there(join(folder, LOCK))
-    holder = Holder.from_bytes(raw) if raw is not None else None
+def holder_of(folder: str) -> Holder | str | None:
+    """Return who holds a folder, as far as this host can see; None for nobody, or for one who has ended.
+
+    Where a lock does not tell, what is wrong with it, as words.
+    """
+    path = join(folder, LOCK)
+    kind = what_is_no_file(path)
+    if kind is not None:
+        return f"{path} is {kind}, where a file belongs"
+    raw = read_if_there(path)
+    if raw is None:
+        return None
+    holder = Holder.from_bytes(raw)
+    if holder is None:
+        return f"{path} is damaged: it does not say which job holds it"
     return None if _state_of(holder) == "gone" else holder
 
 

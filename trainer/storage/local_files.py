@@ -13,6 +13,7 @@ from contextlib import suppress
 from papilio.trainer.storage.direct_io import open_direct, write_direct
 from papilio.trainer.storage.retries import TryAgainError
 
+_NO_FILE = "it is a pipe, socket or device, where a file belongs"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
@@ -117,16 +118,37 @@ def remove_local_folder(path: str) -> None:
     sync_folder(os.path.dirname(os.path.abspath(path)))
 
 
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file of ours; what else lies there, as a pipe, is refused rather than waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, a socket, a device that is none
+            raise OSError(errno.EINVAL, _NO_FILE, path) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, _NO_FILE, path)
+
+
 def read_local(path: str) -> bytes:
     """Read a whole file."""
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         return file.read()
 
 
 def read_local_into(buffer: memoryview, path: str, offset: int) -> int:
     """Fill a buffer from an offset on and return how many bytes were read: fewer only at the end of the file."""
     num_read = 0
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         file.seek(offset)
         while count := file.readinto(buffer[num_read:]):
             num_read += count

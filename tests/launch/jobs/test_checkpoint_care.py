@@ -1,6 +1,7 @@
 """`papilio checkpoint verify|prune|export-dense` on a real run, damaged and not."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -135,6 +136,21 @@ def test_prune_leaves_a_folder_that_a_job_is_in(papilio, run):
     assert status == 1 and "is in use by job train-x7 (host " in error and "nothing was removed" in error
     assert papilio("prune", run, "--keep-last", "1", "--dry-run")[0] == 0
     lock.unlink()
+    assert folders(run) == before
+
+
+@pytest.mark.parametrize("damage", ["", "{", "pipe"])
+def test_prune_takes_no_damaged_lock_for_nobodys(papilio, run, damage):
+    before = folders(run)
+    lock = run / "checkpoints" / LOCK
+    if damage == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.write_text(damage)
+    status, _, error = papilio("prune", run, "--keep-last", "1")
+    lock.unlink()
+    assert status == 1 and len(error.splitlines()) == 1 and f"{lock} is " in error
+    assert "nothing was removed. See that none trains there, remove what lies there" in error
     assert folders(run) == before
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from papilio.trainer.run.appended_file import AppendedFile
 from papilio.trainer.storage import api as storage
 from papilio.trainer.storage.api import StorageError
 from papilio.trainer.storage.retries import RetryPolicy
@@ -142,6 +143,26 @@ def test_what_is_forbidden_is_not_taken_for_missing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(StorageError, match=r"could not look for /x.*Permission denied"):
         storage.exists("/x")
+
+
+def test_a_pipe_where_a_file_belongs_is_refused_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "summary.json")
+    os.mkfifo(path)
+    said = "it is a pipe, socket or device, where a file belongs; check the storage"
+    with pytest.raises(StorageError, match=f"could not read .*summary.json .*: {said}"):
+        storage.read_json(path)
+    with pytest.raises(StorageError, match=said):
+        storage.read_into(memoryview(bytearray(4)), path, 0)
+    for has_reader in (False, True):
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if has_reader else None
+        appended = AppendedFile(path)
+        appended.append(b"a record")
+        appended.close()
+        if reader is not None:
+            os.close(reader)
+    assert caplog.text.count("summary.json cannot be written: it is a pipe, socket or device") == 2
 
 
 def test_a_file_and_its_name_are_flushed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,9 @@ def _origin_problem(package: Package, name: str, info: FormatInfo) -> str | None
 
 def _parse(folder: str, remedy: str) -> FormatInfo:
     path = os.path.join(folder, FORMAT_INFO)
+    problem = link_problem(folder, FORMAT_INFO)
+    if problem is not None:
+        raise PackageError(problem)
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             content = json.load(file)

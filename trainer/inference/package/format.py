@@ -304,6 +304,9 @@ def read_manifest(folder: str) -> PackageManifest:
     path = os.path.join(folder, MANIFEST)
     if not os.path.isfile(path):
         raise PackageError(_no_package(folder))
+    problem = link_problem(folder, MANIFEST)
+    if problem is not None:
+        raise PackageError(problem)
     return _parse_manifest(path)
 
 

@@ -104,6 +104,12 @@ def test_a_link_in_a_format_is_never_followed(package, tmp_path):
     os.symlink("model.pt2", path.with_name("second"))
     with pytest.raises(PackageError, match=r"second: is not listed in format\.json"):
         open_it(package, trusts_formats=True)
+    os.unlink(path.with_name("second"))
+    info = Path(package.folder, "formats", "fastest", "format.json")
+    os.rename(info, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", info)
+    with pytest.raises(PackageError, match=r"format\.json is a link to .*elsewhere, outside of its folder"):
+        open_it(package, trusts_formats=True)
 
 
 def test_notes_are_never_looked_for_in_the_working_folder(package, monkeypatch, tmp_path):

@@ -216,6 +216,10 @@ def test_a_link_that_leads_out_of_the_package_is_refused(tmp_path):
     os.symlink(folder, tmp_path / "current")  # a link to the whole package leads nowhere else
     os.replace(tmp_path / "elsewhere", folder / TABLES)
     read_package(str(tmp_path / "current")).require_sound()
+    os.rename(folder / MANIFEST, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", folder / MANIFEST)
+    with pytest.raises(PackageError, match=f"{MANIFEST} is a link to .*elsewhere, outside of its folder"):
+        read_package(str(folder))
 
 
 def test_a_file_is_read_before_its_path_is_given_out_and_only_once(tmp_path, monkeypatch):

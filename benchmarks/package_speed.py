@@ -31,7 +31,7 @@ from benchmarks.random_package import make_package
 from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 from papilio.trainer.config import ModelConfig
 from papilio.trainer.inference.backends.build_options import DENSE_ARITHMETICS
-from papilio.trainer.inference.backends.cpu_backends import WAYS, run_of_model
+from papilio.trainer.inference.backends.cpu_backends import BACKENDS, run_of_model
 from papilio.trainer.inference.backends.fastest import choose_ways, example_batches, time_ways
 from papilio.trainer.inference.backends.flat_model import FP32_OUTPUT, TableLookup, build_flat_model
 from papilio.trainer.inference.backends.predictor import RunGraph
@@ -121,33 +121,33 @@ def _operator(lookup: TableLookup, output_dtype: int) -> RunGraph:
 
 
 def compare_models(folder: str, options: argparse.Namespace) -> None:
-    """Print milliseconds of whole models by way, and which ways would be chosen."""
+    """Print milliseconds of whole models by backend, and which backends would be chosen."""
     package, exact = _package(folder, options.shape, "int8"), _package(folder, options.shape, "fp32")
     runs = {BASELINE: run_of_model(build_flat_model(exact))}
-    for name, way in WAYS.items():
-        lack = way.lack()
-        if lack is not None:
-            print(f"{name} is left out: {lack}")
+    for name, backend in BACKENDS.items():
+        missing_requirement = backend.missing_requirement()
+        if missing_requirement is not None:
+            print(f"{name} is left out: {missing_requirement}")
             continue
         built = os.path.join(folder, f"ways_{options.threads}", name)
         if not os.path.isdir(built):
             os.makedirs(built)
             begin_s = time.perf_counter()
-            way.build(package, built)
+            backend.build(package, built)
             print(f"  built {name} in {time.perf_counter() - begin_s:.1f} s", flush=True)
-        runs[name] = way.load(package, built)
+        runs[name] = backend.load(package, built)
     times = time_ways(runs, lambda size: example_batches(package, size), SIZES, math.inf, CLOCKS[options.clock])
     print("\nwhole model, one id a bag, milliseconds (in brackets: the baseline's time over it)\n")
-    print("| way | dense part | " + " | ".join(f"{size:,} samples" for size in SIZES) + " |")
+    print("| backend | dense part | " + " | ".join(f"{size:,} samples" for size in SIZES) + " |")
     print("|---" * (len(SIZES) + 2) + "|")
     for name, found in times.items():
         cells = " | ".join(f"{1e3 * s:.3f} ({times[BASELINE][size] / s:.2f})" for size, s in found.items())
-        print(f"| {name} | {WAYS[name].dense if name in WAYS else 'fp32'} | {cells} |")
+        print(f"| {name} | {BACKENDS[name].dense if name in BACKENDS else 'fp32'} | {cells} |")
     for place, coarsest in enumerate(DENSE_ARITHMETICS):
         allowed = {
             name: found
             for name, found in times.items()
-            if name in WAYS and WAYS[name].dense in DENSE_ARITHMETICS[: place + 1]
+            if name in BACKENDS and BACKENDS[name].dense in DENSE_ARITHMETICS[: place + 1]
         }
         print(f"chosen with --dense {coarsest}: {_describe_choice(allowed, times[BASELINE])}", flush=True)
 
@@ -248,8 +248,8 @@ def _describe_choice(times: Mapping[str, Mapping[int, float]], baseline: Mapping
     chosen = choose_ways(times)
     words = []
     for size in SIZES:
-        way = next(name for largest, name in chosen if size <= largest)
-        words.append(f"{size}: {way} {baseline[size] / times[way][size]:.2f}x")
+        backend = next(name for largest, name in chosen if size <= largest)
+        words.append(f"{size}: {backend} {baseline[size] / times[backend][size]:.2f}x")
     return ", ".join(words)
 
 

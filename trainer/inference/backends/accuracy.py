@@ -1,4 +1,4 @@
-"""What a way with a rounded dense part costs in ranking, measured against the package's own dense part in fp32."""
+"""What a backend with a rounded dense part costs in ranking, measured against the package's own dense part in fp32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from papilio.trainer.inference.backends.cpu_backends import WAYS
+from papilio.trainer.inference.backends.cpu_backends import BACKENDS
 from papilio.trainer.inference.backends.flat_model import FlatModel
-from papilio.trainer.inference.backends.format_folder import WayFigures
+from papilio.trainer.inference.backends.format_folder import BackendFigures
 from papilio.trainer.inference.backends.predictor import RunGraph
 from papilio.trainer.inference.export.comparison import compare_scores
 from papilio.trainer.inference.export.held_out import Block, HeldOut
@@ -23,11 +23,11 @@ DEFAULT_MIN_AUC_RATIO = 0.999
 
 def measure(
     model: FlatModel, runs: Mapping[str, RunGraph], held_out: HeldOut, manifest: PackageManifest
-) -> dict[str, WayFigures]:
-    """Compare ways with the eager model in fp32 on held-out samples.
+) -> dict[str, BackendFigures]:
+    """Compare backends with the eager model in fp32 on held-out samples.
 
     Returns:
-        Figures by way; `refusal` says which would break the package's promise.
+        Figures by backend; `refusal` says which would break the package's promise.
 
     Raises:
         ComparisonError: the samples cannot tell two models apart.
@@ -57,7 +57,7 @@ def _figures(
     rounded: NDArray[np.float32],
     labels: NDArray[np.uint8],
     manifest: PackageManifest,
-) -> WayFigures:
+) -> BackendFigures:
     comparison = compare_scores(exact, rounded, labels)
     certified, least = manifest.certified or {}, min_auc_ratio(manifest)
     auc_ratio, ne_ratio = comparison.auc_ratio.value, comparison.ne_ratio.value
@@ -68,8 +68,8 @@ def _figures(
         refusal = f"keeps {kept:.5f} of the trained model's AUC, less than {least}"
     elif grown > 2 - least:
         refusal = f"has {grown:.5f} times the trained model's normalized entropy, more than {2 - least:.6g}"
-    return WayFigures(
-        dense=WAYS[name].dense,
+    return BackendFigures(
+        dense=BACKENDS[name].dense,
         auc_ratio=auc_ratio,
         ne_ratio=ne_ratio,
         max_difference=comparison.differences.max_absolute,

@@ -68,16 +68,16 @@ def describe_format(info: FormatInfo, package: str, seconds: float) -> list[str]
 
 
 def describe_choice(choice: Choice) -> list[str]:
-    """Show the ways with their figures and the batch sizes that each is chosen for."""
+    """Show the backends with their figures and the batch sizes that each is chosen for."""
     measured_on = f"; AUC on {choice.held_out}" if choice.held_out is not None else ""
     plural = "s" if choice.num_threads > 1 else ""
     lines = [f"  median ms of a call with {choice.num_threads} thread{plural}, by batch size{measured_on}"]
-    lines.append(f"  {'way':<18}" + "".join(f"{column:>9}" for column in SHOWN_SIZES) + "    AUC kept   chosen for")
+    lines.append(f"  {'backend':<18}" + "".join(f"{column:>9}" for column in SHOWN_SIZES) + "    AUC kept   chosen for")
     ranges: dict[str, list[str]] = {name: [] for name in choice.ways}
     smallest = 1
-    for largest, way in choice.up_to:
+    for largest, backend in choice.up_to:
         is_last = largest == choice.up_to[-1][0]
-        ranges[way].append(f"{smallest} and more" if is_last else f"{smallest} to {largest}")
+        ranges[backend].append(f"{smallest} and more" if is_last else f"{smallest} to {largest}")
         smallest = largest + 1
     for name, figures in choice.ways.items():
         times = "".join(

@@ -8,7 +8,7 @@ from typing import Literal
 FormatName = Literal["fastest", "aoti", "torch", "onnx"]
 FORMAT_NAMES: tuple[FormatName, ...] = ("fastest", "aoti", "torch", "onnx")
 DenseArithmetic = Literal["fp32", "bf16", "int8"]
-# From exact to coarse; a way is tried if its arithmetic is not beyond what was allowed.
+# From exact to coarse; a backend is tried if its arithmetic is not beyond what was allowed.
 DENSE_ARITHMETICS: tuple[DenseArithmetic, ...] = ("fp32", "bf16", "int8")
 DEFAULT_DENSE: DenseArithmetic = "bf16"
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMAT_NAMES,
-        help="fastest: for each batch size the fastest of several ways on this machine; serve uses it by itself, "
+        help="fastest: for each batch size the fastest of several backends on this machine; serve uses it by itself, "
         "predict with --fastest; aoti: AOTInductor code over the package's own tables; "
         "torch: one torch.export file for any machine with torch; "
         "onnx: the whole model, without FBGEMM",

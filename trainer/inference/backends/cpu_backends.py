@@ -1,4 +1,4 @@
-"""The ways to compute a package's answers on a CPU: all look up tables by FBGEMM's operator over the mapped file.
+"""The backends to compute a package's answers on a CPU: all look up tables by FBGEMM's operator over the mapped file.
 
 What they do differently is the dense part. At one sample time goes into reading its weights and into calls, at many
 into arithmetic, so no one of them is the fastest for all batches.
@@ -29,8 +29,8 @@ _INPUTS, _OUTPUTS = ("dense", "pooled"), ("probabilities",)
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way: `build` writes what it needs into an empty folder, `load` opens it."""
+class Backend:
+    """One backend: `build` writes what it needs into an empty folder, `load` opens it."""
 
     dense: DenseArithmetic
     build: Callable[[Package, str], None]
@@ -38,7 +38,7 @@ class Way:
     is_compiled: bool = False
     needs: tuple[str, ...] = ()
 
-    def lack(self) -> str | None:
+    def missing_requirement(self) -> str | None:
         """Say what this machine lacks to build it, None if nothing."""
         for library in self.needs:
             if importlib.util.find_spec(library) is None:
@@ -119,12 +119,12 @@ def _load_onnx(package: Package, folder: str) -> RunGraph:
 
 
 _ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
-WAYS: dict[str, Way] = {
-    EAGER: Way("fp32", lambda package, folder: None, load_eager),
-    "aoti_fp32": Way("fp32", _build_aoti_fp32, _load_aoti, is_compiled=True),
-    "onnx_fp32": Way("fp32", _build_onnx_fp32, _load_onnx, needs=_ONNX_LIBRARIES),
-    "aoti_bf16_sums": Way("bf16", _build_aoti_bf16_sums, _load_aoti, is_compiled=True),
-    "aoti_bf16_packed": Way("bf16", _build_aoti_bf16_packed, _load_aoti, is_compiled=True),
-    "aoti_bf16": Way("bf16", _build_aoti_bf16, _load_aoti, is_compiled=True),
-    "onnx_int8": Way("int8", _build_onnx_int8, _load_onnx, needs=_ONNX_LIBRARIES),
+BACKENDS: dict[str, Backend] = {
+    EAGER: Backend("fp32", lambda package, folder: None, load_eager),
+    "aoti_fp32": Backend("fp32", _build_aoti_fp32, _load_aoti, is_compiled=True),
+    "onnx_fp32": Backend("fp32", _build_onnx_fp32, _load_onnx, needs=_ONNX_LIBRARIES),
+    "aoti_bf16_sums": Backend("bf16", _build_aoti_bf16_sums, _load_aoti, is_compiled=True),
+    "aoti_bf16_packed": Backend("bf16", _build_aoti_bf16_packed, _load_aoti, is_compiled=True),
+    "aoti_bf16": Backend("bf16", _build_aoti_bf16, _load_aoti, is_compiled=True),
+    "onnx_int8": Backend("int8", _build_onnx_int8, _load_onnx, needs=_ONNX_LIBRARIES),
 }

@@ -1,7 +1,8 @@
-"""Format "fastest": for each batch size the fastest way on this machine that keeps what the package promises.
+"""Format "fastest": for each batch size the fastest backend on this machine that keeps what the package promises.
 
-An answer then depends a little on its batch: on the batch's size, since sizes have ways of their own and bf16 products
-add in another order (7e-4 of a probability was seen), and with int8 on the other samples, by which it is rounded.
+An answer then depends a little on its batch: on the batch's size, since sizes have backends of their own and bf16
+products add in another order (7e-4 of a probability was seen), and with int8 on the other samples, by which it is
+rounded.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from papilio.trainer.checks.same_data import check_same_data
 from papilio.trainer.inference.backends import accuracy
 from papilio.trainer.inference.backends.aoti import instruction_sets, require_fit, versions_needed
 from papilio.trainer.inference.backends.build_options import DEFAULT_DENSE, DENSE_ARITHMETICS, DenseArithmetic
-from papilio.trainer.inference.backends.cpu_backends import WAYS
+from papilio.trainer.inference.backends.cpu_backends import BACKENDS
 from papilio.trainer.inference.backends.flat_model import build_flat_model
 from papilio.trainer.inference.backends.format_folder import (
+    BackendFigures,
     Choice,
     FormatInfo,
     Made,
-    WayFigures,
     format_path,
     read_format,
     write_format,
@@ -40,9 +41,9 @@ from papilio.trainer.inference.package.format import Package, PackageError
 logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 NUM_ROUNDS = 7
-# A way so much slower than the best, and more so than at the size before, is not tried at larger ones.
-HOPELESS = 4.0
-# A way must be so much faster than that of the size below to take over: less is noise, and each way costs memory.
+# A backend so much slower than the best, and more so than at the size before, is not tried at larger ones.
+PRUNE_RATIO = 4.0
+# A backend must be so much faster than that of the size below to take over: less is noise, and each costs memory.
 WORTH_A_CHANGE = 0.97
 _ROUND_S = 0.004
 # Different batches that calls take in turn, so that not all rows are in the caches.
@@ -51,7 +52,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def build_fastest(package: Package, data: str | None = None, dense: DenseArithmetic = DEFAULT_DENSE) -> FormatInfo:
-    """Build all ways, measure what they cost and how fast they are, and keep those that are chosen.
+    """Build all backends, measure what they cost and how fast they are, and keep those that are chosen.
 
     Args:
         package: what to build it for.
@@ -65,7 +66,7 @@ def build_fastest(package: Package, data: str | None = None, dense: DenseArithme
 
     def build(folder: str) -> Made:
         choice = _choose(package, folder, held_out, dense)
-        for name in set(os.listdir(folder)) - {way for _, way in choice.up_to}:
+        for name in set(os.listdir(folder)) - {backend for _, backend in choice.up_to}:
             shutil.rmtree(os.path.join(folder, name))
         return Made(versions_needed(), instruction_sets(), choice)
 
@@ -73,7 +74,7 @@ def build_fastest(package: Package, data: str | None = None, dense: DenseArithme
 
 
 def open_fastest(package: Package, *, trusts_formats: bool) -> Predictor:
-    """Open the ways that were chosen.
+    """Open the backends that were chosen.
 
     Raises:
         PackageError: it was not built, is damaged, is not trusted, or is for other versions or another processor.
@@ -81,7 +82,7 @@ def open_fastest(package: Package, *, trusts_formats: bool) -> Predictor:
     info = read_format(package, "fastest", trusts_formats=trusts_formats, require_fit=require_fit)
     assert info.choice is not None
     up_to = info.choice.up_to
-    unknown = sorted({way for _, way in up_to} - set(WAYS))
+    unknown = sorted({backend for _, backend in up_to} - set(BACKENDS))
     if unknown:
         raise PackageError(
             f"format fastest of {package.folder} uses {unknown[0]}, which this Papilio does not know; `papilio package "
@@ -89,17 +90,20 @@ def open_fastest(package: Package, *, trusts_formats: bool) -> Predictor:
         )
     if torch.get_num_threads() != info.choice.num_threads:
         logger.warning(
-            "ways of %s were chosen with %d threads, here are %d: others may be faster",
+            "backends of %s were chosen with %d threads, here are %d: others may be faster",
             package.folder,
             info.choice.num_threads,
             torch.get_num_threads(),
         )
-    runs = {way: WAYS[way].load(package, format_path(package, "fastest", way)) for way in {name for _, name in up_to}}
+    runs = {
+        backend: BACKENDS[backend].load(package, format_path(package, "fastest", backend))
+        for backend in {name for _, name in up_to}
+    }
 
     def run(dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_samples = dense.shape[0]
-        way = next((name for largest, name in up_to if num_samples <= largest), up_to[-1][1])
-        return runs[way](dense, ids, lengths)
+        backend = next((name for largest, name in up_to if num_samples <= largest), up_to[-1][1])
+        return runs[backend](dense, ids, lengths)
 
     return Predictor("fastest", package.manifest, run)
 
@@ -121,7 +125,7 @@ def _choose(package: Package, folder: str, held_out: HeldOut | None, dense: Dens
     allowed = DENSE_ARITHMETICS[: DENSE_ARITHMETICS.index(dense) + 1]
     figures, runs = _build_ways(package, folder, allowed)
     if held_out is not None:
-        rounded = {name: run for name, run in runs.items() if WAYS[name].dense != "fp32"}
+        rounded = {name: run for name, run in runs.items() if BACKENDS[name].dense != "fp32"}
         figures |= accuracy.measure(model, rounded, held_out, package.manifest)
         runs = {name: run for name, run in runs.items() if figures[name].refusal is None}
     # Of one thread, time on the processor: other work on this machine then does not decide.
@@ -143,18 +147,18 @@ def _choose(package: Package, folder: str, held_out: HeldOut | None, dense: Dens
 
 def _build_ways(
     package: Package, folder: str, allowed: Sequence[DenseArithmetic]
-) -> tuple[dict[str, WayFigures], dict[str, RunGraph]]:
+) -> tuple[dict[str, BackendFigures], dict[str, RunGraph]]:
     figures, runs = {}, {}
-    for name, way in WAYS.items():
-        if way.dense not in allowed:
+    for name, backend in BACKENDS.items():
+        if backend.dense not in allowed:
             continue
-        lack = way.lack()
-        figures[name] = WayFigures(dense=way.dense, refusal=lack)
-        if lack is None:
+        missing_requirement = backend.missing_requirement()
+        figures[name] = BackendFigures(dense=backend.dense, refusal=missing_requirement)
+        if missing_requirement is None:
             logger.info("building %s", name)
             os.mkdir(os.path.join(folder, name))
-            way.build(package, os.path.join(folder, name))
-            runs[name] = way.load(package, os.path.join(folder, name))
+            backend.build(package, os.path.join(folder, name))
+            runs[name] = backend.load(package, os.path.join(folder, name))
     return figures, runs
 
 
@@ -162,10 +166,10 @@ def time_ways(
     runs: Mapping[str, RunGraph],
     batches_of: Callable[[int], list[Inputs]],
     sizes: Sequence[int] = BATCH_SIZES,
-    hopeless: float = HOPELESS,
+    prune_ratio: float = PRUNE_RATIO,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, float]]:
-    """Return the median seconds of a call, by way and batch size; ways take turns, so that all see the same machine."""
+    """Return the median seconds of a call, by backend and batch size. Backends take turns: all see the same machine."""
     times: dict[str, dict[int, float]] = {name: {} for name in runs}
     running, before = dict(runs), dict.fromkeys(runs, math.inf)
     for size in sizes:
@@ -180,13 +184,13 @@ def time_ways(
             times[name][size] = statistics.median(found[name] for found in rounds)
         best = min(times[name][size] for name in running)
         ratios = {name: times[name][size] / best for name in running}
-        running = {name: running[name] for name, ratio in ratios.items() if ratio <= max(hopeless, before[name])}
+        running = {name: running[name] for name, ratio in ratios.items() if ratio <= max(prune_ratio, before[name])}
         before = ratios
     return times
 
 
 def choose_ways(times: Mapping[str, Mapping[int, float]]) -> list[tuple[int, str]]:
-    """Return (largest batch size, way) ascending, of the seconds by way and batch size."""
+    """Return (largest batch size, backend) ascending, of the seconds by backend and batch size."""
     chosen: list[tuple[int, str]] = []
     for size in sorted({size for found in times.values() for size in found}):
         here = {name: found[size] for name, found in times.items() if size in found}
@@ -214,7 +218,7 @@ def example_batches(package: Package, num_samples: int, bag_ids: int = 1) -> lis
 
 
 def _repeats(run: RunGraph, batch: Inputs, clock: Callable[[], float]) -> int:
-    """Warm a way up and return how many calls make a round."""
+    """Warm a backend up and return how many calls make a round."""
     for _ in range(3):
         begin_s = clock()
         run(*batch)

@@ -39,8 +39,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class WayFigures(_Section):
-    """A way to compute a package's answers, as it was measured when the choice was made.
+class BackendFigures(_Section):
+    """A backend to compute a package's answers, as it was measured when the choice was made.
 
     Attributes:
         median_ms: by batch size, as text.
@@ -59,17 +59,17 @@ class WayFigures(_Section):
 
 
 class Choice(_Section):
-    """Which way is used for which batches, and what that rests on.
+    """Which backend is used for which batches, and what that rests on.
 
     Attributes:
-        up_to: (largest batch size, way), ascending; the last one takes larger batches, too.
+        up_to: (largest batch size, backend), ascending; the last one takes larger batches, too.
         num_threads: threads of the process that measured.
         num_samples: held-out samples that accuracy was measured on, 0 where nothing but fp32 was allowed.
         min_auc_ratio: what AUC must be kept of the trained model's, the export's own loss included.
     """
 
     up_to: tuple[tuple[int, str], ...] = Field(min_length=1)
-    ways: dict[str, WayFigures]
+    ways: dict[str, BackendFigures]
     num_threads: int = Field(ge=1)
     num_samples: int = Field(ge=0)
     min_auc_ratio: float = Field(ge=0, le=1)
@@ -80,9 +80,11 @@ class Choice(_Section):
         sizes = [size for size, _ in self.up_to]
         if sizes != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"batch sizes {sizes} must ascend from 1 or more")
-        unknown = sorted({way for _, way in self.up_to} - {n for n, found in self.ways.items() if not found.refusal})
+        unknown = sorted(
+            {backend for _, backend in self.up_to} - {n for n, found in self.ways.items() if not found.refusal}
+        )
         if unknown:
-            raise ValueError(f"way {unknown[0]} is chosen, and is not among those that were allowed")
+            raise ValueError(f"backend {unknown[0]} is chosen, and is not among those that were allowed")
         return self
 
 
@@ -110,7 +112,7 @@ class FormatInfo(_Section):
     @model_validator(mode="after")
     def _check_choice(self) -> FormatInfo:
         if (self.choice is not None) != (self.name == "fastest"):
-            raise ValueError(f"format {self.name} has {'a' if self.choice else 'no'} choice of ways")
+            raise ValueError(f"format {self.name} has {'a' if self.choice else 'no'} choice of backends")
         return self
 
     def to_json(self) -> str:
@@ -223,7 +225,7 @@ def verify_formats(package: Package) -> Iterator[tuple[str, str | None]]:
     """
     parent = package.path(FORMATS)
     names = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
-    # A name that begins with a dot is of a build under way, or of one that was killed; nobody opens it.
+    # A name that begins with a dot is of a build under backend, or of one that was killed; nobody opens it.
     for name in [name for name in names if not name.startswith(".")]:
         folder, base = os.path.join(parent, name), f"{FORMATS}/{name}"
         if name not in FORMAT_NAMES:

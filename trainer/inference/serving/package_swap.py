@@ -43,7 +43,7 @@ class PackageSwap:
             old = self._batcher.scorer
             new = await asyncio.get_running_loop().run_in_executor(None, self._try_to_load)
             if isinstance(new, str):
-                logger.error("package refused, %s goes on: %s", old.label, new)
+                logger.error("package refused, %s keeps serving: %s", old.label, new)
                 self._metrics.record_swap("refused")
                 self._refused = files
                 return False

@@ -1,4 +1,4 @@
-"""Format "fastest": what is measured, what is refused, and what is chosen; ways stand in for compiled ones."""
+"""Format "fastest": what is measured, what is refused, and what is chosen; backends stand in for compiled ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from papilio.trainer.inference.backends import cpu_backends as ways
-from papilio.trainer.inference.backends import fastest
+from papilio.trainer.inference.backends import cpu_backends, fastest
 from papilio.trainer.inference.backends.build_format import describe_format
-from papilio.trainer.inference.backends.cpu_backends import WAYS, Way, load_eager
+from papilio.trainer.inference.backends.cpu_backends import BACKENDS, Backend, load_eager
 from papilio.trainer.inference.backends.fastest import choose_ways, time_ways
 from papilio.trainer.inference.backends.flat_model import build_flat_model
 from papilio.trainer.inference.backends.format_folder import format_path
@@ -41,7 +40,7 @@ def write_nothing(package, folder):
 
 
 def changed(change):
-    """A way that changes the eager model's answers."""
+    """A backend that changes the eager model's answers."""
 
     def load(package, folder):
         assert Path(folder, "here").exists()
@@ -53,33 +52,33 @@ def changed(change):
 
         return answer
 
-    return Way("bf16", write_nothing, load)
+    return Backend("bf16", write_nothing, load)
 
 
 @pytest.fixture
-def few_ways(monkeypatch):
-    """The eager way, one that rounds a little, and one whose probabilities are far too small."""
+def few_backends(monkeypatch):
+    """The eager backend, one that rounds a little, and one whose probabilities are far too small."""
     found = {
-        "eager": WAYS["eager"],
+        "eager": BACKENDS["eager"],
         "near": changed(lambda p: p + 1e-6),
         "far": changed(lambda p: p * 1e-6),
     }
-    for module in (fastest, ways, fastest.accuracy):
-        monkeypatch.setattr(module, "WAYS", found)
+    for module in (fastest, cpu_backends, fastest.accuracy):
+        monkeypatch.setattr(module, "BACKENDS", found)
     monkeypatch.setattr(fastest, "BATCH_SIZES", SIZES)
     monkeypatch.setattr(fastest, "time_ways", pretended_times)
     return found
 
 
 def pretended_times(runs, batches_of, sizes, clock):
-    """The eager way is the fastest for one sample, the near one for more; all are run once."""
+    """The eager backend is the fastest for one sample, the near one for more; all are run once."""
     for run in runs.values():
         run(*batches_of(3)[0])
     seconds = {"eager": {1: 1e-3, 8: 4e-3}, "near": {1: 2e-3, 8: 2e-3}, "far": {1: 1e-6, 8: 1e-6}}
     return {name: seconds[name] for name in runs}
 
 
-def test_ways_that_answer_worse_are_not_chosen_however_fast(package, few_ways) -> None:
+def test_ways_that_answer_worse_are_not_chosen_however_fast(package, few_backends) -> None:
     info = build_format(package, "fastest")
     choice = info.choice
     assert choice.up_to == ((1, "eager"), (8, "near"))
@@ -96,7 +95,7 @@ def test_ways_that_answer_worse_are_not_chosen_however_fast(package, few_ways) -
     assert lines[3].endswith("exact   1 to 1") and lines[4].endswith("%   2 and more")
 
 
-def test_a_request_takes_the_way_of_its_size(package, few_ways) -> None:
+def test_a_request_takes_the_way_of_its_size(package, few_backends) -> None:
     build_format(package, "fastest")
     predictor, model = open_predictor(package), build_flat_model(package)
     assert predictor.format_name == "fastest"
@@ -107,7 +106,7 @@ def test_a_request_takes_the_way_of_its_size(package, few_ways) -> None:
         torch.testing.assert_close(predictor.predict(*request), model(*request) + added, rtol=0, atol=1e-8)
 
 
-def test_what_the_export_lost_counts_too(package, few_ways) -> None:
+def test_what_the_export_lost_counts_too(package, few_backends) -> None:
     """A package with 1.0009 times the trained model's entropy may add .0001, not another .001."""
     figures = {"auc_ratio": 1.0, "ne_ratio": 1.0009, "min_auc_ratio": 0.999}
     certified = package.manifest.model_copy(update={"certified": figures})
@@ -122,7 +121,7 @@ def test_what_the_export_lost_counts_too(package, few_ways) -> None:
     assert together.refusal.startswith("has 1.00")
 
 
-def test_without_held_out_data_only_exact_ways_are_built(package, few_ways, tmp_path) -> None:
+def test_without_held_out_data_only_exact_ways_are_built(package, few_backends, tmp_path) -> None:
     with pytest.raises(
         PackageError, match=r"coarser than fp32 is measured on held-out data first.*--data DIR, or build"
     ):
@@ -132,21 +131,21 @@ def test_without_held_out_data_only_exact_ways_are_built(package, few_ways, tmp_
     assert list(choice.ways) == ["eager"] and choice.num_samples == 0 and choice.held_out is None
 
 
-def test_other_data_is_refused(package, few_ways, tmp_path) -> None:
+def test_other_data_is_refused(package, few_backends, tmp_path) -> None:
     other = write_dataset(tmp_path / "other")
     edit_manifest(other, '"x0"', '"y0"')
     with pytest.raises(PackageError, match=r"differs from that of .* in: columns; its ids would look up wrong rows"):
         build_format(package, "fastest", data=other)
 
 
-def test_a_machine_that_lacks_something_goes_without_that_way(package, few_ways) -> None:
-    few_ways["near"] = Way("bf16", write_nothing, few_ways["near"].load, needs=("no_such_library",))
+def test_a_machine_that_lacks_something_goes_without_that_way(package, few_backends) -> None:
+    few_backends["near"] = Backend("bf16", write_nothing, few_backends["near"].load, needs=("no_such_library",))
     choice = build_format(package, "fastest").choice
     assert choice.ways["near"].refusal == "no_such_library is not installed"
     assert choice.up_to == ((8, "eager"),)
 
 
-def test_a_choice_that_does_not_fit_here_is_left_with_a_warning(package, few_ways, caplog) -> None:
+def test_a_choice_that_does_not_fit_here_is_left_with_a_warning(package, few_backends, caplog) -> None:
     build_format(package, "fastest")
     path = Path(format_path(package, "fastest", "format.json"))
     info = json.loads(path.read_text())
@@ -173,14 +172,14 @@ def test_a_way_that_falls_behind_more_and_more_is_not_timed_at_larger_sizes() ->
     seconds = {"fast": [1, 1, 1, 1], "late": [60, 20, 3, 0.5], "slow": [10, 60, 60, 60]}
     now_s = 0.0
 
-    def way(name):
+    def backend(name):
         def run(size):
             nonlocal now_s
             now_s += seconds[name][sizes.index(size)]
 
         return run
 
-    runs = {name: way(name) for name in seconds}
+    runs = {name: backend(name) for name in seconds}
     times = time_ways(runs, lambda size: [(size,), (size,)], sizes, clock=lambda: now_s)
     assert times["fast"] == dict.fromkeys(sizes, 1)
     assert times["late"] == dict(zip(sizes, seconds["late"], strict=True))
@@ -188,7 +187,9 @@ def test_a_way_that_falls_behind_more_and_more_is_not_timed_at_larger_sizes() ->
     assert choose_ways(times) == [(4, "fast"), (8, "late")]
 
 
-def test_a_format_of_others_is_left_with_one_line_or_refused(package, few_ways, caplog, monkeypatch, tmp_path) -> None:
+def test_a_format_of_others_is_left_with_one_line_or_refused(
+    package, few_backends, caplog, monkeypatch, tmp_path
+) -> None:
     build_format(package, "fastest")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of_another_user"))
     with caplog.at_level(logging.WARNING):
@@ -202,7 +203,7 @@ def test_a_format_of_others_is_left_with_one_line_or_refused(package, few_ways, 
         open_format(package, "fastest")
 
 
-def test_a_damaged_package_is_not_built_upon(package, few_ways) -> None:
+def test_a_damaged_package_is_not_built_upon(package, few_backends) -> None:
     path = Path(package.path("tables.bin"))
     raw = bytearray(path.read_bytes())
     raw[7] ^= 1

@@ -12,9 +12,9 @@ import pytest
 
 from papilio.launch.cli import main
 from papilio.trainer.inference.backends.format_folder import (
+    BackendFigures,
     Choice,
     Made,
-    WayFigures,
     read_format,
     verify_formats,
     write_format,
@@ -23,10 +23,13 @@ from papilio.trainer.inference.package.format import PackageError, read_package
 from tests.support.package_bytes import rewrite_format
 from tests.trainer.inference.package.test_format import write_package
 
-WAYS = {"aoti_fp32": WayFigures(dense="fp32", median_ms={"1": 0.5}), "slow": WayFigures(dense="bf16", refusal="slow")}
+BACKENDS = {
+    "aoti_fp32": BackendFigures(dense="fp32", median_ms={"1": 0.5}),
+    "slow": BackendFigures(dense="bf16", refusal="slow"),
+}
 CHOICE = Choice(
     up_to=((8, "eager"), (64, "aoti_fp32")),
-    ways={"eager": WayFigures(dense="fp32"), **WAYS},
+    ways={"eager": BackendFigures(dense="fp32"), **BACKENDS},
     num_threads=1,
     num_samples=9,
     min_auc_ratio=0.999,
@@ -185,13 +188,13 @@ def test_a_field_of_another_type_is_found(package, has_checksum):
         ({"package_crc32": 2**32}, r"is damaged \(package_crc32: "),
         ({"package_crc32": 1}, "was built from another package.json than that of"),
         ({"more": 1}, r"is damaged \(more: Extra inputs are not permitted"),
-        ({"choice": None}, "format fastest has no choice of ways"),
+        ({"choice": None}, "format fastest has no choice of backends"),
         ({"choice": {"num_threads": 0}}, r"is damaged \(choice.num_threads: "),
         ({"choice": {"min_auc_ratio": math.nan}}, "is damaged"),
         ({"choice": {"up_to": []}}, r"is damaged \(choice.up_to: "),
         ({"choice": {"up_to": [[8, "eager"], [8, "aoti_fp32"]]}}, r"batch sizes \[8, 8\] must ascend"),
-        ({"choice": {"up_to": [[8, "other"]]}}, "way other is chosen, and is not among those"),
-        ({"choice": {"up_to": [[8, "slow"]]}}, "way slow is chosen, and is not among those"),
+        ({"choice": {"up_to": [[8, "other"]]}}, "backend other is chosen, and is not among those"),
+        ({"choice": {"up_to": [[8, "slow"]]}}, "backend slow is chosen, and is not among those"),
         ({"files": {"../model.pt2": {"num_bytes": 1, "crc32": 1}}}, "file name '../model.pt2' leads out of its folder"),
         ({"files": {"/tmp/x.so": {"num_bytes": 1, "crc32": 1}}}, "file name '/tmp/x.so' leads out of its folder"),
         ({"info_version": 1}, "has version 1; this Papilio reads 2: "),

@@ -282,7 +282,7 @@ def test_a_swap_under_load_fails_no_request_and_a_bad_package_never_takes_over(
     figures = server.figures()
     assert figures['papilio_package_swaps_total{result="done"}'] == 1
     assert figures['papilio_package_swaps_total{result="refused"}'] == 2
-    assert "package refused, shop@seed_1 goes on" in server.text()
+    assert "package refused, shop@seed_1 keeps serving" in server.text()
     assert server.stop() == 0
 
 

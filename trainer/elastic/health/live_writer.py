@@ -125,9 +125,14 @@ class LiveWriter:
 
     def _follow(self) -> None:
         while not self._has_ended.wait(self._look_every_s):
-            view = self.look()
-            if time.monotonic() - self._written_s >= self.interval_s - self._look_every_s / 2:
-                self._write(view)
+            try:
+                view = self.look()
+                if time.monotonic() - self._written_s >= self.interval_s - self._look_every_s / 2:
+                    self._write(view)
+            except Exception:  # a view less, but no thread that has ended without a word
+                if not self._has_warned:
+                    logger.exception("the view of the job's ranks failed; `papilio status` shows an old one")
+                self._has_warned = True
 
     def _write(self, view: LiveView) -> None:
         self._written_s = time.monotonic()

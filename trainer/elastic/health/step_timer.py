@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 
@@ -38,7 +37,11 @@ class Times(Protocol):
 
 
 class StepTimer:
-    """Times one rank's work; `timed` around every step, `figures` from any thread."""
+    """Times one rank's work; `timed` around every step, `figures` from any thread.
+
+    What `figures` returns are plain numbers that the step's own thread left: a thread that asked the device for them
+    would wait for a kernel that hangs, which is what the watchdog is there to notice.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, times: Times, every_s: float = TIMED_EVERY_S) -> None:
         """`model` is sharded; `times` is read when figures are asked for."""
@@ -50,7 +53,8 @@ class StepTimer:
         self._dense = [child for name, child in model.named_modules() if name.rpartition(".")[2] in DENSE_PARTS]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._spans: list[tuple[bool, Any, Any]] = []  # is it a lookup? from when, to when?
-        self._features: list[tuple[nn.Module, KeyedJaggedTensor]] = []
+        self._lengths: list[tuple[nn.Module, torch.Tensor]] = []  # of the bags that a lookup read, in host memory
+        self._tables: tuple[tuple[str, float], ...] = ()
         self._lookup_ms: deque[float] = deque(maxlen=NUM_KEPT)
         self._dense_ms: deque[float] = deque(maxlen=NUM_KEPT)
         self._num_timed = 0
@@ -80,7 +84,7 @@ class StepTimer:
             num_timed=self._num_timed,
             lookup_ms=statistics.median(lookup_ms) if lookup_ms else None,
             dense_ms=statistics.median(dense_ms) if dense_ms else None,
-            tables=_largest_tables(list(self._features)),
+            tables=self._tables,
         )
 
     def _time(self, module: nn.Module, *, is_lookup: bool) -> None:
@@ -90,9 +94,10 @@ class StepTimer:
             begins.append(self._now())
 
         def end(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            self._spans.append((is_lookup, begins.pop(), self._now()))
             if is_lookup:
-                self._features.append((module, inputs[0]))
+                # Before the end is marked: once that is reached, the copy is there, too.
+                self._lengths.append((module, self._in_host_memory(inputs[0].lengths())))
+            self._spans.append((is_lookup, begins.pop(), self._now()))
 
         self._handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
@@ -103,9 +108,15 @@ class StepTimer:
         event.record()
         return event
 
+    def _in_host_memory(self, lengths: torch.Tensor) -> torch.Tensor:
+        if not self._is_cuda:
+            return lengths
+        copy = torch.empty(lengths.shape, dtype=lengths.dtype, pin_memory=True)
+        return copy.copy_(lengths, non_blocking=True)
+
     def _take_in_spans(self) -> None:
         """Add up the step timed last. A GPU that has not come to its end is not waited for: the step is left out."""
-        spans, self._spans, self._features = self._spans, [], self._features[-len(self._lookups) :]
+        spans, self._spans, lengths, self._lengths = self._spans, [], self._lengths, []
         if not spans or (self._is_cuda and not all(end.query() for _, _, end in spans)):
             return
         sums_ms = [0.0, 0.0]
@@ -114,6 +125,7 @@ class StepTimer:
         self._dense_ms.append(sums_ms[False])
         self._lookup_ms.append(sums_ms[True])
         self._num_timed += 1
+        self._tables = _largest_tables(lengths)
 
 
 def _lookups(model: nn.Module) -> Iterator[nn.Module]:
@@ -124,17 +136,15 @@ def _lookups(model: nn.Module) -> Iterator[nn.Module]:
                 yield lookup.module if isinstance(lookup, nn.parallel.DistributedDataParallel) else lookup
 
 
-def _largest_tables(found: list[tuple[nn.Module, KeyedJaggedTensor]]) -> tuple[tuple[str, float], ...]:
-    """Return the tables that a step read most bytes of, each with its share of them all."""
+def _largest_tables(found: list[tuple[nn.Module, torch.Tensor]]) -> tuple[tuple[str, float], ...]:
+    """Return the tables that a step read most bytes of, each with its share, of the bags' lengths in host memory."""
     read_bytes: Counter[str] = Counter()
-    for lookup, features in found:
+    for lookup, lengths in found:
         shards = [table for bags in getattr(lookup, "_emb_modules", ()) for table in bags.config.embedding_tables]
         shards = [table for table in shards for _ in table.feature_names]
         if not shards:
             continue
-        lengths = features.lengths()
-        # In numpy: torch would start threads of its own for the thread that asks.
-        num_ids = lengths.cpu().numpy().reshape(len(shards), -1).sum(1).tolist()
+        num_ids = lengths.numpy().reshape(len(shards), -1).sum(1).tolist()
         for table, count in zip(shards, num_ids, strict=True):
             read_bytes[table.name] += count * table.local_cols
     total = sum(read_bytes.values())

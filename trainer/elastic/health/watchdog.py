@@ -9,6 +9,7 @@ does so sooner when another rank gives no more heartbeats (trainer/elastic/healt
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ from papilio.trainer.elastic.health.heartbeat_monitor import SilenceWatch
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 from papilio.trainer.elastic.health.stragglers import describe_ranks
 from papilio.trainer.process_group import Ranks
+
+logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 # Of two readings of the signs, so far apart, a rank that lives has given a new one in between.
@@ -48,6 +51,7 @@ class Watchdog:
         self._moved_s = time.monotonic()
         self._seen = (0, 0)
         self._failure_seen_s: float | None = None
+        self._has_warned = False
         self._has_ended = threading.Event()
         self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._figures: Callable[[], RankFigures] | None = None
@@ -72,7 +76,7 @@ class Watchdog:
     def show(self, figures: Callable[[], RankFigures], at_end: Callable[[str], None] | None = None) -> None:
         """Put these into every sign from now on; `at_end` is told why, should this process be ended here.
 
-        Both are called in the watchdog's thread.
+        Both are called in the watchdog's thread: `figures` returns numbers that lie ready, and asks no device.
         """
         self._figures = figures
         self._at_end = at_end
@@ -89,7 +93,7 @@ class Watchdog:
             idle_s=self._idle_s(),
             unix_s=time.time(),
             has_left=has_left,
-            figures=None if self._figures is None else self._figures(),
+            figures=self._own_figures(),
         )
 
     def end(self, *, has_failed: bool) -> None:
@@ -100,18 +104,41 @@ class Watchdog:
         if self._channel.is_answering:
             self._publish(has_left=True)
 
+    def _own_figures(self) -> RankFigures | None:
+        try:
+            return None if self._figures is None else self._figures()
+        except Exception:
+            self._warn_once("has no figures of its rank")
+            return None
+
     def _run(self) -> None:
         self._publish()
         while not self._has_ended.wait(BEAT_S):
-            if self._agent_pid is not None and os.getppid() != self._agent_pid:
-                self._leave_without_agent()
-            self._look()
-            self._publish()
-            if self._idle_s() > self._stall_timeout_s:
-                self._end_if_stalled()
-            else:
-                self._follow_the_first_failure()
-                self._end_if_left_alone()
+            self._guarded(self._beat)
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        """Do one beat's work. An error in it is logged once and does not end the watch: the rank could hang unseen."""
+        try:
+            act()
+        except Exception:
+            self._warn_once("failed in a beat")
+
+    def _warn_once(self, what: str) -> None:
+        """Log the error being handled, with its traceback; the next beat would most likely say the same."""
+        if not self._has_warned:
+            logger.exception("the watchdog of rank %d %s; it keeps watching", self._ranks.rank, what)
+        self._has_warned = True
+
+    def _beat(self) -> None:
+        if self._agent_pid is not None and os.getppid() != self._agent_pid:
+            self._leave_without_agent()
+        self._look()
+        self._publish()
+        if self._idle_s() > self._stall_timeout_s:
+            self._end_if_stalled()
+        else:
+            self._follow_the_first_failure()
+            self._end_if_left_alone()
 
     def _look(self) -> None:
         seen = (self._num_marks, self._num_collectives())
@@ -133,7 +160,7 @@ class Watchdog:
     def _publish(self, *, has_left: bool = False) -> Sign:
         self._count += 1
         sign = self.sign(has_left=has_left)
-        self._channel.publish(sign)
+        self._guarded(lambda: self._channel.publish(sign))
         return sign
 
     def _end_if_stalled(self) -> None:

@@ -1,12 +1,21 @@
+import functools
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from papilio.trainer.elastic.health.watchdog import describe_ranks, describe_stall, late_ranks
-from tests.support.agents import REPOSITORY, AgentProcess
+from papilio.trainer.elastic.health import step_timer
+from papilio.trainer.elastic.health.health_store import HealthStore, Sign
+from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.watchdog import Watchdog, describe_ranks, describe_stall, late_ranks
+from papilio.trainer.process_group import Ranks
+from tests.support.agents import REPOSITORY, AgentProcess, wait_until
 from tests.support.signs import sign_of
 
 
@@ -15,6 +24,83 @@ def signs(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
         rank: sign_of(rank, step, num_collectives=collectives, count=count)
         for rank, (step, collectives) in enumerate(steps_and_collectives)
     }
+
+
+class Refusing(HealthStore):
+    """A store in which nothing can be published."""
+
+    def publish(self, sign: Sign) -> None:
+        raise RuntimeError("no heartbeat today")
+
+
+@pytest.mark.parametrize("broken", ["figures", "store"])
+def test_a_watchdog_that_fails_in_a_beat_says_so_once_and_still_ends_a_stalled_rank(
+    broken, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("papilio.trainer.elastic.health.watchdog.BEAT_S", 0.01)
+    beats, ended = [], threading.Event()
+    store = Refusing(None) if broken == "store" else HealthStore(None)
+    watchdog = Watchdog(Ranks(0, 1, 0, 1, torch.device("cpu"), None), 1e9, store)
+
+    def figures():
+        beats.append(1)
+        if broken == "figures":
+            raise ValueError("no figures today")
+        return RankFigures(1.0, 0.0)
+
+    watchdog.show(figures)
+    monkeypatch.setattr(watchdog, "_end_if_stalled", ended.set)
+    watchdog.start()
+    wait_until(lambda: len(beats) > 5, "some beats")
+    assert not ended.is_set()
+    watchdog._stall_timeout_s = -1.0
+    assert ended.wait(30)
+    watchdog.end(has_failed=True)
+    found = [record for record in caplog.records if "watchdog of rank 0" in record.message]
+    assert len(found) == 1 and "it keeps watching" in found[0].message and found[0].exc_info is not None
+
+
+class DeviceLengths:
+    """Lengths of bags on a device that hangs for any thread but the training's."""
+
+    def __init__(self, values: list[int]) -> None:
+        self._values, self._owner = torch.tensor(values), threading.get_ident()
+
+    def numpy(self):
+        while threading.get_ident() != self._owner:
+            threading.Event().wait()
+        return self._values.numpy()
+
+
+class Lookup(nn.Module):
+    """Two tables of one feature each, as TorchRec's lookups show theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            SimpleNamespace(name=name, feature_names=["f"], local_cols=cols) for name, cols in (("a", 4), ("b", 8))
+        ]
+        self._emb_modules = [SimpleNamespace(config=SimpleNamespace(embedding_tables=tables))]
+
+    def forward(self, features: object) -> None:
+        """Look nothing up."""
+
+
+def test_figures_ask_no_device_whatever_the_step_left_there(monkeypatch) -> None:
+    lookup = Lookup()
+    monkeypatch.setattr(step_timer, "_lookups", lambda model: [lookup])
+    timer = step_timer.StepTimer(nn.Module(), torch.device("cpu"), SimpleNamespace(train_s=2.0, wait_s=0.5), every_s=0)
+    for lengths in ([1, 1, 3, 1], [9, 9, 9, 9]):  # of two bags of each table: 2 and 4 ids, rows of 4 and 8 columns
+        features = SimpleNamespace(lengths=functools.partial(DeviceLengths, lengths))
+        with timer.timed(1.0):
+            lookup(features)
+    found: list[RankFigures] = []
+    thread = threading.Thread(target=lambda: found.append(timer.figures()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert found, "the watchdog's thread would hang with the device"
+    assert (found[0].train_s, found[0].wait_s, found[0].num_timed) == (2.0, 0.5, 1)
+    assert found[0].tables == (("b", 0.8), ("a", 0.2)), "of the step before: its 4 * 8 and 2 * 4 columns"
 
 
 @pytest.mark.parametrize(

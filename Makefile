@@ -1,6 +1,7 @@
 # make train   virtual environment, dependencies, data, then a two-rank training job (under torchx)
 # make test    the same environment, then the whole test suite
 # make lint    ruff and mypy          make data    the generated data set of the quick start
+# make docs    the documentation site in build/site; a warning is an error
 # make env     the environment alone
 #
 # Settings, as in `make train NPROC=4`:
@@ -30,7 +31,7 @@ KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/version_set.py | cksum | 
 STAMP := $(VENV)/.papilio-stamp-$(KEY)
 MADE_HERE := $(VENV)/.papilio-made-here
 
-.PHONY: train test lint env data
+.PHONY: train test lint env data docs
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
 
@@ -44,6 +45,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: env
+	$(BIN)/mkdocs build --quiet --strict
 
 data: env $(DATA)/manifest.json
 

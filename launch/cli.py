@@ -58,7 +58,7 @@ def _main(arguments: list[str]) -> int:
 
 def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse what follows the verb; wrong arguments end the process with status 2 and one line on stderr."""
-    parser = _parser_of(verb)
+    parser = parser_of(verb)
     # argparse would take a setting with a space in it for a positional argument.
     settings = [word for word in arguments if verb.takes_overrides and _is_setting(word)]
     namespace, rest = parser.parse_known_args([word for word in arguments if word not in settings])
@@ -78,7 +78,8 @@ def parse_arguments(verb: Verb, arguments: Sequence[str]) -> argparse.Namespace:
     return namespace
 
 
-def _parser_of(verb: Verb) -> argparse.ArgumentParser:
+def parser_of(verb: Verb) -> argparse.ArgumentParser:
+    """Return the parser of what follows a verb."""
     parser = _Parser(
         prog=f"papilio {verb.name}",
         description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",

@@ -144,7 +144,7 @@ def path_arguments() -> list[tuple[list[str], str, list[argparse.Action]]]:
     """The words that reach a verb (or the action below it), each of its arguments that is a path, and all of them."""
     found = []
     for verb in VERBS:
-        parsers = [([verb.name], cli._parser_of(verb))]
+        parsers = [([verb.name], cli.parser_of(verb))]
         while parsers:
             words, parser = parsers.pop()
             for action in parser._actions:

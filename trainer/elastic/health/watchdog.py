@@ -4,6 +4,10 @@ Each rank has a thread that writes, once a second, where its training stands int
 assigns a few attributes. When nothing has moved here for `stall_timeout_s`, the thread reads the others' signs, says
 which ranks have not arrived, prints this rank's stack and ends the process, so that the agent can start it again. It
 does so sooner when another rank gives no more heartbeats (trainer/elastic/health/heartbeat_monitor.py).
+
+The thread must outlast what it watches for, so it reads numbers in host memory only: a tensor of a hung device would
+block it too. An error in it is logged once and the watch goes on: a job of days should not end because its guard
+stumbled, and a rank that stalls must be ended all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.failures import silent_ranks
+from papilio.trainer.elastic.health.failures import one_line, silent_ranks
 from papilio.trainer.elastic.health.health_store import Failure, HealthStore, Sign, host_name
 from papilio.trainer.elastic.health.heartbeat_monitor import SilenceWatch
 from papilio.trainer.elastic.health.rank_figures import RankFigures
@@ -34,6 +38,8 @@ BEAT_S = 1.0
 SILENCE_S = 2.5
 # After another rank's failure was noted, how long this one may be stuck before it is ended.
 GRACE_AFTER_FAILURE_S = 15.0
+# The last view of the run may go to a storage that hangs as well; then the process ends without it.
+LAST_VIEW_TIMEOUT_S = 15.0
 
 
 class Watchdog:
@@ -76,7 +82,8 @@ class Watchdog:
     def show(self, figures: Callable[[], RankFigures], at_end: Callable[[str], None] | None = None) -> None:
         """Put these into every sign from now on; `at_end` is told why, should this process be ended here.
 
-        Both are called in the watchdog's thread: `figures` returns numbers that lie ready, and asks no device.
+        Both are called in the watchdog's thread: `figures` returns numbers that lie ready, and asks no device;
+        `at_end` is given LAST_VIEW_TIMEOUT_S.
         """
         self._figures = figures
         self._at_end = at_end
@@ -112,12 +119,12 @@ class Watchdog:
             return None
 
     def _run(self) -> None:
-        self._publish()
+        self._guarded(self._publish)
         while not self._has_ended.wait(BEAT_S):
-            self._guarded(self._beat)
+            self._beat()
 
     def _guarded(self, act: Callable[[], object]) -> None:
-        """Do one beat's work. An error in it is logged once and does not end the watch: the rank could hang unseen."""
+        """Do a part of a beat. An error in it is logged once and does not end the watch: the rank could hang unseen."""
         try:
             act()
         except Exception:
@@ -132,16 +139,22 @@ class Watchdog:
     def _beat(self) -> None:
         if self._agent_pid is not None and os.getppid() != self._agent_pid:
             self._leave_without_agent()
+        # One by one: what fails, fails alone, and the end of a rank that stalls does not depend on the rest.
         self._look()
-        self._publish()
+        self._guarded(self._publish)
         if self._idle_s() > self._stall_timeout_s:
-            self._end_if_stalled()
+            self._guarded(self._end_if_stalled)
         else:
-            self._follow_the_first_failure()
-            self._end_if_left_alone()
+            self._guarded(self._follow_the_first_failure)
+            self._guarded(self._end_if_left_alone)
 
     def _look(self) -> None:
-        seen = (self._num_marks, self._num_collectives())
+        num_collectives = self._seen[1]
+        try:
+            num_collectives = self._num_collectives()
+        except Exception:  # marks still count as moves: a rank that trains must not be taken for stalled
+            self._warn_once("cannot count its collectives")
+        seen = (self._num_marks, num_collectives)
         if seen != self._seen:
             self._seen = seen
             self._moved_s = time.monotonic()
@@ -164,21 +177,34 @@ class Watchdog:
         return sign
 
     def _end_if_stalled(self) -> None:
+        try:
+            line = self._describe_stall()
+        except Exception as error:
+            self._warn_once("cannot find out which ranks are late")
+            line = f"{self._stalled()} which ranks are late is unknown ({one_line(error)})"
+        if line is not None:
+            self._end_process(line)
+
+    def _stalled(self) -> str:
+        return f"nothing has moved for {self._idle_s():.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}):"
+
+    def _describe_stall(self) -> str | None:
+        """Find out which ranks are late and note that for the others; None if this rank moves after all."""
         before = self._channel.signs(self._ranks.world_size)
         if self._has_ended.wait(SILENCE_S):
-            return
+            return None
         self._look()
-        if self._idle_s() < self._stall_timeout_s:  # it moves after all
-            return
+        if self._idle_s() < self._stall_timeout_s:
+            return None
         own = self._publish()
         after = self._channel.signs(self._ranks.world_size)
         late = late_ranks(before, after, self._ranks.world_size)
         what = describe_stall(late, after, own, self._ranks.world_size, time.time())
-        line = f"nothing has moved for {own.idle_s:.0f} s (train.stall_timeout_s = {self._stall_timeout_s:g}): {what}"
+        line = f"{self._stalled()} {what}"
         culprit = late[0] if late else self._ranks.rank
         host = after[culprit].host if culprit in after else "unknown"
         self._channel.note_failure(Failure(culprit, host, -1, line, time.time()))
-        self._end_process(line)
+        return line
 
     def _end_if_left_alone(self) -> None:
         """End this rank when it waits for one whose host is gone: no connection would tell."""
@@ -209,13 +235,22 @@ class Watchdog:
             self._end_process(f"{first}; rank {self._ranks.rank} waited for it in vain")
 
     def _end_process(self, line: str) -> NoReturn:
+        # Whatever blocks or fails below, a log that nobody reads or a storage that hangs: the process ends.
+        timer = threading.Timer(LAST_VIEW_TIMEOUT_S, os._exit, [1])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._explain_end(line)
+        finally:
+            os._exit(1)
+
+    def _explain_end(self, line: str) -> None:
         print(f"papilio: {line}", file=sys.stderr, flush=True)
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         print(f"Stack of rank {self._ranks.rank} (most recent call last):\n{stack}", file=sys.stderr, flush=True)
         if self._at_end is not None:
             self._at_end(line)
-        os._exit(1)
 
 
 def late_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:

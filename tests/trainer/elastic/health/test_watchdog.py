@@ -103,6 +103,18 @@ def test_figures_ask_no_device_whatever_the_step_left_there(monkeypatch) -> None
     assert found[0].tables == (("b", 0.8), ("a", 0.2)), "of the step before: its 4 * 8 and 2 * 4 columns"
 
 
+def test_a_step_that_the_gpu_has_not_ended_is_neither_waited_for_nor_counted(monkeypatch) -> None:
+    lookup, event = Lookup(), SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(step_timer, "_lookups", lambda model: [lookup])
+    monkeypatch.setattr(step_timer.StepTimer, "_now", lambda self: event)
+    monkeypatch.setattr(step_timer.StepTimer, "_in_host_memory", lambda self, lengths: lengths)
+    timer = step_timer.StepTimer(nn.Module(), torch.device("cuda"), SimpleNamespace(train_s=2.0, wait_s=0.5), every_s=0)
+    for _ in range(2):
+        with timer.timed(1.0):
+            lookup(SimpleNamespace(lengths=lambda: None))  # of None any question would fail
+    assert (timer.figures().num_timed, timer.figures().tables) == (0, ())
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
@@ -194,6 +206,63 @@ def test_a_single_rank_without_a_store_is_ended_with_its_stack() -> None:
     assert done.returncode == 1
     assert "(train.stall_timeout_s = 0.2): the only rank stands still after step 7 (saving)" in done.stderr
     assert 'File "<string>", line 7, in <module>' in done.stderr
+
+
+FAILS_AT_EVERY_BEAT = """
+import sys, time
+from papilio.trainer.elastic.health import watchdog
+from papilio.trainer.elastic.health.job_health import job_health
+from papilio.trainer.process_group import process_group
+watchdog.BEAT_S = watchdog.SILENCE_S = 0.05
+
+def fail(*_, **__):
+    raise KeyError("no such heartbeat")
+
+watchdog.Watchdog.BROKEN = fail
+with process_group() as ranks, job_health(ranks, 1.0) as health:
+    for _ in range(30):
+        time.sleep(0.1)
+        health.mark(7, "saving")
+    print("still trains", file=sys.stderr, flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("_publish", r"which ranks are late is unknown \(KeyError: 'no such heartbeat'\)"),
+        ("_follow_the_first_failure", "the only rank stands still after step 7 "),
+        ("_num_collectives", "the only rank stands still after step 7 "),
+    ],
+)
+def test_an_error_in_the_watchdog_is_logged_once_and_the_watch_goes_on(broken: str, reason: str) -> None:
+    code = FAILS_AT_EVERY_BEAT.replace("BROKEN", broken)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("the watchdog of rank 0 ") == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    before, _, after = done.stderr.partition("still trains")
+    assert "nothing has moved" not in before
+    assert re.search(rf"nothing has moved for \d+ s \(train\.stall_timeout_s = 1\): {reason}", after)
+
+
+def test_the_end_of_a_stalled_rank_does_not_wait_for_a_storage_that_hangs() -> None:
+    code = STANDS_STILL.replace(
+        "    health.mark(7",
+        "    import threading\n"
+        "    from papilio.trainer.elastic.health import watchdog\n"
+        "    watchdog.LAST_VIEW_TIMEOUT_S = 0.2\n"
+        "    health._watchdog.show(None, lambda line: threading.Event().wait())\n"
+        "    health.mark(7",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "the only rank stands still after step 7 (saving)" in done.stderr
 
 
 MOVES = """

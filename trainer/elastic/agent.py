@@ -34,7 +34,7 @@ from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.trainer.elastic.bootstrap import FILE, bound
 from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
 from papilio.trainer.elastic.health.failures import last_error
-from papilio.trainer.elastic.health.health_store import Failure, HealthStore, host_name, open_health_store
+from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from papilio.trainer.elastic.store import ForeignListenerError
 
@@ -133,7 +133,7 @@ class Agent(LocalElasticAgent):
         self._place, self._stop = rendezvous, stop
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        self._channel = HealthStore(None)
+        self._health_store = HealthStore(None)
         self._were_saved = False
         self._has_started = False
         self._failure = ""
@@ -167,7 +167,7 @@ class Agent(LocalElasticAgent):
         spec = worker_group.spec
         world_size = worker_group.workers[0].world_size
         run_id, address, port = spec.rdzv_handler.get_run_id(), worker_group.master_addr, worker_group.master_port
-        self._channel = open_health_store(
+        self._health_store = open_health_store(
             {
                 "PET_RDZV_ENDPOINT": os.environ["PET_RDZV_ENDPOINT"],
                 "TORCHELASTIC_RUN_ID": run_id,
@@ -176,7 +176,7 @@ class Agent(LocalElasticAgent):
             }
         )
         if worker_group.group_rank == 0:
-            self._channel.forget(world_size)
+            self._health_store.purge(world_size)
         if self._has_started:
             say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
         self._has_started, self._failure, self._were_saved = True, "", False
@@ -266,11 +266,11 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.SUCCEEDED, return_values=statuses)
 
     def _note_failure(self, rank: int, status: int) -> None:
-        sign = self._channel.signs(rank + 1).get(rank)
-        last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
+        heartbeat = self._health_store.heartbeats(rank + 1).get(rank)
+        last_heartbeat = f"; last heartbeat at step {heartbeat.step:,}" if heartbeat is not None else ""
         said = last_error(self._error_log(rank)) if status > 0 else ""
-        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign + said, time.time())
-        self._failure = str(self._channel.note_failure(failure))
+        failure = RankFailure(rank, host_name(), -1, describe_status(status) + last_heartbeat + said, time.time())
+        self._failure = str(self._health_store.note_failure(failure))
 
     def _error_log(self, rank: int) -> str | None:
         """Return the file of what a rank of this host said on stderr."""
@@ -283,8 +283,8 @@ class Agent(LocalElasticAgent):
         if time.monotonic() - self._started_s > PROVEN_S:
             self._remaining_restarts = most
         if NO_RESTART_EXIT_CODE in self._exit_statuses().values():
-            self._channel.forbid_restart()
-        if self._channel.is_restart_forbidden() or NO_RESTART_EXIT_CODE in self._exit_statuses().values():
+            self._health_store.forbid_restart()
+        if self._health_store.is_restart_forbidden() or NO_RESTART_EXIT_CODE in self._exit_statuses().values():
             self._is_final, self._remaining_restarts = True, 0
         if self._remaining_restarts > 0:
             say(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
@@ -294,12 +294,12 @@ class Agent(LocalElasticAgent):
         if self._worker_group.group_world_size == 1 or time.monotonic() - self._asked_s < ASK_S:
             return False
         self._asked_s = time.monotonic()
-        return self._channel.is_restart_forbidden()
+        return self._health_store.is_restart_forbidden()
 
     def _join_the_end(self) -> None:
         """End this host's ranks, which may not have heard of the mistake of another."""
         self._is_final, self._remaining_restarts = True, 0
-        self._failure = str(self._channel.first_failure() or "another host failed first")
+        self._failure = str(self._health_store.first_failure() or "another host failed first")
         self._wait_for_ranks(LAST_WORDS_S)
         self._end_ranks(FAILED_GRACE_S)
 
@@ -325,7 +325,7 @@ class Agent(LocalElasticAgent):
         else:
             what = str(error)
         say(f"error: {self._failure + '; ' if self._failure else ''}{what}")
-        if self._is_final or self._channel.is_restart_forbidden():
+        if self._is_final or self._health_store.is_restart_forbidden():
             return self._leave_for_good()
         return RESUME_EXIT_CODE if self._were_saved else 1
 

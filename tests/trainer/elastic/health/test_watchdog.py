@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from papilio.trainer.elastic.health import step_timer
-from papilio.trainer.elastic.health.health_store import HealthStore, Sign
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.health_store import HealthStore
+from papilio.trainer.elastic.health.heartbeat import Heartbeat, RankFigures
 from papilio.trainer.elastic.health.watchdog import Watchdog, describe_ranks, describe_stall, late_ranks
 from papilio.trainer.process_group import Ranks
 from tests.support.agents import REPOSITORY, AgentProcess, wait_until
-from tests.support.signs import sign_of
+from tests.support.heartbeats import heartbeat_of
 
 
-def signs(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
+def heartbeats(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
     return {
-        rank: sign_of(rank, step, num_collectives=collectives, count=count)
+        rank: heartbeat_of(rank, step, num_collectives=collectives, count=count)
         for rank, (step, collectives) in enumerate(steps_and_collectives)
     }
 
@@ -29,7 +29,7 @@ def signs(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
 class Refusing(HealthStore):
     """A store in which nothing can be published."""
 
-    def publish(self, sign: Sign) -> None:
+    def publish(self, heartbeat: Heartbeat) -> None:
         raise RuntimeError("no heartbeat today")
 
 
@@ -125,21 +125,22 @@ def test_a_step_that_the_gpu_has_not_ended_is_neither_waited_for_nor_counted(mon
     ],
 )
 def test_the_late_ranks_are_those_behind(places: list[tuple[int, int]], expected: list[int]) -> None:
-    assert late_ranks(signs(*places), signs(*places, count=3), 3) == expected
+    assert late_ranks(heartbeats(*places), heartbeats(*places, count=3), 3) == expected
 
 
-def test_a_rank_that_is_silent_gone_or_never_came_is_late_before_all_others() -> None:
-    before, after = signs((9, 70), (9, 70), (9, 69)), signs((9, 70), (9, 70), (9, 69), count=3)
+def test_a_rank_that_is_unresponsive_gone_or_never_came_is_late_before_all_others() -> None:
+    before, after = heartbeats((9, 70), (9, 70), (9, 69)), heartbeats((9, 70), (9, 70), (9, 69), count=3)
     assert late_ranks(before, {**after, 1: before[1]}, 3) == [1]
-    assert late_ranks(before, {**after, 0: sign_of(0, 9, count=2, has_left=True)}, 3) == [0]
+    assert late_ranks(before, {**after, 0: heartbeat_of(0, 9, count=2, has_left=True)}, 3) == [0]
     assert late_ranks(before, after, 4) == [3]
 
 
-def test_a_stall_is_told_with_the_last_sign() -> None:
-    found = signs((1_234, 70), (1_234, 70), (1_234, 70))
-    found[3] = sign_of(3, 1_233, idle_s=61.5, unix_s=1e9 - 0.5)
+def test_a_stall_is_described_with_the_last_heartbeat() -> None:
+    found = heartbeats((1_234, 70), (1_234, 70), (1_234, 70))
+    found[3] = heartbeat_of(3, 1_233, idle_s=61.5, unix_s=1e9 - 0.5)
     assert describe_stall([3], found, found[0], 4, 1e9) == (
-        "rank 3 has not arrived at step 1,235: last sign step 1,233 (training), 62 s ago, host host-3; ranks 0-2 wait"
+        "rank 3 has not arrived at step 1,235: last heartbeat at step 1,233 (training), 62 s ago, host host-3; "
+        "ranks 0-2 wait"
     )
     del found[3]
     assert describe_stall([3], found, found[0], 4, 1e9).startswith(
@@ -147,11 +148,11 @@ def test_a_stall_is_told_with_the_last_sign() -> None:
     )
 
 
-def test_a_stall_without_a_late_rank_is_told_too() -> None:
-    found = signs((5, 7), (5, 7))
+def test_a_stall_without_a_late_rank_is_described_too() -> None:
+    found = heartbeats((5, 7), (5, 7))
     assert describe_stall([], found, found[0], 2, 1e9) == "all 2 ranks stand still after step 5 (training)"
     assert describe_stall([0, 1], {}, found[0], 2, 1e9) == (
-        "rank 0 stands after step 5 (training); the store with the other ranks' signs does not answer"
+        "rank 0 stands after step 5 (training); the store with the other ranks' heartbeats does not answer"
     )
     assert describe_stall([0], {}, found[0], 1, 1e9) == "the only rank stands still after step 5 (training)"
 
@@ -165,26 +166,26 @@ def test_ranks_are_written_as_spans(ranks: list[int], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "limit", "told"),
+    ("event", "limit", "expected"),
     [
-        ("sleep", "--stall-timeout-s=2", "rank 1 has not arrived at step 12: last sign step .*; rank 0 waits"),
+        ("sleep", "--stall-timeout-s=2", "rank 1 has not arrived at step 12: last heartbeat at step .*; rank 0 waits"),
         (
             "SIGSTOP",
             "--lost-after-s=4",
             r"rank 1 \(host \S+\) has given no heartbeat for 4 s: the host or its network is gone",
         ),
     ],
-    ids=["late", "silent"],
+    ids=["late", "unresponsive"],
 )
 def test_a_rank_that_does_not_arrive_is_named_and_the_job_starts_again(
-    tmp_path: Path, event: str, limit: str, told: str
+    tmp_path: Path, event: str, limit: str, expected: str
 ) -> None:
     agent = AgentProcess(tmp_path, f"--event={event}:1:12", limit, max_restarts=1)
     try:
         assert agent.wait() == 0, agent.output
     finally:
         agent.kill()
-    assert re.search(told, agent.output)
+    assert re.search(expected, agent.output)
     assert "(most recent call last):" in agent.output
     assert "toy begins at step 10 on 2" in agent.output
 

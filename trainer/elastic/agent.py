@@ -32,7 +32,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.trainer.elastic.bootstrap import FILE, bound
-from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health.failures import last_error
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.rendezvous import OtherJobError, Rendezvous, open_rendezvous
@@ -345,4 +345,4 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())  # threads may still wait for a store
+    exit_now(main())  # threads may still wait for a store

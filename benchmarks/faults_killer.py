@@ -14,7 +14,7 @@ from benchmarks.faults_data import Size
 from benchmarks.faults_evidence import Trained, joined_ranks, read_logs, step_of
 from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
 from papilio.trainer.checkpoint.folder import CheckpointFolder
-from papilio.trainer.elastic.agent import LAST_WORDS_S
+from papilio.trainer.elastic.agent import DRAIN_TIMEOUT_S
 from papilio.trainer.elastic.health.health_store import RankFailure, host_name, open_health_store
 
 END_TIMEOUT_S = 30.0
@@ -136,7 +136,7 @@ class Killer:
 
     def _let_others_end(self, job: Job, process_ids: list[int], begin_s: float) -> None:
         """Give the other ranks 30 s; those that still wait for all to join are told to end, as our agent tells all."""
-        if not self._wait_until_ended(process_ids, begin_s + LAST_WORDS_S):
+        if not self._wait_until_ended(process_ids, begin_s + DRAIN_TIMEOUT_S):
             waiting = [
                 process_id
                 for rank, process_id in enumerate(process_ids)

@@ -113,7 +113,7 @@ def test_ranks_that_do_not_save_in_time_are_ended(tmp_path: Path, start: Callabl
     pids = agent.rank_pids()
     agent.process.send_signal(signal.SIGTERM)
     assert agent.wait() == 128 + signal.SIGTERM
-    assert "papilio: told to end by SIGTERM; all ranks were ended, without saving" in agent.output
+    assert "papilio: asked to stop by SIGTERM; all ranks were ended, without saving" in agent.output
     assert not any(map(is_alive, pids))
 
 

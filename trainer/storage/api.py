@@ -2,7 +2,7 @@
 
 A path is a local one (plain or file://), s3://bucket/key, or has another scheme for which the application registered a
 handler with data_pipeline.paths.path_manager. A file is written whole or not at all, and an operation that fails for
-a passing reason is tried again; what fails for good is a StorageError. Nothing here imports torch.
+a transient reason is tried again; what fails for good is a StorageError. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RankView(_Section):
 
     Attributes:
         wait_share: of its latest training time, waited for data.
-        silent_s: since it gave the latest heartbeat that rank 0 has read.
+        silent_s: since the latest heartbeat that rank 0 has read; the key is part of format version 1.
     """
 
     rank: int

@@ -65,7 +65,7 @@ COLUMNS = (
     "unequal tensors",
     "largest difference: tensors, metrics",
     "other ranks ended after, s: median, most",
-    "told to end",
+    "asked to stop",
     "stuck",
 )
 

@@ -14,8 +14,8 @@ from benchmarks.faults_data import Size
 from benchmarks.faults_evidence import Trained, joined_ranks, read_logs, step_of
 from benchmarks.faults_ranks import Attempt, Zygote, rank_environment
 from papilio.trainer.checkpoint.folder import CheckpointFolder
-from papilio.trainer.elastic.agent import LAST_WORDS_S
-from papilio.trainer.elastic.health.health_store import Failure, host_name, open_health_store
+from papilio.trainer.elastic.agent import DRAIN_TIMEOUT_S
+from papilio.trainer.elastic.health.health_store import RankFailure, host_name, open_health_store
 
 END_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 900.0
@@ -136,7 +136,7 @@ class Killer:
 
     def _let_others_end(self, job: Job, process_ids: list[int], begin_s: float) -> None:
         """Give the other ranks 30 s; those that still wait for all to join are told to end, as our agent tells all."""
-        if not self._wait_until_ended(process_ids, begin_s + LAST_WORDS_S):
+        if not self._wait_until_ended(process_ids, begin_s + DRAIN_TIMEOUT_S):
             waiting = [
                 process_id
                 for rank, process_id in enumerate(process_ids)
@@ -176,8 +176,8 @@ class Killer:
 
     def _note_death(self, job: Job, rank: int) -> None:
         """Say who died, as our agent does."""
-        channel = open_health_store(job.attempts[-1].environment)
-        channel.note_failure(Failure(rank, host_name(), -1, "killed by SIGKILL", time.time()))
+        health_store = open_health_store(job.attempts[-1].environment)
+        health_store.note_failure(RankFailure(rank, host_name(), -1, "killed by SIGKILL", time.time()))
 
     def _what_was_hit(self, job: Job, found: Found) -> str:
         """Say what the last attempt was doing when it was killed, from what it left."""

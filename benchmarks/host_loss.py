@@ -31,7 +31,7 @@ TIMEOUT_S = 180
 PORT = 29400
 FOREVER = 1 << 40
 # What agents and ranks say of others' troubles, and of being told to end.
-TROUBLE = ("failed first", "went away", "no heartbeat", "does not answer", "told to end", "lost the other ranks")
+TROUBLE = ("failed first", "went away", "no heartbeat", "does not answer", "asked to stop", "lost the other ranks")
 JOINING = ("another host joins", "starting again", "joining anew")
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.live_view [--rounds 15] [--steps 150] [--data DIR]
 
 Two ranks of one thread train the Kaggle-like DLRM of benchmarks/training_step.py. In every other window of steps each
-rank times its own work and puts the figures into its signs, and rank 0 reads all signs and writes live.json. The parts
-are what a thread or the step spends on each: medians over many calls, the reading also for signs of 64 and 512 ranks.
+rank times its own work and puts the figures into its heartbeats, and rank 0 reads them and writes live.json. The parts
+are what a thread or the step spends on each: medians over many calls, the reading also for 64 and 512 ranks.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.rank_lines import run_ranks
-from papilio.trainer.elastic.health.health_store import HealthStore, Sign
-from papilio.trainer.elastic.health.live_writer import LiveWriter, Run, Standing
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.health_store import HealthStore
+from papilio.trainer.elastic.health.heartbeat import Heartbeat, RankFigures
+from papilio.trainer.elastic.health.live_writer import LiveWriter, Run, RunStatus
 from papilio.trainer.elastic.health.step_timer import TIMED_EVERY_S, StepTimer
 from papilio.trainer.elastic.health.watchdog import BEAT_S, Watchdog
 from papilio.trainer.process_group import Ranks, process_group
@@ -69,7 +69,7 @@ def _print(found: dict[str, Any]) -> None:
     print(f"not timed      {found['not_due_us']:8.1f} us a step            {found['not_due_us'] / step_ms / 10:.4f} %")
     shares = (
         ("timed", "due_us", TIMED_EVERY_S, "step"),
-        ("figures", "figures_us", BEAT_S, "sign"),
+        ("figures", "figures_us", BEAT_S, "heartbeat"),
     )
     for name, key, every_s, what in shares:
         print(f"{name:<14} {found[key]:8.1f} us a {what}, every {every_s:4} s  {found[key] / every_s / 1e4:.4f} %")
@@ -83,8 +83,8 @@ def _work(options: argparse.Namespace) -> None:
     configure_runtime()
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         step, model = _make_step(options.data, ranks)
-        channel = HealthStore(dist.PrefixStore("live", dist.distributed_c10d._get_default_store()))
-        watchdog = Watchdog(ranks, 600.0, channel)
+        health_store = HealthStore(dist.PrefixStore("live", dist.distributed_c10d._get_default_store()))
+        watchdog = Watchdog(ranks, 600.0, health_store)
         watchdog.start()
         progress = Progress()
         work = StepTimer(model, ranks.device, progress)
@@ -94,14 +94,14 @@ def _work(options: argparse.Namespace) -> None:
             progress.num_samples += GLOBAL_BATCH_SIZE
             watchdog.mark(progress.step, "training")
 
-        run = Run("benchmark", folder, NUM_RANKS, lambda: _standing(progress))
+        run = Run("benchmark", folder, NUM_RANKS, lambda: _status(progress))
         windows: dict[bool, list[float]] = {True: [], False: []}
         with no_garbage_collection():
             for _ in range(WARMUP_STEPS):
                 step()
             for index in range(2 * options.rounds):
                 is_seen = index % 4 in (0, 3)
-                with _seen(ranks, run, channel, watchdog, work) if is_seen else contextlib.nullcontext():
+                with _seen(ranks, run, health_store, watchdog, work) if is_seen else contextlib.nullcontext():
                     windows[is_seen].append(_window(step, count, work if is_seen else None, progress, options.steps))
         watchdog.end(has_failed=False)
         if ranks.is_first:
@@ -111,10 +111,10 @@ def _work(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _seen(ranks: Ranks, run: Run, channel: HealthStore, watchdog: Watchdog, work: StepTimer) -> Iterator[None]:
-    """Have figures in the signs and a view of all ranks."""
+def _seen(ranks: Ranks, run: Run, health_store: HealthStore, watchdog: Watchdog, work: StepTimer) -> Iterator[None]:
+    """Have figures in the heartbeats and a view of all ranks."""
     watchdog.show(work.figures)
-    writer = LiveWriter(run, channel, watchdog.sign) if ranks.is_first else None
+    writer = LiveWriter(run, health_store, watchdog.heartbeat) if ranks.is_first else None
     if writer is not None:
         writer.start()
     yield
@@ -155,14 +155,16 @@ def _parts(work: StepTimer, folder: str, progress: Progress) -> dict[str, Any]:
 
 
 def _look_ms(num_ranks: int, folder: str, progress: Progress) -> tuple[float, float]:
-    """Return what reading so many signs and writing the view takes, and how often that is done."""
+    """Return what reading so many heartbeats and writing the view takes, and how often that is done."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = HealthStore(store)
+    health_store = HealthStore(store)
     for rank in range(num_ranks):
         figures = RankFigures(1_234.5678, 12.3456, 1_000, 4.321, 9.876, (("t_C3", 0.41), ("t_C17", 0.2)))
-        channel.publish(Sign(rank, f"host-{rank // 8}", 1_000, "training", 7_000, 9, 0.1, 1e9, figures=figures))
-    own = channel.signs(1)[0]
-    writer = LiveWriter(Run("benchmark", folder, num_ranks, lambda: _standing(progress)), channel, lambda: own)
+        health_store.publish(
+            Heartbeat(rank, f"host-{rank // 8}", 1_000, "training", 7_000, 9, 0.1, 1e9, figures=figures)
+        )
+    own = health_store.heartbeats(1)[0]
+    writer = LiveWriter(Run("benchmark", folder, num_ranks, lambda: _status(progress)), health_store, lambda: own)
     return _median_us(lambda: writer._write(writer.look()), 30) / 1e3, writer._look_every_s
 
 
@@ -185,8 +187,8 @@ def _median_us(call: Callable[[], object], num_calls: int) -> float:
     return statistics.median(times) * 1e6
 
 
-def _standing(progress: Progress) -> Standing:
-    return Standing(progress.step, 1 << 20, progress.num_samples, progress.train_s, 1, 1, 0.5, 0.4, None, None)
+def _status(progress: Progress) -> RunStatus:
+    return RunStatus(progress.step, 1 << 20, progress.num_samples, progress.train_s, 1, 1, 0.5, 0.4, None, None)
 
 
 def _make_step(data: str, ranks: Ranks) -> tuple[Callable[[], object], torch.nn.Module]:

@@ -28,7 +28,7 @@ FOREIGN_IMPORTS = {
 # papilio doctor runs this one in a process of its own, to see whether torch, fbgemm and torchrec load.
 PROBE = "launch.doctor.fbgemm_probe"
 # Bytes are apart from policy: these alone know iopath, by which any storage is reached.
-KNOW_IOPATH = {"data_pipeline.paths", "trainer.storage.s3_paths", "trainer.storage.api"}
+KNOW_IOPATH = {"data_pipeline.paths", "trainer.storage.s3", "trainer.storage.api"}
 
 
 def module_name(path: Path) -> str:

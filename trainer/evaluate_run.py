@@ -14,7 +14,7 @@ from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
 from papilio.trainer.checks.same_columns import check_same_columns
 from papilio.trainer.checks.start_checks import check_evaluation, check_num_ranks
 from papilio.trainer.config import Config
-from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.evaluation import evaluate
 from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group
@@ -104,4 +104,4 @@ def sharding_for_evaluation(trained: ShardingConfig) -> ShardingConfig:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -15,7 +15,7 @@ from papilio.trainer.checkpoint.policy import Checkpoints
 from papilio.trainer.config import Config
 from papilio.trainer.elastic.health.job_health import JobHealth
 from papilio.trainer.elastic.health.live_view import CheckpointView
-from papilio.trainer.elastic.health.live_writer import Run, Standing
+from papilio.trainer.elastic.health.live_writer import Run, RunStatus
 from papilio.trainer.elastic.health.step_timer import StepTimer
 from papilio.trainer.elastic.preemption import Preemption
 from papilio.trainer.models.train_model import StepOutput
@@ -67,7 +67,7 @@ def run_training(
         dmp_collection_sync_interval_batches=None,  # replicas are averaged below, where it can be seen
     )
     num_steps = total_steps(progress.step, loader, config)
-    reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.remark)
+    reporter = Reporter(config, ranks, run.folder, num_steps, progress.step, run.health.progress_note)
     reporter.restore(run.window)
     work = StepTimer(model.module, ranks.device, progress)
     run.health.show(work.figures, _shown(config, ranks, run, loader, reporter, progress, num_steps))
@@ -121,17 +121,17 @@ def _shown(
     """Return what the first rank shows of the run while it runs."""
     if run.folder is None:
         return None
-    standing = partial(_standing, config, run.checkpoints, loader, reporter, progress, num_steps)
-    return Run(config.name, run.folder.path, ranks.world_size, standing)
+    status = partial(_run_status, config, run.checkpoints, loader, reporter, progress, num_steps)
+    return Run(config.name, run.folder.path, ranks.world_size, status)
 
 
-def _standing(
+def _run_status(
     config: Config, checkpoints: Checkpoints, loader: Loader, reporter: Reporter, progress: Progress, num_steps: int
-) -> Standing:
+) -> RunStatus:
     """Return how far the run is; asked for by the thread that shows it."""
     position, validations, saved = progress.position, progress.validations, checkpoints.latest
     num_epochs = config.train.epochs
-    return Standing(
+    return RunStatus(
         step=progress.step,
         num_steps=num_steps,
         num_samples=progress.num_samples,
@@ -142,7 +142,7 @@ def _standing(
         loss=reporter.latest_loss,
         validation_auc=validations[-1][1].auc if validations else None,
         checkpoint=CheckpointView(name=saved.name, step=saved.step, unix_s=saved.unix_s) if saved else None,
-        findings=tuple(progress.findings),
+        alerts=tuple(progress.findings),
     )
 
 

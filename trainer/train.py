@@ -28,7 +28,7 @@ from papilio.trainer.checks.same_on_all_hosts import check_same_folder_on_all, c
 from papilio.trainer.checks.start_checks import check_input, check_run, open_run_data, without_validation
 from papilio.trainer.config import Config
 from papilio.trainer.config_file import ConfigError, load_config
-from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health.failures import LostRankError, describe_join_failure, note_early_failure
 from papilio.trainer.elastic.health.job_health import JobHealth, job_health
 from papilio.trainer.elastic.preemption import watch_for_preemption
@@ -285,4 +285,4 @@ def _finish(job: _Job, progress: Progress) -> Summary:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -80,7 +80,7 @@ def test_training_outlives_its_first_host_and_trains_every_sample_once(
     wait_for_step(tmp_path, 90, 2, again, second)
     set_limit(tmp_path, 10_000)
     assert (again.wait(), second.wait()) == (0, 0), again.output + second.output
-    assert "rank 0 (host n1) failed first: went away without a word after step " in second.output
+    assert "rank 0 (host n1) failed first: went away without reporting an error after step " in second.output
     assert "papilio: starting again on 1 rank" in second.output
     store.terminate()
     assert store.wait() == 0
@@ -158,5 +158,7 @@ def test_a_link_that_fails_and_a_first_host_that_is_lost_stop_the_job_for_a_whil
 def test_a_job_that_needs_a_lost_host_ends_and_names_it(host_left_alone: HostJob) -> None:
     assert host_left_alone.wait() == 1, host_left_alone.output
     last = host_left_alone.output.splitlines()[-1]
-    assert last.startswith("papilio: error: rank 1 (host n5) failed first: went away without a word after step ")
+    assert last.startswith(
+        "papilio: error: rank 1 (host n5) failed first: went away without reporting an error after step "
+    )
     assert last.endswith("fewer than 2 hosts came to n4:29400 within 20 s; the same command must run on each of them")

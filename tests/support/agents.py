@@ -82,7 +82,7 @@ class AgentProcess:
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"waited in vain for {what}"
+        assert time.monotonic() < deadline_s, f"timed out waiting for {what}"
         time.sleep(0.02)
 
 

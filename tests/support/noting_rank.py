@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import papilio.trainer.train
 from benchmarks.faults_ranks import _note_what_is_trained
-from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.reporting import Reporter
 
 POLL_S = 0.02
@@ -30,4 +30,4 @@ def main(arguments: Sequence[str], step_s: float) -> NoReturn:
             time.sleep(POLL_S)
 
     setattr(Reporter, "record", record_and_wait)  # noqa: B010  # mypy forbids plain assignment
-    leave(papilio.trainer.train.main(arguments))
+    exit_now(papilio.trainer.train.main(arguments))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health import heartbeat_monitor as silence
 from papilio.trainer.elastic.health.failures import LostRankError
 from papilio.trainer.elastic.health.job_health import JobHealth, job_health
@@ -107,4 +107,4 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"toy: mistake: {error}", file=sys.stderr)
         status = NO_RESTART_EXIT_CODE if isinstance(error, RefusalError) else 1
-    leave(status)
+    exit_now(status)

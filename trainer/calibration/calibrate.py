@@ -27,7 +27,7 @@ from papilio.sharding.planner.job import Cluster
 from papilio.trainer.calibration.dense import measure_dense, measure_memory
 from papilio.trainer.calibration.shapes import CalibrationStep, calibration_steps
 from papilio.trainer.calibration.synthetic import PlannedShape, Shape, SyntheticTraining, plan_shape
-from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.optimizers import CPU_SPARSE_OPTIMIZERS
 from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group
@@ -233,4 +233,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

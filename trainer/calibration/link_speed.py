@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.elastic.exit_codes import exit_now
 
 TIMEOUT_S = 60.0
 # Messages grow from the first size until one takes so long, or has the last size (of a GPU).
@@ -146,4 +146,4 @@ if __name__ == "__main__":
     except (dist.DistError, RuntimeError, ValueError) as error:
         print(str(error).strip().partition("\n")[0], file=sys.stderr, flush=True)
         status = 1
-    leave(status)
+    exit_now(status)

@@ -1,4 +1,4 @@
-"""Where a host name leads, seen from this host."""
+"""What a host name resolves to, seen from this host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def is_own_address(host: str) -> bool:
-    """Whether a name leads to this host: one can listen at its address only there."""
+    """Whether a name resolves to this host: one can listen at its address only there."""
     for family, kind, protocol, _, address in _resolve(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
@@ -24,7 +24,7 @@ def addresses_of(host: str) -> list[str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address leads nowhere but to the host that uses it; a text that is no address does not."""
+    """Whether an address is loopback; False for text that is no address."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -32,7 +32,7 @@ def is_loopback(address: str) -> bool:
 
 
 def own_address_towards(host: str, port: int) -> str | None:
-    """Return the address under which this host is seen from another one, None where there is no way to it.
+    """Return the address under which this host is seen from another one, None where there is no route to it.
 
     Nothing is sent.
     """

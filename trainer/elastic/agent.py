@@ -2,12 +2,12 @@
 
 It takes the arguments of torchrun (with the c10d rendezvous) and does what it does, but:
 
-- ranks that leave with status 75 after SIGTERM have saved: nothing failed. This host's agent leaves with 75 too if it
-  was told to end, or if the job needs all hosts; in an elastic job the others go on, and count no restart;
+- ranks that exit with status 75 after SIGTERM have saved: nothing failed. This host's agent exits with 75 too if it
+  got the signal, or if the job needs all hosts; in an elastic job the others continue, and count no restart;
 - the rank that failed first is noted where the other ranks look for it, and named before each restart;
-- a rank that leaves with status 78 made a mistake that it would make again: the job is not restarted, and the agents
-  of all hosts leave with 78 too, so that no scheduler tries again;
-- after a failure the other ranks get some seconds to say what they saw, before they are ended;
+- a rank that exits with status 78 made a mistake that it would make again: the job is not restarted, and the agents
+  of all hosts exit with 78 too, so that no scheduler tries again;
+- after a failure the other ranks get some seconds to report what they saw, before they are ended;
 - no rank outlives it: the kernel kills them with it (trainer/elastic/bootstrap.py), from their first moment on.
 """
 
@@ -32,22 +32,22 @@ from torch.distributed.run import config_from_args, parse_args
 
 from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.trainer.elastic.bootstrap import FILE, bound
-from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, leave
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health.failures import last_error
-from papilio.trainer.elastic.health.health_store import Failure, HealthStore, host_name, open_health_store
+from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.rendezvous import OtherJobError, Rendezvous, open_rendezvous
 from papilio.trainer.elastic.store import ForeignListenerError
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
-LAST_WORDS_S = 6.0
+DRAIN_TIMEOUT_S = 6.0
 # What a rank that failed to end by itself gets between SIGTERM and SIGKILL.
 FAILED_GRACE_S = 3.0
-# For the other agents of a job that ends whole, to see why while there is a store.
-FAREWELL_S = 5.0
+# For the other agents of a job that ends on all hosts, to read the reason while there is a store.
+EXIT_BARRIER_TIMEOUT_S = 5.0
 # How often an agent whose own ranks are well asks whether another host's made a mistake.
 ASK_S = 1.0
 POLL_S = 0.05
-# Ranks that ran for so long have proved that they can: restarts are counted anew.
+# Ranks that ran for so long have proved that they can: restarts are counted from zero again.
 PROVEN_S = 3_600.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # With torch's shared store an agent that joins after a loss waits for an address that nobody writes, and the
     # survivors die after 60 s (seen 2 times of 2 with torch 2.13.0).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # What torch's agent would log about its ranks is said here in fewer words.
+    # What torch's agent would log about its ranks is reported here in fewer words.
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     parsed = parse_args(sys.argv[1:] if arguments is None else list(arguments))  # type: ignore[no-untyped-call]
@@ -66,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     try:
         stop.watch()
-        rendezvous = open_rendezvous(config, [str(command), *map(str, command_arguments)], say)
+        rendezvous = open_rendezvous(config, [str(command), *map(str, command_arguments)], notify)
         os.environ["PET_RDZV_ENDPOINT"] = rendezvous.endpoint
         words = rank_arguments(command_arguments) if parsed.module else command_arguments
         return Agent(config, rendezvous, str(command), words, stop).run_to_the_end()
     except SignalException as stopped:
-        say(f"told to end by {stopped.sigval.name}; no rank had started")
+        notify(f"asked to stop by {stopped.sigval.name}; no rank had started")
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
-        say(f"error: {error}")
+        notify(f"error: {error}")
         return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError | ForeignListenerError) else 1
 
 
@@ -96,7 +96,7 @@ class StopRequest:
     def check(self) -> None:
         """Raise the signal again if it did not end the agent."""
         if self._received is not None:
-            raise SignalException("told to end", sigval=self._received)
+            raise SignalException("asked to stop", sigval=self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number)
@@ -133,7 +133,7 @@ class Agent(LocalElasticAgent):
         self._place, self._stop = rendezvous, stop
         self._is_elastic = config.min_nodes < config.max_nodes
         self._grace_s = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        self._channel = HealthStore(None)
+        self._health_store = HealthStore(None)
         self._were_saved = False
         self._has_started = False
         self._failure = ""
@@ -147,27 +147,27 @@ class Agent(LocalElasticAgent):
         try:
             result: RunResult | None = self.run()
         except SignalException as stopped:
-            # The rendezvous stays open: the other hosts of an elastic job go on.
+            # The rendezvous stays open: the other hosts of an elastic job continue.
             return self._status_after(stopped.sigval)
         except (RendezvousError, dist.DistError) as error:
             return self._status_after_rendezvous_error(error)
         handler.shutdown()
         if self._were_saved:
-            say("all ranks saved and left; start the job again to resume")
+            notify("all ranks saved and left; start the job again to resume")
             return RESUME_EXIT_CODE
         if result is None:
-            say("error: another host's agent ended the job")
+            notify("error: another host's agent ended the job")
             return 1
         if result.is_failed():
-            say(f"error: {self._failure}")
-            return self._leave_for_good() if self._is_final else 1
+            notify(f"error: {self._failure}")
+            return self._exit_without_restart() if self._is_final else 1
         return 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         spec = worker_group.spec
         world_size = worker_group.workers[0].world_size
         run_id, address, port = spec.rdzv_handler.get_run_id(), worker_group.master_addr, worker_group.master_port
-        self._channel = open_health_store(
+        self._health_store = open_health_store(
             {
                 "PET_RDZV_ENDPOINT": os.environ["PET_RDZV_ENDPOINT"],
                 "TORCHELASTIC_RUN_ID": run_id,
@@ -176,9 +176,9 @@ class Agent(LocalElasticAgent):
             }
         )
         if worker_group.group_rank == 0:
-            self._channel.forget(world_size)
+            self._health_store.purge(world_size)
         if self._has_started:
-            say(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
+            notify(f"starting again on {world_size} rank{'' if world_size == 1 else 's'}")
         self._has_started, self._failure, self._were_saved = True, "", False
         self._started_s = time.monotonic()
         self._stop.check()
@@ -193,9 +193,9 @@ class Agent(LocalElasticAgent):
             self._let_ranks_end(*first)
             if self._have_saved():
                 return self._after_saving(worker_group)
-            self._tell_failure()
+            self._notify_failure()
         elif self._is_forbidden():
-            self._join_the_end()
+            self._end_with_failed_host()
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -205,14 +205,14 @@ class Agent(LocalElasticAgent):
             self._wait_for_ranks(self._grace_s)
         else:
             self._note_failure(rank, status)
-            self._wait_for_ranks(LAST_WORDS_S)
+            self._wait_for_ranks(DRAIN_TIMEOUT_S)
         self._end_ranks(FAILED_GRACE_S)
 
     def _stop_workers(self, worker_group: WorkerGroup, *arguments: Any, **named: Any) -> None:
         """End the ranks before a restart; those that still run, because another host joins, get time to save."""
         is_left_behind = self._place.is_left_behind
         if None in self._exit_statuses().values() and not is_left_behind:
-            say("another host joins; the ranks save and start again")
+            notify("another host joins; the ranks save and start again")
         self._end_ranks(FAILED_GRACE_S if is_left_behind else self._grace_s)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **named: Any) -> None:
@@ -258,65 +258,67 @@ class Agent(LocalElasticAgent):
     def _after_saving(self, worker_group: WorkerGroup) -> RunResult:
         self._were_saved = True
         if self._is_elastic:
-            say("all ranks saved and left, for a host is taken or one joins; going on with the hosts there are")
+            notify("all ranks saved and left, for a host is taken or one joins; continuing with the hosts there are")
             self._restart_workers(worker_group)
             return RunResult(state=WorkerState.HEALTHY)
-        self._exit_barrier_timeout = FAREWELL_S  # of _exit_barrier, which the base class now calls
+        self._exit_barrier_timeout = EXIT_BARRIER_TIMEOUT_S  # of _exit_barrier, which the base class now calls
         statuses = {worker.global_rank: RESUME_EXIT_CODE for worker in worker_group.workers}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=statuses)
 
     def _note_failure(self, rank: int, status: int) -> None:
-        sign = self._channel.signs(rank + 1).get(rank)
-        last_sign = f"; its last sign was of step {sign.step:,}" if sign is not None else ""
-        said = last_error(self._error_log(rank)) if status > 0 else ""
-        failure = Failure(rank, host_name(), -1, describe_status(status) + last_sign + said, time.time())
-        self._failure = str(self._channel.note_failure(failure))
+        heartbeat = self._health_store.heartbeats(rank + 1).get(rank)
+        last_heartbeat = f"; last heartbeat at step {heartbeat.step:,}" if heartbeat is not None else ""
+        reported = last_error(self._error_log(rank)) if status > 0 else ""
+        failure = RankFailure(rank, host_name(), -1, describe_status(status) + last_heartbeat + reported, time.time())
+        self._failure = str(self._health_store.note_failure(failure))
 
     def _error_log(self, rank: int) -> str | None:
-        """Return the file of what a rank of this host said on stderr."""
+        """Return the file of what a rank of this host printed on stderr."""
         local_rank = rank - self._worker_group.workers[0].global_rank
         path: str | None = getattr(self._pcontext, "stderrs", {}).get(local_rank)
         return path
 
-    def _tell_failure(self) -> None:
+    def _notify_failure(self) -> None:
         most = self._worker_group.spec.max_restarts
         if time.monotonic() - self._started_s > PROVEN_S:
             self._remaining_restarts = most
         if NO_RESTART_EXIT_CODE in self._exit_statuses().values():
-            self._channel.forbid_restart()
-        if self._channel.is_restart_forbidden() or NO_RESTART_EXIT_CODE in self._exit_statuses().values():
+            self._health_store.forbid_restart()
+        if self._health_store.is_restart_forbidden() or NO_RESTART_EXIT_CODE in self._exit_statuses().values():
             self._is_final, self._remaining_restarts = True, 0
         if self._remaining_restarts > 0:
-            say(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
+            notify(f"{self._failure}; restarting, restart {most - self._remaining_restarts + 1} of {most}")
 
     def _is_forbidden(self) -> bool:
         """Whether a mistake on another host ends the job; asked now and then."""
         if self._worker_group.group_world_size == 1 or time.monotonic() - self._asked_s < ASK_S:
             return False
         self._asked_s = time.monotonic()
-        return self._channel.is_restart_forbidden()
+        return self._health_store.is_restart_forbidden()
 
-    def _join_the_end(self) -> None:
-        """End this host's ranks, which may not have heard of the mistake of another."""
+    def _end_with_failed_host(self) -> None:
+        """End this host's ranks, which may not know of the mistake on another."""
         self._is_final, self._remaining_restarts = True, 0
-        self._failure = str(self._channel.first_failure() or "another host failed first")
-        self._wait_for_ranks(LAST_WORDS_S)
+        self._failure = str(self._health_store.first_failure() or "another host failed first")
+        self._wait_for_ranks(DRAIN_TIMEOUT_S)
         self._end_ranks(FAILED_GRACE_S)
 
-    def _leave_for_good(self) -> int:
-        self._exit_barrier_timeout = FAREWELL_S
+    def _exit_without_restart(self) -> int:
+        self._exit_barrier_timeout = EXIT_BARRIER_TIMEOUT_S
         self._exit_barrier()  # type: ignore[no-untyped-call]
         return NO_RESTART_EXIT_CODE
 
     def _status_after(self, number: signal.Signals) -> int:
         statuses = set(self._exit_statuses().values())
         if RESUME_EXIT_CODE in statuses or (self._were_saved and not statuses - {None}):
-            say("all ranks saved and left; start the job again to resume")
+            notify("all ranks saved and left; start the job again to resume")
             if not self._is_elastic:
-                self._exit_barrier_timeout = FAREWELL_S
+                self._exit_barrier_timeout = EXIT_BARRIER_TIMEOUT_S
                 self._exit_barrier()  # type: ignore[no-untyped-call]
             return RESUME_EXIT_CODE
-        say(f"told to end by {number.name}; {'all ranks were ended, without saving' if statuses else 'no rank ran'}")
+        notify(
+            f"asked to stop by {number.name}; {'all ranks were ended, without saving' if statuses else 'no rank ran'}"
+        )
         return 128 + number
 
     def _status_after_rendezvous_error(self, error: Exception) -> int:
@@ -324,14 +326,14 @@ class Agent(LocalElasticAgent):
             what = "another host's agent ended the job"
         else:
             what = str(error)
-        say(f"error: {self._failure + '; ' if self._failure else ''}{what}")
-        if self._is_final or self._channel.is_restart_forbidden():
-            return self._leave_for_good()
+        notify(f"error: {self._failure + '; ' if self._failure else ''}{what}")
+        if self._is_final or self._health_store.is_restart_forbidden():
+            return self._exit_without_restart()
         return RESUME_EXIT_CODE if self._were_saved else 1
 
 
 def describe_status(status: int) -> str:
-    """Say in words how a process ended; minus the signal that ended it, as subprocess has it."""
+    """Describe how a process ended; minus the signal that ended it, as subprocess has it."""
     if status >= 0:
         return f"exited with status {status}"
     name = signal.Signals(-status).name
@@ -339,10 +341,10 @@ def describe_status(status: int) -> str:
     return f"killed by {name}{why}"
 
 
-def say(message: str) -> None:
+def notify(message: str) -> None:
     """Print a line of the agent's own."""
     print(f"papilio: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    leave(main())  # threads may still wait for a store
+    exit_now(main())  # threads may still wait for a store

@@ -14,7 +14,7 @@ RESUME_EXIT_CODE = os.EX_TEMPFAIL
 NO_RESTART_EXIT_CODE = os.EX_CONFIG
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End this process, at once and with this status; all that must be closed has been.
 
     An interpreter that ends in order aborts (status -6) when a thread of gloo or of a store is still at work, as it may

@@ -1,4 +1,4 @@
-"""Preemption: SIGTERM says that the host will be taken; all ranks agree on the step after which they save and leave.
+"""Preemption: SIGTERM announces that the host will be taken; all ranks agree on the step after which they save.
 
 The handler only notes the time. Some times a second the ranks begin a tiny reduction after a step and read its result
 after the next: so all learn of the signal after the same step, and nobody waits for the answer. How many steps lie
@@ -28,7 +28,7 @@ __all__ = ["RESUME_EXIT_CODE", "Preemption", "watch_for_preemption"]
 
 
 class Preemption:
-    """Whether this job was told to end, and whether all its ranks know."""
+    """Whether this job was asked to stop, and whether all its ranks know."""
 
     def __init__(self, ranks: Ranks, group: dist.ProcessGroup | None) -> None:
         """`group` is a gloo group of all ranks and of nobody else's; None for a single rank."""
@@ -42,16 +42,16 @@ class Preemption:
         self.signal_unix_s: float | None = None
 
     def note_signal(self) -> None:
-        """Note that this process was told to end, now."""
+        """Note that this process was asked to stop, now."""
         if self.signal_unix_s is None:
             self.signal_unix_s = time.time()
 
     def is_agreed(self, step: int) -> bool:
-        """Return whether to save and leave after this step, the same on all ranks. Collective, after every step."""
+        """Return whether to save and exit after this step, the same on all ranks. Collective, after every step."""
         is_agreed = self.signal_unix_s is not None if self._group is None else self._take_answer()
         if is_agreed and self._ranks.is_first:
             when = "" if self.signal_unix_s is None else f" {time.time() - self.signal_unix_s:.1f} s ago"
-            print(f"told to end{when}: saving after step {step:,}, then leaving", flush=True)
+            print(f"asked to stop{when}: saving after step {step:,}, then exiting", flush=True)
         if not is_agreed and self._group is not None:
             self._ask_when_due(self._group)
         return is_agreed

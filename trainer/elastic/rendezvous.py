@@ -1,8 +1,8 @@
-"""Where the agents of a job meet: torch's c10d rendezvous, whose store may be silent for a while.
+"""Where the agents of a job meet: torch's c10d rendezvous, which tolerates outages of the store.
 
-Torch's own ends an agent, or lets it hang, as soon as the store does not answer. Here every question to the store has a
-limit and, after a silence, a new connection; ranks that are well go on meanwhile. A host that was silent itself takes
-its place again, or joins anew if the others went on without it.
+Torch's own ends an agent, or lets it hang, as soon as the store does not answer. Here every request to the store has a
+limit and, after an outage, a new connection; healthy ranks continue meanwhile. A host that was cut off itself takes its
+place again, or joins anew if the others continued without it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
 from papilio.trainer.elastic.addresses import is_loopback, is_own_address, own_address_towards
-from papilio.trainer.elastic.store import TELL_AFTER_S, Backend, StoreAddress, Tell, store_server
+from papilio.trainer.elastic.store import NOTIFY_AFTER_S, Backend, Notify, StoreAddress, store_server
 
 # How long an agent without ranks waits for a store that it has known.
 STORE_TIMEOUT_S = 30
@@ -57,7 +57,7 @@ class Times:
     keep_alive_attempts: int
 
     @property
-    def silence(self) -> int:
+    def lost_after(self) -> int:
         """After which a host counts as gone."""
         return self.keep_alive_interval * self.keep_alive_attempts
 
@@ -66,7 +66,7 @@ class OtherJobError(RendezvousError):
     """At the store another job runs under this one's name, or the hosts were started with different words."""
 
 
-def open_rendezvous(config: LaunchConfig, words: Sequence[str], tell: Tell) -> Rendezvous:
+def open_rendezvous(config: LaunchConfig, words: Sequence[str], notify: Notify) -> Rendezvous:
     """Reach the store of the job, or hold it where the endpoint is this host's, and return the place to meet.
 
     With the port 0 the store is held here, for a job of one host. `words` start a rank, on all hosts the same.
@@ -87,11 +87,11 @@ def open_rendezvous(config: LaunchConfig, words: Sequence[str], tell: Tell) -> R
     server = store_server(host, port, is_certain=is_host is not None) if _holds(host, is_host) else None
     address = StoreAddress(host, server.port if server is not None else port)
     backend = Backend(address, server)
-    backend.wait_for_store(times.join, tell)
+    backend.wait_for_store(times.join, notify)
     own = config.local_addr or _own_address(address)
 
     def meet(run_id: str) -> Rendezvous:
-        return Rendezvous.at(backend, run_id, (config.min_nodes, config.max_nodes), times, own, tell)
+        return Rendezvous.at(backend, run_id, (config.min_nodes, config.max_nodes), times, own, notify)
 
     # A store that outlives its jobs may know this name from one that has ended.
     names = (f"{config.run_id}.{attempt}" if attempt else config.run_id for attempt in count())
@@ -116,11 +116,11 @@ class _State(_BackendRendezvousStateHolder):
     _lenient_until_s = 0.0
 
     def _sanitize(self) -> None:
-        """Strike off the hosts that were silent; but who was cut off itself first gives the others time to speak."""
+        """Remove unresponsive hosts; but one that was cut off itself first gives the others time to send heartbeats."""
         window_s = (self._settings.keep_alive_interval * self._settings.keep_alive_max_attempt).total_seconds()
         now_s = time.monotonic()
         assert isinstance(self._backend, Backend)
-        if self._backend.silence_before_s > window_s:
+        if self._backend.unresponsive_before_s > window_s:
             self._lenient_until_s = now_s + window_s
         if now_s > self._lenient_until_s:
             super()._sanitize()
@@ -131,19 +131,19 @@ class Rendezvous(DynamicRendezvousHandler):
 
     _backend: Backend
     _times: Times
-    _tell: Tell
+    _notify: Notify
     _names: dict[int, str]
     _round = -1
     _rank = -1
     _size = 0
-    _has_told = False
-    # Whether the others have gone on without this host, so that its ranks wait in vain.
+    _has_notified = False
+    # Whether the others have continued without this host, so that its ranks wait for nothing.
     is_left_behind = False
     _missing: frozenset[str] = frozenset()
 
     @classmethod
     def at(
-        cls, backend: Backend, run_id: str, nodes: tuple[int, int], times: Times, address: str | None, tell: Tell
+        cls, backend: Backend, run_id: str, nodes: tuple[int, int], times: Times, address: str | None, notify: Notify
     ) -> Rendezvous:
         """Return this host's place in a job of so many hosts, at least and at most.
 
@@ -160,7 +160,7 @@ class Rendezvous(DynamicRendezvousHandler):
         backend.look_at(run_id)
         node = cls._node_desc_generator.generate(address)
         made = cls(node, settings, backend.name, backend.connection(), _State(backend, settings))
-        made._backend, made._times, made._tell, made._names = backend, times, tell, {}
+        made._backend, made._times, made._notify, made._names = backend, times, notify, {}
         return made
 
     @property
@@ -179,7 +179,7 @@ class Rendezvous(DynamicRendezvousHandler):
         there = self._write_first(key, "", mine)
         if there["words"] != list(words) and not self._has_hosts():
             time.sleep(LOOK_AGAIN_S)
-            if not self._has_hosts():  # what stands is of an earlier job
+            if not self._has_hosts():  # what is stored is of an earlier job
                 there = self._write_first(key, json.dumps(there), mine)
         if there["words"] != list(words):
             raise OtherJobError(
@@ -189,8 +189,8 @@ class Rendezvous(DynamicRendezvousHandler):
             )
 
     def _write_first(self, key: str, expected: str, value: str) -> dict[str, Any]:
-        standing: dict[str, Any] = json.loads(self._backend.call("compare_set", key, expected, value))
-        return standing
+        stored: dict[str, Any] = json.loads(self._backend.call("compare_set", key, expected, value))
+        return stored
 
     def _has_hosts(self) -> bool:
         self._state_holder.sync()
@@ -202,9 +202,9 @@ class Rendezvous(DynamicRendezvousHandler):
         Raises:
             RendezvousError: the job was ended, or too few hosts came in time, or the store did not come back.
         """
-        told = Timer(TELL_AFTER_S + self._times.last_call, self._tell_who_waits)
-        told.daemon = True
-        told.start()
+        notice = Timer(NOTIFY_AFTER_S + self._times.last_call, self._notify_waiting)
+        notice.daemon = True
+        notice.start()
         deadline_s = time.monotonic() + self._times.store
         try:
             while True:
@@ -216,11 +216,11 @@ class Rendezvous(DynamicRendezvousHandler):
                         f"{self._times.join} s; the same command must run on each of them"
                     ) from None
                 except (RendezvousConnectionError, dist.DistError):
-                    self._backend.wait_for_store(max(0.0, deadline_s - time.monotonic()), self._tell)
+                    self._backend.wait_for_store(max(0.0, deadline_s - time.monotonic()), self._notify)
                     if time.monotonic() > deadline_s:
                         raise
         finally:
-            told.cancel()
+            notice.cancel()
 
     def _meet(self) -> RendezvousInfo:
         self._store = self._backend.connection()
@@ -231,7 +231,7 @@ class Rendezvous(DynamicRendezvousHandler):
         return info
 
     def num_nodes_waiting(self) -> int:
-        """Return for how many hosts, this one included, the ranks must start again; 0 while the store is silent."""
+        """Return for how many hosts, this one included, the ranks must restart; 0 while the store does not answer."""
         try:
             with self._heartbeat_lock:
                 self._state_holder.sync()
@@ -242,25 +242,25 @@ class Rendezvous(DynamicRendezvousHandler):
                 has_moved_on = self._backend.has_lost_state or self.is_left_behind
                 waiting = len(state.wait_list) or int(has_moved_on)
         except RendezvousConnectionError:
-            if not self._has_told and time.monotonic() - self._backend.heard_s > TELL_AFTER_S:
-                self._has_told = True
-                self._tell(
-                    f"the store at {self.endpoint} does not answer ({self._backend.why_silent}); the ranks go on"
+            if not self._has_notified and time.monotonic() - self._backend.answered_s > NOTIFY_AFTER_S:
+                self._has_notified = True
+                self._notify(
+                    f"the store at {self.endpoint} does not answer ({self._backend.outage_reason}); the ranks continue"
                 )
             return 0
-        if self._has_told:
-            self._tell(f"the store at {self.endpoint} answers again")
-        self._has_told = False
+        if self._has_notified:
+            self._notify(f"the store at {self.endpoint} answers again")
+        self._has_notified = False
         if self.is_left_behind:
-            self._tell("the other hosts went on without this one; its ranks end, and it joins anew")
+            self._notify("the other hosts continued without this one; its ranks end, and it joins anew")
         elif has_moved_on:
-            self._tell(f"the store at {self.endpoint} is a new one; the ranks save, and the hosts join anew")
+            self._notify(f"the store at {self.endpoint} is a new one; the ranks save, and the hosts join anew")
         else:
-            self._tell_who_is_missing()
+            self._notify_missing()
         return waiting
 
     def _take_place_again(self) -> None:
-        """Write this host into the state again, from which others struck it off while it was silent."""
+        """Write this host into the state again, from which others removed it while it was cut off."""
         state = self._state_holder.state
         if state.complete and state.round == self._round and self._this_node not in state.participants:
             state.participants[self._this_node] = self._rank
@@ -280,21 +280,21 @@ class Rendezvous(DynamicRendezvousHandler):
     def _prefix(self) -> str:
         return f"torch.rendezvous.{self.get_run_id()}.{self._round}"
 
-    def _tell_who_is_missing(self) -> None:
-        """Name hosts that have fallen silent since the last time, and those that speak again."""
+    def _notify_missing(self) -> None:
+        """Report hosts that have become unresponsive since the last time, and those that are back."""
         present = set(self._state_holder.state.participants.values())
         missing = frozenset(self._names.get(rank, "unknown") for rank in range(self._size) if rank not in present)
         for name in sorted(missing - self._missing):
-            self._tell(f"host {name} has given no heartbeat for {self._times.silence} s; the ranks wait for it")
+            self._notify(f"host {name} has given no heartbeat for {self._times.lost_after} s; the ranks wait for it")
         for name in sorted(self._missing - missing):
-            self._tell(f"host {name} is there again")
+            self._notify(f"host {name} is there again")
         self._missing = missing
 
-    def _tell_who_waits(self) -> None:
+    def _notify_waiting(self) -> None:
         state = self._state_holder.state
         here = len(state.participants)
         if not state.complete and here < self.settings.min_nodes:
-            self._tell(
+            self._notify(
                 f"waiting up to {self._times.join} s for other hosts: {here} of {self.settings.min_nodes} are at "
                 f"{self.endpoint}"
             )

@@ -1,4 +1,4 @@
-"""The store of a rendezvous, and a connection to it that is replaced when it falls silent."""
+"""The store of a rendezvous, and a connection to it that is replaced when it stops answering."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
-# How long a question to the store may take. On a loaded host threads come late.
+# How long a request to the store may take. On a loaded host threads come late.
 ANSWER_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
 RETRY_S = 0.5
 # For what agents write for each other right after they met.
 READ_TIMEOUT_S = 60
-TELL_AFTER_S = 3.0
+NOTIFY_AFTER_S = 3.0
 # What a client of torch's store says first (TCPStore.cpp: "validate" with a magic number, "ping" with a nonce, which
-# comes back): to find out what listens at a port before torch's own client, which tries for a minute and says nothing.
+# comes back): to find out what listens at a port before torch's own client, which tries for a minute and logs nothing.
 NONCE = struct.pack("<I", 0x50_41_50_49)
 HELLO = struct.pack("<BIB", 0, 0x3C_85_F7_CE, 13) + NONCE
-# How long a program may take connections and say nothing before it is taken for none of ours: a tunnel or a proxy does
+# How long a program may accept connections without answering before it counts as another one: a tunnel or a proxy does
 # so until the store behind it is there.
 MUTE_S = 30.0
 LINE_TIMEOUT_S = 1.0
 MAX_HEARD_BYTES = 256
 MAX_SHOWN = 60
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def store_server(host: str, port: int, *, is_certain: bool = True) -> dist.TCPStore | None:
@@ -59,10 +59,10 @@ class ForeignListenerError(RendezvousError):
 
 
 @dataclass(frozen=True)
-class Silence:
+class NoStore:
     """Why there is no store at an address.
 
-    `is_open` says that something takes connections there, `is_foreign` that it spoke and is no store.
+    `is_open` means that something accepts connections there, `is_foreign` that it answered and is no store.
     """
 
     why: str
@@ -80,14 +80,14 @@ class StoreAddress:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def look(self) -> Silence | None:
+    def look(self) -> NoStore | None:
         """Ask what listens there for a number to come back; None for a store, else why it is none."""
         try:
             connection = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
         except OSError as error:
             if isinstance(error, TimeoutError):
-                return Silence("no answer")
-            return Silence((error.strerror or str(error)).lower())
+                return NoStore("no answer")
+            return NoStore((error.strerror or str(error)).lower())
         with connection:
             return _listen(connection)
 
@@ -97,7 +97,7 @@ class StoreAddress:
         return dist.TCPStore(self.host, self.port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def _listen(connection: socket.socket) -> Silence | None:
+def _listen(connection: socket.socket) -> NoStore | None:
     """Greet as a store's client does, then as one who wants a line of text, which many servers wait for."""
     heard = b""
     try:
@@ -111,15 +111,15 @@ def _listen(connection: socket.socket) -> Silence | None:
     except TimeoutError:
         heard += _answer_to_a_line(connection)
         if not heard:
-            return Silence("it takes connections and says nothing", is_open=True)
+            return NoStore("it takes connections and says nothing", is_open=True)
     except OSError:
         pass  # closed
     if heard == NONCE:
         return None
     if not heard:
-        return Silence("it closes every connection", is_open=True)
+        return NoStore("it closes every connection", is_open=True)
     text = heard.decode(errors="replace").partition("\n")[0].strip()[:MAX_SHOWN]
-    return Silence(f"it says {text!r}", is_open=True, is_foreign=True)
+    return NoStore(f"it says {text!r}", is_open=True, is_foreign=True)
 
 
 def _answer_to_a_line(connection: socket.socket) -> bytes:
@@ -138,24 +138,24 @@ class Backend(C10dRendezvousBackend):
         """`server` is the store itself, if this process holds it."""
         self.address = address
         self.has_lost_state = False
-        self.heard_s = time.monotonic()
-        self.silence_before_s = 0.0
-        self.why_silent = ""
+        self.answered_s = time.monotonic()
+        self.unresponsive_before_s = 0.0
+        self.outage_reason = ""
         self._server = server
         self._key = ""
         self.mute_s = MUTE_S
-        self._silence: Silence | None = None
+        self._no_store: NoStore | None = None
         self._open_since_s: float | None = None
         self._connection: dist.TCPStore | None = None
 
-    def wait_for_store(self, timeout_s: float, tell: Tell) -> None:
+    def wait_for_store(self, timeout_s: float, notify: Notify) -> None:
         """Return once the store answers.
 
         Raises:
             RendezvousConnectionError: it does not in time.
             ForeignListenerError: something else answers.
         """
-        deadline_s, begin_s, has_told = time.monotonic() + timeout_s, time.monotonic(), False
+        deadline_s, begin_s, has_notified = time.monotonic() + timeout_s, time.monotonic(), False
         while True:
             with contextlib.suppress(RendezvousConnectionError):
                 self.connection()
@@ -164,26 +164,26 @@ class Backend(C10dRendezvousBackend):
             self._refuse_another_program(now_s)
             if now_s > deadline_s:
                 raise RendezvousConnectionError(
-                    f"the store at {self.address} did not answer for {timeout_s:.0f} s ({self.why_silent}): is the job "
-                    "running on that host, or `papilio rendezvous`, and the port open?"
+                    f"the store at {self.address} did not answer for {timeout_s:.0f} s ({self.outage_reason}): is the "
+                    "job running on that host, or `papilio rendezvous`, and the port open?"
                 )
-            if not has_told and now_s - begin_s > TELL_AFTER_S:
-                has_told = True
-                tell(f"waiting up to {timeout_s:.0f} s for the store at {self.address}: {self.why_silent}")
+            if not has_notified and now_s - begin_s > NOTIFY_AFTER_S:
+                has_notified = True
+                notify(f"waiting up to {timeout_s:.0f} s for the store at {self.address}: {self.outage_reason}")
             time.sleep(RETRY_S)
 
     def _refuse_another_program(self, now_s: float) -> None:
         """Raise when what listens there is surely no store; one that was known may be suspended, or started anew."""
-        silence = self._silence
-        self._open_since_s = self._open_since_s if silence is not None and silence.is_open else None
-        if silence is None or not silence.is_open:
+        no_store = self._no_store
+        self._open_since_s = self._open_since_s if no_store is not None and no_store.is_open else None
+        if no_store is None or not no_store.is_open:
             return
         self._open_since_s = self._open_since_s or now_s
         is_known = bool(self._key)
-        if silence.is_foreign or (not is_known and now_s - self._open_since_s > self.mute_s):
+        if no_store.is_foreign or (not is_known and now_s - self._open_since_s > self.mute_s):
             raise ForeignListenerError(
-                f"what answers at {self.address} is not a Papilio rendezvous ({silence.why}): another program has that "
-                "port. End it, or let all hosts meet at another port (--rdzv-endpoint HOST:PORT; --rdzv_port on a "
+                f"what answers at {self.address} is not a Papilio rendezvous ({no_store.why}): another program has "
+                "that port. End it, or let all hosts meet at another port (--rdzv-endpoint HOST:PORT; --rdzv_port on a "
                 "scheduler)"
             )
 
@@ -193,12 +193,12 @@ class Backend(C10dRendezvousBackend):
         self._connection = None
 
     def connection(self) -> dist.TCPStore:
-        """Return a connection that has answered since it was last found silent."""
+        """Return a connection that has answered since it was last found unresponsive."""
         if self._connection is None:
-            self._silence = self.address.look()
-            if self._silence is not None:
-                self.why_silent = self._silence.why
-                raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.why_silent}")
+            self._no_store = self.address.look()
+            if self._no_store is not None:
+                self.outage_reason = self._no_store.why
+                raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.outage_reason}")
             self._connection = self._ask(self._open)
         return self._connection
 
@@ -223,7 +223,7 @@ class Backend(C10dRendezvousBackend):
         return self.call(store_op, *args)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Put a question in a thread that may be left behind: torch's have no limit of their own."""
+        """Send a request from a thread that may be abandoned: torch's calls have no limit of their own."""
         answers: list[Any] = []
         errors: list[Exception] = []
 
@@ -238,8 +238,8 @@ class Backend(C10dRendezvousBackend):
         thread.join(ANSWER_TIMEOUT_S)
         if not answers:
             self._connection = None
-            self.why_silent = "the connection broke" if errors else "no answer"
-            raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.why_silent}")
+            self.outage_reason = "the connection broke" if errors else "no answer"
+            raise RendezvousConnectionError(f"the store at {self.address} does not answer: {self.outage_reason}")
         now_s = time.monotonic()
-        self.silence_before_s, self.heard_s = now_s - self.heard_s, now_s
+        self.unresponsive_before_s, self.answered_s = now_s - self.answered_s, now_s
         return answers[0]

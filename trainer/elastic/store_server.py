@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from papilio.trainer.elastic.exit_codes import leave
+from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.elastic.store import store_server
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -40,4 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -2,7 +2,7 @@
 
 A path is a local one (plain or file://), s3://bucket/key, or has another scheme for which the application registered a
 handler with data_pipeline.paths.path_manager. A file is written whole or not at all, and an operation that fails for
-a passing reason is tried again; what fails for good is a StorageError. Nothing here imports torch.
+a transient reason is tried again; what fails for good is a StorageError. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write_text(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) 
 
 
 def write_ephemeral(path: str, text: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
-    """Write a text file that is soon written anew: whole or not at all, but not flushed to a local disk.
+    """Write a text file that is soon rewritten: whole or not at all, but not flushed to a local disk.
 
     Raises:
         StorageError: it failed for good.
@@ -147,7 +147,7 @@ def create_file(path: str, data: bytes, *, retries: RetryPolicy = DEFAULT_RETRIE
     if local is not None:
         return attempt("create", path, lambda: create_local(local, data), retries)
     if path.startswith(_S3):
-        from papilio.trainer.storage.s3_paths import create_object
+        from papilio.trainer.storage.s3 import create_object
 
         return create_object(path, data, retries)
     if exists(path, retries=retries):
@@ -216,7 +216,7 @@ def exists(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> bool:
 
 
 def file_size(path: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> int:
-    """Bytes of a file, as the storage says."""
+    """Bytes of a file, as the storage reports."""
     local = _local_path(path)
     if local is not None:
         return attempt("look at", path, lambda: os.stat(local).st_size, retries)
@@ -271,7 +271,7 @@ def require_writable(folder: str, *, retries: RetryPolicy = DEFAULT_RETRIES) -> 
 
 
 def free_bytes(folder: str) -> int | None:
-    """Bytes that can still be written to a folder, which need not exist yet; None where the storage does not say."""
+    """Bytes that can still be written to a folder, which need not exist yet; None where that is unknown."""
     local = _local_path(folder)
     return None if local is None else attempt("look at", folder, lambda: free_local_bytes(local))
 
@@ -295,7 +295,7 @@ def _local_path(path: str) -> str | None:
 
 def _register_s3(path: str) -> None:
     try:
-        from papilio.trainer.storage.s3_paths import S3Handler
+        from papilio.trainer.storage.s3 import S3Handler
     except ModuleNotFoundError as error:
         message = f'{path} needs boto3, which is not installed; run: pip install "papilio[s3]"'
         raise StorageError(message) from error

@@ -1,4 +1,4 @@
-"""Folders of work in progress: gone in the end whatever signal comes, and told apart from what a killed job left."""
+"""Folders of work in progress: removed in the end whatever signal comes, and distinct from what a killed job left."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class TryAgainError(OSError):
 
 
 @dataclass(frozen=True)
-class Failure:
+class StorageFailure:
     """What an exception of a storage means."""
 
     reason: str
@@ -90,7 +90,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after which pauses, an operation that failed for a passing reason is tried.
+    """How often, and after which pauses, an operation that failed for a transient reason is tried.
 
     The pauses double from `first_wait_s` to `max_wait_s`, each shortened at random by up to a half, so that the ranks
     of a job do not come back all at once. They come to half a minute at most with the values given here. `random` is
@@ -111,13 +111,13 @@ class RetryPolicy:
 DEFAULT_RETRIES = RetryPolicy()
 
 
-def explain_os_error(error: Exception) -> Failure | None:
+def explain_os_error(error: Exception) -> StorageFailure | None:
     """Say what an operating system's error means; None for an error that is not the storage's."""
     if not isinstance(error, OSError):
         return None
     is_transient = error.errno in TRANSIENT_ERRNOS or isinstance(error, TimeoutError | ConnectionError)
     fix = FIXES.get(error.errno or 0, "check the storage, or choose another folder")
-    return Failure(error.strerror or str(error), fix, is_transient, error.errno)
+    return StorageFailure(error.strerror or str(error), fix, is_transient, error.errno)
 
 
 def attempt(
@@ -125,9 +125,9 @@ def attempt(
     path: str,
     action: Callable[[], Result],
     retries: RetryPolicy = DEFAULT_RETRIES,
-    explain: Callable[[Exception], Failure | None] = explain_os_error,
+    explain: Callable[[Exception], StorageFailure | None] = explain_os_error,
 ) -> Result:
-    """Do it, again and again while it fails for passing reasons.
+    """Do it, again and again while it fails for transient reasons.
 
     Args:
         operation: A verb, for the error ("write").
@@ -146,7 +146,7 @@ def attempt(
             raise
         except Exception as error:
             failure = (
-                Failure(str(error), "check the storage", is_transient=True)
+                StorageFailure(str(error), "check the storage", is_transient=True)
                 if isinstance(error, TryAgainError)
                 else explain(error)
             )

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from papilio.launch.jobs.live_text import Ink, table, view_lines
-from papilio.trainer.elastic.health.live_view import CheckpointView, FindingView, LiveView, RankView
+from papilio.trainer.elastic.health.live_view import AlertView, CheckpointView, LiveView, RankView
 
 NOW = 1e9
 FINDING = (
@@ -45,7 +45,7 @@ def lines_of(view, width=80):
 
 
 def test_a_small_job_has_a_line_for_each_rank():
-    slow = FindingView(kind="dense", ranks=(3,), host="n1", text=FINDING)
+    slow = AlertView(kind="dense", ranks=(3,), host="n1", text=FINDING)
     ranks = [rank_of(0), rank_of(1), rank_of(2, wait_share=0.034), rank_of(3, dense_ms=21.0, silent_s=1.2)]
     assert lines_of(view_of(ranks, findings=(slow,))) == [
         "terabyte  running  step 1,240 of 4,960  |████            |  25%  3 min 06 s left",
@@ -127,7 +127,7 @@ def test_what_is_not_measured_yet_is_a_dash():
 
 
 def test_colors_change_no_letter():
-    view = view_of([rank_of(0)], findings=(FindingView(kind="dense", ranks=(0,), host="n0", text=FINDING),))
+    view = view_of([rank_of(0)], findings=(AlertView(kind="dense", ranks=(0,), host="n0", text=FINDING),))
     colored = view_lines(view, 80, NOW, Ink(has_colors=True))
     assert any("\x1b[33m" in line for line in colored)
     assert [re.sub("\x1b\\[\\d+m", "", line) for line in colored] == lines_of(view)

@@ -155,7 +155,7 @@ def test_the_first_error_is_that_after_the_last_restart() -> None:
 
 def test_what_a_rank_said_is_more_than_its_exit_status() -> None:
     errors = ErrorWatch()
-    exited = "rank 0 (host a) failed first: exited with status 78; its last sign was of step 0"
+    exited = "rank 0 (host a) failed first: exited with status 78; last heartbeat at step 0"
     errors.take(f"papilio: error: {exited}")
     assert errors.found == exited
     errors = ErrorWatch()

@@ -113,7 +113,7 @@ def test_ranks_that_do_not_save_in_time_are_ended(tmp_path: Path, start: Callabl
     pids = agent.rank_pids()
     agent.process.send_signal(signal.SIGTERM)
     assert agent.wait() == 128 + signal.SIGTERM
-    assert "papilio: told to end by SIGTERM; all ranks were ended, without saving" in agent.output
+    assert "papilio: asked to stop by SIGTERM; all ranks were ended, without saving" in agent.output
     assert not any(map(is_alive, pids))
 
 
@@ -136,7 +136,7 @@ def test_an_elastic_job_goes_on_without_a_host_that_is_lost(tmp_path: Path, star
     assert_in_order(
         one.output,
         "[0]:toy begins at step 0 on 2",
-        "went away without a word after step ",
+        "went away without reporting an error after step ",
         ": killed, or its host is gone; restarting, restart 1 of 3",
         "papilio: starting again on 1 rank",
         " on 1",

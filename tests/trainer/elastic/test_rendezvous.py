@@ -1,4 +1,4 @@
-"""The store of a rendezvous falls silent, or is another one than before."""
+"""The store of a rendezvous stops answering, or is another one than before."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ from papilio.trainer.elastic import agent
 from papilio.trainer.elastic import store as rendezvous_store
 from papilio.trainer.elastic.rendezvous import open_rendezvous
 from papilio.trainer.elastic.store import HELLO, Backend, ForeignListenerError, StoreAddress, store_server
-from tests.support.agents import free_port
+from tests.support.agents import free_port, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -54,12 +54,17 @@ def test_a_store_that_was_started_anew_makes_the_hosts_join_anew() -> None:
     rendezvous.next_rendezvous()
     assert rendezvous.num_nodes_waiting() == 0
     del server
-    while not said:
-        assert rendezvous.num_nodes_waiting() == 0, "the ranks are left alone"
-    assert said == [f"the store at localhost:{port} does not answer (connection refused); the ranks go on"]
+    num_waiting: list[int] = []
+
+    def is_reported() -> bool:
+        num_waiting.append(rendezvous.num_nodes_waiting())
+        return bool(said)
+
+    wait_until(is_reported, "the report of the outage")
+    assert not any(num_waiting), "the ranks are left alone"
+    assert said == [f"the store at localhost:{port} does not answer (connection refused); the ranks continue"]
     server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    while not rendezvous.num_nodes_waiting():
-        pass
+    wait_until(lambda: rendezvous.num_nodes_waiting() > 0, "the new store to be found")
     assert said[1:] == [
         f"the store at localhost:{port} answers again",
         f"the store at localhost:{port} is a new one; the ranks save, and the hosts join anew",

@@ -216,7 +216,7 @@ def test_a_handler_of_the_application_serves_its_scheme(tmp_path: Path) -> None:
 def test_no_torch_and_boto3_only_for_s3() -> None:
     code = (
         "import sys, papilio.trainer.storage.api; assert 'boto3' not in sys.modules\n"
-        "import papilio.trainer.storage.s3_paths; print(sorted({'torch', 'boto3'} & set(sys.modules)))"
+        "import papilio.trainer.storage.s3; print(sorted({'torch', 'boto3'} & set(sys.modules)))"
     )
     assert run_python(code).communicate()[0] == "['boto3']\n"
 

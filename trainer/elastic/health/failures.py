@@ -1,7 +1,7 @@
-"""Who failed first: told in every rank's log after an error, without any collective.
+"""Who failed first: logged by every rank after an error, without any collective.
 
 A rank that fails by itself notes so in the health store. A rank whose peer went away looks there for the cause, or
-names the ranks that give no more heartbeats.
+names the ranks whose heartbeats have stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import traceback
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.health_store import Failure, HealthStore, Sign, host_name, open_health_store
+from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
+from papilio.trainer.elastic.health.heartbeat import Heartbeat
 from papilio.trainer.process_group import Ranks
 
 # How long a rank that lost its peers waits for the cause: some beats, and for the agent to find the dead.
@@ -54,7 +55,7 @@ class LostRankError(RuntimeError):
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether an error says only that some other rank went away, and not why."""
+    """Whether an error reports only that some other rank went away, and not why."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -83,18 +84,18 @@ def note_early_failure(error: BaseException) -> bool:
     """Note that this rank failed, for those that wait for it to join the group, unless a cause is noted.
 
     Returns:
-        Whether it is news: False where another rank has noted the same words, and says them.
+        Whether it is news: False where another rank has noted the same error, and reports it.
     """
     rank, num_ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if num_ranks > 1 and not isinstance(error, LostRankError):
         text = format_with_place(error)
-        first = open_health_store().note_failure(Failure(rank, host_name(), -1, text, time.time()))
+        first = open_health_store().note_failure(RankFailure(rank, host_name(), -1, text, time.time()))
         return first.rank == rank or first.error != text
     return True
 
 
 def describe_join_failure(error: BaseException) -> str:
-    """Say why this rank could not join the others; what the first to fail has said itself is not said again."""
+    """Describe why this rank could not join the others; what the first to fail has logged is not repeated."""
     first = open_health_store().first_failure()
     if first is None:
         return f"this rank could not join the others: {one_line(error)}"
@@ -115,51 +116,53 @@ def last_error(path: str | None) -> str:
     return f": {found[-1][:MAX_ERROR_CHARACTERS]}" if found else ""
 
 
-def note_own_failure(error: BaseException, ranks: Ranks, step: int, channel: HealthStore) -> str | None:
+def note_own_failure(error: BaseException, ranks: Ranks, step: int, health_store: HealthStore) -> str | None:
     """Note that this rank failed by itself; return a line about another that did so first, for another reason."""
     text = format_with_place(error)
-    first = channel.note_failure(Failure(ranks.rank, host_name(), step, text, time.time()))
+    first = health_store.note_failure(RankFailure(ranks.rank, host_name(), step, text, time.time()))
     return None if first.rank == ranks.rank or first.error == text else str(first)
 
 
-def find_cause(ranks: Ranks, step: int, channel: HealthStore, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
+def find_cause(ranks: Ranks, step: int, health_store: HealthStore, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
     """After the loss of a peer, wait a little for the first failure's note, and return it as a line.
 
-    When there is none, name the ranks that fell silent, and note the first of them for the others.
+    When there is none, name the unresponsive ranks, and note the first of them for the others.
     """
-    before = channel.signs(ranks.world_size)
+    before = health_store.heartbeats(ranks.world_size)
     deadline_s = time.monotonic() + wait_s
     while time.monotonic() < deadline_s:
-        first = channel.first_failure()
+        first = health_store.first_failure()
         if first is not None:
             return str(first)
-        if not channel.is_answering:
+        if not health_store.is_answering:
             return (
                 f"rank {ranks.rank} lost the other ranks at step {step:,}, and the store that knows more does not "
                 "answer: the host of rank 0 or of the first agent is gone, or cannot be reached"
             )
         time.sleep(POLL_S)
-    return _note_silent_ranks(before, channel.signs(ranks.world_size), ranks, channel)
+    return _note_unresponsive_ranks(before, health_store.heartbeats(ranks.world_size), ranks, health_store)
 
 
-def _note_silent_ranks(before: dict[int, Sign], after: dict[int, Sign], ranks: Ranks, channel: HealthStore) -> str:
-    silent = silent_ranks(before, after, ranks.world_size)
-    if not silent:
-        return "all ranks give heartbeats, yet a connection between them broke: is the network between them sound?"
-    failures = [_silence_of(rank, after.get(rank)) for rank in silent]
-    channel.note_failure(failures[0])
+def _note_unresponsive_ranks(
+    before: dict[int, Heartbeat], after: dict[int, Heartbeat], ranks: Ranks, health_store: HealthStore
+) -> str:
+    unresponsive = unresponsive_ranks(before, after, ranks.world_size)
+    if not unresponsive:
+        return "all ranks give heartbeats, yet a connection between them broke: check the network between them"
+    failures = [_failure_of_unresponsive(rank, after.get(rank)) for rank in unresponsive]
+    health_store.note_failure(failures[0])
     return "; ".join(f"rank {failure.rank} (host {failure.host}) {failure.error}" for failure in failures)
 
 
-def _silence_of(rank: int, sign: Sign | None) -> Failure:
-    if sign is None:
-        return Failure(rank, "unknown", -1, "went away before it gave a heartbeat", time.time())
-    error = f"went away without a word after step {sign.step:,}: killed, or its host is gone"
-    return Failure(rank, sign.host, -1, error, time.time())
+def _failure_of_unresponsive(rank: int, heartbeat: Heartbeat | None) -> RankFailure:
+    if heartbeat is None:
+        return RankFailure(rank, "unknown", -1, "went away before it gave a heartbeat", time.time())
+    error = f"went away without reporting an error after step {heartbeat.step:,}: killed, or its host is gone"
+    return RankFailure(rank, heartbeat.host, -1, error, time.time())
 
 
-def silent_ranks(before: dict[int, Sign], after: dict[int, Sign], world_size: int) -> list[int]:
-    """Return the ranks that gave no new sign between two readings some seconds apart, and did not take their leave."""
+def unresponsive_ranks(before: dict[int, Heartbeat], after: dict[int, Heartbeat], world_size: int) -> list[int]:
+    """Return the ranks with no new heartbeat between two readings some seconds apart, nor a last one."""
     return [
         rank
         for rank in range(world_size)

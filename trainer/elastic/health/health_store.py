@@ -1,7 +1,7 @@
 """A store beside the process group, through which ranks learn of each other when collectives no longer work.
 
 Each rank writes its heartbeat there, and the first failure of the job is noted once, by the rank that failed or by
-the agent that found it dead. Nothing here is collective, and a store that does not answer is a store that is silent.
+the agent that found it dead. Nothing here is collective, and a store that does not answer counts as empty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.heartbeat import Heartbeat
 
 # A store on a host that vanished answers nothing, not even an error.
 ANSWER_TIMEOUT_S = 3.0
@@ -29,39 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A rank's heartbeat: where its training stands.
-
-    `count` grows with every sign; `num_collectives` is how many the rank has begun;
-    `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come;
-    `figures` are of its own work, once it trains.
-    """
-
-    rank: int
-    host: str
-    step: int
-    phase: str
-    num_collectives: int
-    count: int
-    idle_s: float
-    unix_s: float
-    has_left: bool = False
-    figures: RankFigures | None = None
-
-    @classmethod
-    def from_json(cls, text: bytes | str) -> Sign:
-        """Rebuild it from `to_json`'s result."""
-        tree = json.loads(text)
-        figures = tree.pop("figures", None)
-        return cls(**tree, figures=None if figures is None else RankFigures.from_dict(figures))
-
-    def to_json(self) -> str:
-        """Return it as text."""
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """The first failure of a job: which rank, where, at which step (-1: the error says), and one line of why."""
 
     rank: int
@@ -76,7 +44,7 @@ class Failure:
 
 
 class HealthStore:
-    """The signs and the first failure of one round of a job, in a store; without a store it is mute.
+    """The heartbeats and the first failure of one round of a job, in a store; without a store it holds nothing.
 
     Any method may be called from any thread. When the store fails to answer, a question is answered with nothing, and
     `is_answering` is False until it answers again.
@@ -86,58 +54,58 @@ class HealthStore:
         self._store = store
         self.is_answering = store is not None
 
-    def publish(self, sign: Sign) -> None:
-        """Write a rank's sign, in place of its last."""
-        self._ask(lambda store: store.set(_sign_key(sign.rank), sign.to_json()), None)
+    def publish(self, heartbeat: Heartbeat) -> None:
+        """Write a rank's heartbeat, in place of its last."""
+        self._ask(lambda store: store.set(_heartbeat_key(heartbeat.rank), heartbeat.to_json()), None)
 
-    def signs(self, world_size: int) -> dict[int, Sign]:
-        """Return the latest sign of every rank that ever gave one."""
+    def heartbeats(self, world_size: int) -> dict[int, Heartbeat]:
+        """Return the latest heartbeat of every rank that ever gave one."""
 
-        def read(store: dist.Store) -> dict[int, Sign]:
+        def read(store: dist.Store) -> dict[int, Heartbeat]:
             known = list(range(world_size))
-            if not store.check([_sign_key(rank) for rank in known]):  # one question, where all are there
-                known = [rank for rank in known if store.check([_sign_key(rank)])]
-            found = store.multi_get([_sign_key(rank) for rank in known]) if known else []
-            return {rank: Sign.from_json(value) for rank, value in zip(known, found, strict=True)}
+            if not store.check([_heartbeat_key(rank) for rank in known]):  # one question, where all are there
+                known = [rank for rank in known if store.check([_heartbeat_key(rank)])]
+            found = store.multi_get([_heartbeat_key(rank) for rank in known]) if known else []
+            return {rank: Heartbeat.from_json(value) for rank, value in zip(known, found, strict=True)}
 
         return self._ask(read, {})
 
-    def note_failure(self, failure: Failure) -> Failure:
-        """Note a failure unless one has been noted before; return the one that stands."""
+    def note_failure(self, failure: RankFailure) -> RankFailure:
+        """Note a failure unless one has been noted before; return the one that is stored."""
         text = json.dumps(asdict(failure))
-        standing = self._ask(lambda store: store.compare_set(FAILURE_KEY, "", text), text.encode())
-        return Failure(**json.loads(standing))
+        stored = self._ask(lambda store: store.compare_set(FAILURE_KEY, "", text), text.encode())
+        return RankFailure(**json.loads(stored))
 
-    def first_failure(self) -> Failure | None:
+    def first_failure(self) -> RankFailure | None:
         """Return the failure that was noted first, if any was."""
 
-        def read(store: dist.Store) -> Failure | None:
-            return Failure(**json.loads(store.get(FAILURE_KEY))) if store.check([FAILURE_KEY]) else None
+        def read(store: dist.Store) -> RankFailure | None:
+            return RankFailure(**json.loads(store.get(FAILURE_KEY))) if store.check([FAILURE_KEY]) else None
 
         return self._ask(read, None)
 
     def forbid_restart(self) -> None:
-        """Let all agents know that what went wrong would go wrong again."""
+        """Tell all agents that the failure would repeat, so that none restarts the job."""
         self._ask(lambda store: store.set(NO_RESTART_KEY, "1"), None)
 
     def is_restart_forbidden(self) -> bool:
-        """Return whether any agent has said so."""
+        """Return whether any agent has called `forbid_restart`."""
         return self._ask(lambda store: store.check([NO_RESTART_KEY]), False)
 
-    def forget(self, world_size: int) -> None:
-        """Delete what an earlier round may have left under the same name."""
+    def purge(self, world_size: int) -> None:
+        """Delete what an earlier round may have written under the same name."""
 
         def delete(store: dist.Store) -> None:
-            for key in (FAILURE_KEY, NO_RESTART_KEY, *(_sign_key(rank) for rank in range(world_size))):
+            for key in (FAILURE_KEY, NO_RESTART_KEY, *(_heartbeat_key(rank) for rank in range(world_size))):
                 store.delete_key(key)
 
         self._ask(delete, None)
 
-    def _ask(self, question: Callable[[dist.Store], T], silence: T) -> T:
+    def _ask(self, question: Callable[[dist.Store], T], default: T) -> T:
         """Put a question to the store in a thread that may be left behind, and wait for the answer a few seconds."""
         store = self._store
         if store is None:
-            return silence
+            return default
         answers: list[T] = []
 
         def put() -> None:
@@ -148,11 +116,12 @@ class HealthStore:
         thread.start()
         thread.join(ANSWER_TIMEOUT_S)
         self.is_answering = bool(answers)
-        return answers[0] if answers else silence
+        return answers[0] if answers else default
 
 
 def open_health_store(environment: Mapping[str, str] = os.environ) -> HealthStore:
-    """Reach the store of the job that torchrun's variables describe; without them, or in vain, a mute channel.
+    """Reach the store of the job that torchrun's variables describe; without them, or if
+    it does not answer, one that holds nothing.
 
     Under our agent that is the store of the rendezvous, which lives in the first agent and outlives the ranks. Under
     plain torchrun it is the one of the process group, which may live in rank 0.
@@ -185,5 +154,5 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def _sign_key(rank: int) -> str:
-    return f"sign/{rank}"
+def _heartbeat_key(rank: int) -> str:
+    return f"heartbeat/{rank}"

@@ -1,4 +1,4 @@
-"""What keeps one rank's failure from becoming everyone's riddle: heartbeats, a watchdog, and the first failure told.
+"""The entry point of a rank's health: heartbeats, a watchdog, and on every rank the cause of the first failure.
 
 Used around a job, inside its process group:
 
@@ -25,8 +25,8 @@ from papilio.trainer.elastic.health.failures import (
     one_line,
 )
 from papilio.trainer.elastic.health.health_store import HealthStore, open_health_store
+from papilio.trainer.elastic.health.heartbeat import RankFigures
 from papilio.trainer.elastic.health.live_writer import LiveWriter, Run
-from papilio.trainer.elastic.health.rank_figures import RankFigures
 from papilio.trainer.elastic.health.watchdog import Watchdog
 from papilio.trainer.process_group import Ranks
 
@@ -35,17 +35,17 @@ EXIT_TIMEOUT_S = 10.0
 
 
 class JobHealth:
-    """What the training tells of itself."""
+    """What the training reports of itself."""
 
-    def __init__(self, watchdog: Watchdog | None = None, channel: HealthStore | None = None) -> None:
-        """Without a watchdog nobody listens."""
+    def __init__(self, watchdog: Watchdog | None = None, health_store: HealthStore | None = None) -> None:
+        """Without a watchdog the reports go nowhere."""
         self._watchdog = watchdog
-        self._channel = channel
+        self._health_store = health_store
         self._writer: LiveWriter | None = None
         self.is_saved = False
 
     def mark(self, step: int, phase: str = "training") -> None:
-        """Say that this rank moves; costs a fraction of a microsecond.
+        """Note that this rank makes progress; costs a fraction of a microsecond.
 
         To be called after every step, and in long work without collectives (reading, planning, saving) at least every
         few minutes. Collectives count as moves by themselves.
@@ -54,21 +54,21 @@ class JobHealth:
             self._watchdog.mark(step, phase)
 
     def show(self, figures: Callable[[], RankFigures], run: Run | None) -> None:
-        """Put this rank's figures into its signs; with `run`, on one rank, write the view of all ranks too."""
-        if self._watchdog is None or self._channel is None:
+        """Put this rank's figures into its heartbeats; with `run`, on one rank, write the view of all ranks too."""
+        if self._watchdog is None or self._health_store is None:
             return
         if run is not None:
-            self._writer = LiveWriter(run, self._channel, self._watchdog.sign)
+            self._writer = LiveWriter(run, self._health_store, self._watchdog.heartbeat)
             self._writer.start()
         self._watchdog.show(figures, self._close_with)
 
-    def remark(self) -> str:
-        """Return what of the other ranks is worth a word in the progress line; mostly nothing."""
-        return "" if self._writer is None else self._writer.remark()
+    def progress_note(self) -> str:
+        """Return what of the other ranks is worth showing in the progress line; mostly nothing."""
+        return "" if self._writer is None else self._writer.progress_note()
 
     def close(self, error: Exception | None) -> None:
         """End the view with how the job ended."""
-        if self._writer is None or self._channel is None:
+        if self._writer is None or self._health_store is None:
             return
         if error is None:
             self._writer.close("saved" if self.is_saved else "done")
@@ -76,7 +76,7 @@ class JobHealth:
             self._close_with(one_line(error))
 
     def _close_with(self, line: str) -> None:
-        first = self._channel.first_failure() if self._channel is not None else None
+        first = self._health_store.first_failure() if self._health_store is not None else None
         if self._writer is not None:
             self._writer.close("failed", line if first is None else str(first))
 
@@ -85,26 +85,26 @@ class JobHealth:
 def job_health(
     ranks: Ranks,
     stall_timeout_s: float,
-    channel: HealthStore | None = None,
+    health_store: HealthStore | None = None,
     exit_timeout_s: float | None = EXIT_TIMEOUT_S,
 ) -> Iterator[JobHealth]:
-    """Watch this rank while the block runs; after an error say who failed first, and run no collective.
+    """Watch this rank while the block runs; after an error report who failed first, and run no collective.
 
     Should the process then not end within `exit_timeout_s`, it is ended; None, for a process that means to live on.
 
     Raises:
         LostRankError: a collective failed because of another rank; in place of the collective's own error.
     """
-    channel = open_health_store() if channel is None else channel
-    watchdog = Watchdog(ranks, stall_timeout_s, channel)
+    health_store = open_health_store() if health_store is None else health_store
+    watchdog = Watchdog(ranks, stall_timeout_s, health_store)
     watchdog.start()
-    health = JobHealth(watchdog, channel)
+    health = JobHealth(watchdog, health_store)
     try:
         yield health
         health.close(None)
     except Exception as error:
         with _without_sigterm():
-            lost = _report(error, ranks, watchdog, channel, exit_timeout_s)
+            lost = _report(error, ranks, watchdog, health_store, exit_timeout_s)
             health.close(lost or error)
         if lost is not None:
             raise lost from error
@@ -114,9 +114,9 @@ def job_health(
 
 
 def _report(
-    error: Exception, ranks: Ranks, watchdog: Watchdog, channel: HealthStore, exit_timeout_s: float | None
+    error: Exception, ranks: Ranks, watchdog: Watchdog, health_store: HealthStore, exit_timeout_s: float | None
 ) -> LostRankError | None:
-    """Tell and note what happened; return what to raise in place of the error, if that is another rank's."""
+    """Log and note what happened; return what to raise in place of the error, if that is another rank's."""
     if exit_timeout_s is not None:
         timer = threading.Timer(exit_timeout_s + WAIT_FOR_CAUSE_S, os._exit, [1])
         timer.daemon = True
@@ -124,8 +124,8 @@ def _report(
     if ranks.world_size == 1:
         return None
     if is_loss_of_a_peer(error):
-        return LostRankError(find_cause(ranks, watchdog.step, channel))
-    line = note_own_failure(error, ranks, watchdog.step, channel)
+        return LostRankError(find_cause(ranks, watchdog.step, health_store))
+    line = note_own_failure(error, ranks, watchdog.step, health_store)
     if line is not None:
         print(f"papilio: {line}", file=sys.stderr, flush=True)
     return None
@@ -133,7 +133,7 @@ def _report(
 
 @contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """Ignore SIGTERM: the agent ends a host's other ranks after the first, and this one has something to say."""
+    """Ignore SIGTERM: the agent ends a host's other ranks after the first, and this one has its error to report."""
     is_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if is_main_thread else None
     try:

@@ -12,7 +12,7 @@ from papilio.trainer.storage.api import exists, read_json
 
 LIVE = "live.json"
 LIVE_FORMAT_VERSION = 1
-# A view that was to be written anew so many times ago, and was not, is old: its job stands, or was killed.
+# A view that was to be rewritten so many times ago, and was not, is old: its job hangs, or was killed.
 STALE_AFTER_INTERVALS = 3
 # Beyond that, for writing, and for clocks of hosts that differ.
 STALE_MARGIN_S = 5.0
@@ -24,7 +24,7 @@ JobState = Literal["running", "done", "saved", "failed"]
 
 
 class LiveViewError(ValueError):
-    """There is no view to show; the message says why."""
+    """There is no view to show; the message gives the reason."""
 
 
 class _Section(BaseModel):
@@ -36,7 +36,7 @@ class RankView(_Section):
 
     Attributes:
         wait_share: of its latest training time, waited for data.
-        silent_s: since it gave the latest heartbeat that rank 0 has read.
+        silent_s: since the latest heartbeat that rank 0 has read; the key is part of format version 1.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class RankView(_Section):
     silent_s: float = 0.0
 
 
-class FindingView(_Section):
+class AlertView(_Section):
     """Why everyone waits, and for which ranks; or of kind "model", what is wrong with what it learns."""
 
     kind: str
@@ -74,6 +74,7 @@ class LiveView(_Section):
         step_ms: latest training step, data wait included; `samples_per_s` likewise, over all ranks.
         epoch: the one being read, from 1, and `epoch_share` of it that was trained.
         error: what ended the job: the first failure, with its rank and host.
+        findings: active alerts, under the key that format version 1 gave them.
     """
 
     format_version: int = LIVE_FORMAT_VERSION
@@ -95,7 +96,7 @@ class LiveView(_Section):
     validation_auc: float | None = None
     checkpoint: CheckpointView | None = None
     ranks: tuple[RankView, ...] = ()
-    findings: tuple[FindingView, ...] = ()
+    findings: tuple[AlertView, ...] = ()
 
     def own_ms(self, rank: RankView) -> float:
         """Return what a rank does of a step without the others, as far as it is measured."""
@@ -112,7 +113,7 @@ class LiveView(_Section):
         return max(0.0, (time.time() if now_unix_s is None else now_unix_s) - self.unix_s)
 
     def is_stale(self, now_unix_s: float | None = None) -> bool:
-        """Whether its job says that it runs and yet does not write."""
+        """Whether its job is marked as running and yet does not write."""
         longest_s = STALE_AFTER_INTERVALS * self.interval_s + STALE_MARGIN_S
         return self.state == "running" and self.age_s(now_unix_s) > longest_s
 

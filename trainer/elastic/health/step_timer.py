@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.heartbeat import RankFigures
 
 # Some 0.1 ms of hooks and medians each time, thus 0.03 % of a step whatever its length (benchmarks/live_view.py).
 TIMED_EVERY_S = 0.25

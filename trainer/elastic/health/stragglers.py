@@ -1,6 +1,6 @@
-"""Which rank the others wait for, and why: told once when it has been so for a while, and once when it is over.
+"""Which rank the others wait for, and why: reported once when it has been so for a while, and once when it is over.
 
-Ranks are held against each other in windows of some seconds, by medians. A finding needs several windows in a row and a
+Ranks are held against each other in windows of some seconds, by medians. An alert needs several windows in a row and a
 difference that a step would feel; it ends below a lower threshold, again after several windows. No torch.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.heartbeat import RankFigures
 
 Kind = Literal["dense", "lookups", "data", "all_data"]
 
@@ -19,7 +19,7 @@ WINDOW_S = 5.0
 NUM_WINDOWS = 4
 # A rank's medians are over fewer steps at the beginning.
 MIN_TIMED = 8
-# How many times the others' time; where a finding begins, and where it ends.
+# How many times the others' time; where an alert begins, and where it ends.
 BEGINS_AT, ENDS_AT = 1.5, 1.25
 # Forward is a third of the work: so much more of it makes a step longer by some 9 %.
 MIN_SHARE_OF_STEP = 0.03
@@ -39,7 +39,7 @@ class RankState:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Alert:
     """Why everyone waits: `ranks` of one host, none for `all_data`; the text is for people."""
 
     kind: Kind
@@ -59,28 +59,28 @@ class _Measured:
 
 
 @dataclass
-class _Suspicion:
-    """How many windows in a row spoke for a finding, or, once it stands, against it."""
+class _AlertState:
+    """How many windows in a row met the condition to begin the alert or, once active, to end it."""
 
-    stands: bool = False
+    is_active: bool = False
     num_windows: int = 0
     own: float = 0.0
     others: float = 0.0
 
 
 @dataclass
-class Judge:
-    """Takes in the ranks' figures as they come; `findings` are those that stand."""
+class StragglerDetector:
+    """Takes in the ranks' figures as they come; `alerts` are the active ones."""
 
     window_s: float = WINDOW_S
     num_windows: int = NUM_WINDOWS
-    findings: tuple[Finding, ...] = ()
+    alerts: tuple[Alert, ...] = ()
     _before: dict[int, RankState] = field(default_factory=dict)
     _before_s: float | None = None
-    _suspicions: dict[tuple[Kind, int], _Suspicion] = field(default_factory=dict)
+    _states: dict[tuple[Kind, int], _AlertState] = field(default_factory=dict)
 
     def look(self, states: Mapping[int, RankState], now_s: float) -> list[str]:
-        """Take in what all ranks say now; return what is new, a sentence each: findings that begin or end."""
+        """Take in what all ranks report now; return what is new, a sentence each: alerts that begin or end."""
         if self._before_s is not None and now_s - self._before_s < self.window_s:
             return []
         before, self._before, self._before_s = self._before, dict(states), now_s
@@ -90,19 +90,19 @@ class Judge:
         began: list[tuple[Kind, int]] = []
         ended: list[tuple[Kind, int]] = []
         for kind, rank, own, others, is_begin, is_end in _comparisons(measured):
-            suspicion = self._suspicions.setdefault((kind, rank), _Suspicion())
-            suspicion.own, suspicion.others = own, others
-            speaks = is_end if suspicion.stands else is_begin
-            suspicion.num_windows = suspicion.num_windows + 1 if speaks else 0
-            if suspicion.num_windows >= self.num_windows:
-                suspicion.stands, suspicion.num_windows = not suspicion.stands, 0
-                (began if suspicion.stands else ended).append((kind, rank))
-        self.findings = tuple(_told(self._standing(), states))
-        new = [finding.text for finding in _told({key: self._suspicions[key] for key in began}, states)]
+            alert_state = self._states.setdefault((kind, rank), _AlertState())
+            alert_state.own, alert_state.others = own, others
+            is_met = is_end if alert_state.is_active else is_begin
+            alert_state.num_windows = alert_state.num_windows + 1 if is_met else 0
+            if alert_state.num_windows >= self.num_windows:
+                alert_state.is_active, alert_state.num_windows = not alert_state.is_active, 0
+                (began if alert_state.is_active else ended).append((kind, rank))
+        self.alerts = tuple(_alerts(self._active(), states))
+        new = [alert.text for alert in _alerts({key: self._states[key] for key in began}, states)]
         return new + [_format_end(kind, rank, states) for kind, rank in ended]
 
-    def _standing(self) -> dict[tuple[Kind, int], _Suspicion]:
-        return {key: suspicion for key, suspicion in self._suspicions.items() if suspicion.stands}
+    def _active(self) -> dict[tuple[Kind, int], _AlertState]:
+        return {key: alert_state for key, alert_state in self._states.items() if alert_state.is_active}
 
 
 def _measure(before: Mapping[int, RankState], now: Mapping[int, RankState]) -> dict[int, _Measured]:
@@ -168,8 +168,8 @@ def _others_mean(values: Sequence[float]) -> list[float]:
     return [(total - value) / (len(values) - 1) for value in values]
 
 
-def _told(found: Mapping[tuple[Kind, int], _Suspicion], states: Mapping[int, RankState]) -> Iterator[Finding]:
-    """Tell findings, those of one kind on one host together."""
+def _alerts(found: Mapping[tuple[Kind, int], _AlertState], states: Mapping[int, RankState]) -> Iterator[Alert]:
+    """Format alerts, those of one kind on one host together."""
     grouped: dict[tuple[Kind, str], list[int]] = {}
     for kind, rank in sorted(found):
         grouped.setdefault((kind, states[rank].host if rank in states else ""), []).append(rank)
@@ -177,11 +177,11 @@ def _told(found: Mapping[tuple[Kind, int], _Suspicion], states: Mapping[int, Ran
         own = statistics.median(found[kind, rank].own for rank in ranks)
         others = statistics.median(found[kind, rank].others for rank in ranks)
         if kind == "all_data":
-            yield Finding(kind, (), "", _format_all_data(own))
+            yield Alert(kind, (), "", _format_all_data(own))
             continue
-        text = _TELLERS[kind](describe_on(ranks, host), len(ranks) > 1, own, others)
+        text = _FORMATS[kind](describe_on(ranks, host), len(ranks) > 1, own, others)
         tables = _tables(states[ranks[0]].figures) if kind == "lookups" else ""
-        yield Finding(kind, tuple(ranks), host, f"{text}{tables}; {_FIXES[kind]}")
+        yield Alert(kind, tuple(ranks), host, f"{text}{tables}; {_FIXES[kind]}")
 
 
 def _format_dense(who: str, is_many: bool, own: float, others: float) -> str:
@@ -210,7 +210,7 @@ def _format_all_data(share: float) -> str:
     )
 
 
-_TELLERS = {"dense": _format_dense, "lookups": _format_lookups, "data": _format_data}
+_FORMATS = {"dense": _format_dense, "lookups": _format_lookups, "data": _format_data}
 _FIXES = {
     "dense": "look there for other processes, clocks, temperature",
     "lookups": "`papilio calibrate` and plan anew, or give sharding.constraints",
@@ -226,8 +226,8 @@ def _format_end(kind: Kind, rank: int, states: Mapping[int, RankState]) -> str:
 
 
 def _tables(figures: RankFigures) -> str:
-    told = ", ".join(f"{name} ({share:.0%})" for name, share in figures.tables if share >= 0.01)
-    return f"; most bytes are read from {told}" if told else ""
+    shares = ", ".join(f"{name} ({share:.0%})" for name, share in figures.tables if share >= 0.01)
+    return f"; most bytes are read from {shares}" if shares else ""
 
 
 def describe_on(ranks: Sequence[int], host: str) -> str:

@@ -20,10 +20,10 @@ from papilio.trainer.elastic.health.failures import (
     note_own_failure,
     one_line,
 )
-from papilio.trainer.elastic.health.health_store import Failure, HealthStore, open_health_store
+from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, open_health_store
 from papilio.trainer.process_group import Ranks
 from tests.support.agents import REPOSITORY, AgentProcess
-from tests.support.signs import sign_of
+from tests.support.heartbeats import heartbeat_of
 
 GLOO_CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29853."
 
@@ -58,8 +58,8 @@ def test_an_error_is_told_with_the_line_of_the_user_that_it_came_from() -> None:
         json.loads("{")
     line = test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__code__.co_firstlineno
     place = f"in {test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__name__})"
-    assert format_with_place(caught.value).endswith(f" (trainer/test_failures.py:{line + 2}, {place}")
-    assert format_with_place(deep.value).endswith(f" (trainer/test_failures.py:{line + 4}, {place}")
+    assert format_with_place(caught.value).endswith(f" (health/test_failures.py:{line + 2}, {place}")
+    assert format_with_place(deep.value).endswith(f" (health/test_failures.py:{line + 4}, {place}")
 
 
 def test_an_error_of_ours_says_enough_by_itself() -> None:
@@ -102,7 +102,7 @@ def test_the_last_error_of_a_log(tmp_path: Path, log: str, expected: str) -> Non
 
 
 @pytest.fixture
-def channel(tmp_path: Path) -> HealthStore:
+def health_store(tmp_path: Path) -> HealthStore:
     return HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
 
 
@@ -111,60 +111,60 @@ def rank_of(rank: int, world_size: int = 3) -> Ranks:
     return Ranks(rank, world_size, rank, world_size, torch.device("cpu"), None)
 
 
-def test_a_second_failure_tells_of_the_first_unless_it_is_the_same(channel: HealthStore) -> None:
-    assert note_own_failure(ValueError("bad batch"), rank_of(2), 120, channel) is None
-    assert note_own_failure(ValueError("bad batch"), rank_of(0), 120, channel) is None
-    told = note_own_failure(OSError("disk full"), rank_of(1), 121, channel)
+def test_a_second_failure_tells_of_the_first_unless_it_is_the_same(health_store: HealthStore) -> None:
+    assert note_own_failure(ValueError("bad batch"), rank_of(2), 120, health_store) is None
+    assert note_own_failure(ValueError("bad batch"), rank_of(0), 120, health_store) is None
+    told = note_own_failure(OSError("disk full"), rank_of(1), 121, health_store)
     assert told.startswith("rank 2 (host ")
     assert told.endswith(") failed first, at step 120: ValueError: bad batch")
 
 
-def test_the_cause_is_waited_for(channel: HealthStore) -> None:
-    failure = Failure(2, "h", 120, "ValueError: bad batch", 0.0)
-    timer = threading.Timer(0.3, channel.note_failure, [failure])
+def test_the_cause_is_waited_for(health_store: HealthStore) -> None:
+    failure = RankFailure(2, "h", 120, "ValueError: bad batch", 0.0)
+    timer = threading.Timer(0.3, health_store.note_failure, [failure])
     timer.start()
-    found = find_cause(rank_of(0), 120, channel, wait_s=30)
+    found = find_cause(rank_of(0), 120, health_store, wait_s=30)
     timer.join()
     assert found == "rank 2 (host h) failed first, at step 120: ValueError: bad batch"
 
 
-def beat_until(ended: threading.Event, channel: HealthStore, rank: int) -> None:
+def beat_until(ended: threading.Event, health_store: HealthStore, rank: int) -> None:
     count = 10
     while not ended.wait(0.05):
         count += 1
-        channel.publish(sign_of(rank, 120, count=count))
+        health_store.publish(heartbeat_of(rank, 120, count=count))
 
 
-def find_cause_among_living(channel: HealthStore, *living: int) -> str:
+def find_cause_among_living(health_store: HealthStore, *living: int) -> str:
     ended = threading.Event()
-    threads = [threading.Thread(target=beat_until, args=(ended, channel, rank)) for rank in living]
+    threads = [threading.Thread(target=beat_until, args=(ended, health_store, rank)) for rank in living]
     for thread in threads:
         thread.start()
-    found = find_cause(rank_of(0), 120, channel, wait_s=1)
+    found = find_cause(rank_of(0), 120, health_store, wait_s=1)
     ended.set()
     for thread in threads:
         thread.join()
     return found
 
 
-def test_without_a_note_the_silent_rank_is_named(channel: HealthStore) -> None:
+def test_without_a_note_the_silent_rank_is_named(health_store: HealthStore) -> None:
     for rank in range(3):
-        channel.publish(sign_of(rank, 119))
-    expected = "(host host-1) went away without a word after step 119: killed, or its host is gone"
-    assert find_cause_among_living(channel, 0, 2) == f"rank 1 {expected}"
+        health_store.publish(heartbeat_of(rank, 119))
+    expected = "(host host-1) went away without reporting an error after step 119: killed, or its host is gone"
+    assert find_cause_among_living(health_store, 0, 2) == f"rank 1 {expected}"
     # The next rank that looks finds it noted.
-    assert find_cause(rank_of(2), 120, channel, wait_s=0.2).endswith("killed, or its host is gone")
+    assert find_cause(rank_of(2), 120, health_store, wait_s=0.2).endswith("killed, or its host is gone")
 
 
-def test_a_rank_that_took_its_leave_or_never_came_is_told_apart(channel: HealthStore) -> None:
-    channel.publish(sign_of(1, 119, has_left=True))
-    assert find_cause_among_living(channel, 0) == "rank 2 (host unknown) went away before it gave a heartbeat"
+def test_a_rank_that_took_its_leave_or_never_came_is_told_apart(health_store: HealthStore) -> None:
+    health_store.publish(heartbeat_of(1, 119, has_left=True))
+    assert find_cause_among_living(health_store, 0) == "rank 2 (host unknown) went away before it gave a heartbeat"
 
 
-def test_when_all_live_the_network_is_suspected(channel: HealthStore) -> None:
+def test_when_all_live_the_network_is_suspected(health_store: HealthStore) -> None:
     for rank in range(3):
-        channel.publish(sign_of(rank, 119))
-    assert "all ranks give heartbeats, yet a connection" in find_cause_among_living(channel, 0, 1, 2)
+        health_store.publish(heartbeat_of(rank, 119))
+    assert "all ranks give heartbeats, yet a connection" in find_cause_among_living(health_store, 0, 1, 2)
 
 
 def test_a_store_that_is_gone_is_no_riddle() -> None:
@@ -179,7 +179,7 @@ def test_under_plain_torchrun_a_killed_rank_is_found_by_its_silence(tmp_path: Pa
         assert agent.wait() == 1
         found = [line for line in agent.output.splitlines() if line.startswith("[0]:toy: error: rank 1 (host ")]
         assert len(found) == 1, agent.output
-        assert "went away without a word after step " in found[0]
+        assert "went away without reporting an error after step " in found[0]
     finally:
         agent.kill()
 

@@ -3,34 +3,34 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from papilio.trainer.elastic.health.health_store import Failure, HealthStore, open_health_store
-from papilio.trainer.elastic.health.rank_figures import RankFigures
-from tests.support.signs import sign_of
+from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, open_health_store
+from papilio.trainer.elastic.health.heartbeat import RankFigures
+from tests.support.heartbeats import heartbeat_of
 
 
-def failure_of(rank: int) -> Failure:
-    return Failure(rank, f"host-{rank}", 1_200 + rank, f"ValueError: {rank}", 1e9)
+def failure_of(rank: int) -> RankFailure:
+    return RankFailure(rank, f"host-{rank}", 1_200 + rank, f"ValueError: {rank}", 1e9)
 
 
-def test_signs_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_heartbeats_are_read_as_they_were_written(tmp_path: Path) -> None:
     writer = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
     reader = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
-    assert reader.signs(3) == {}
-    writer.publish(sign_of(2, 5))
-    writer.publish(sign_of(0, 6))
-    writer.publish(sign_of(2, 7, has_left=True))
-    assert reader.signs(3) == {0: sign_of(0, 6), 2: sign_of(2, 7, has_left=True)}
-    assert reader.signs(1) == {0: sign_of(0, 6)}
+    assert reader.heartbeats(3) == {}
+    writer.publish(heartbeat_of(2, 5))
+    writer.publish(heartbeat_of(0, 6))
+    writer.publish(heartbeat_of(2, 7, has_left=True))
+    assert reader.heartbeats(3) == {0: heartbeat_of(0, 6), 2: heartbeat_of(2, 7, has_left=True)}
+    assert reader.heartbeats(1) == {0: heartbeat_of(0, 6)}
 
 
-def test_figures_travel_with_a_sign(tmp_path: Path) -> None:
-    channel = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
-    sign = sign_of(1, 9, figures=RankFigures(12.5, 0.25, 40, 1.5, None, (("t_C3", 0.61),)))
-    channel.publish(sign)
-    assert channel.signs(2) == {1: sign}
+def test_figures_travel_with_a_heartbeat(tmp_path: Path) -> None:
+    health_store = HealthStore(dist.FileStore(str(tmp_path / "store"), -1))
+    heartbeat = heartbeat_of(1, 9, figures=RankFigures(12.5, 0.25, 40, 1.5, None, (("t_C3", 0.61),)))
+    health_store.publish(heartbeat)
+    assert health_store.heartbeats(2) == {1: heartbeat}
 
 
-def test_all_signs_of_many_ranks_are_two_questions() -> None:
+def test_all_heartbeats_of_many_ranks_are_two_questions() -> None:
     class Counted:
         def __init__(self) -> None:
             self.questions: list[str] = []
@@ -41,10 +41,10 @@ def test_all_signs_of_many_ranks_are_two_questions() -> None:
 
         def multi_get(self, keys: list[str]) -> list[bytes]:
             self.questions.append("multi_get")
-            return [sign_of(int(key.rpartition("/")[2]), 3).to_json().encode() for key in keys]
+            return [heartbeat_of(int(key.rpartition("/")[2]), 3).to_json().encode() for key in keys]
 
     store = Counted()
-    assert HealthStore(store).signs(512) == {rank: sign_of(rank, 3) for rank in range(512)}
+    assert HealthStore(store).heartbeats(512) == {rank: heartbeat_of(rank, 3) for rank in range(512)}
     assert store.questions == ["check", "multi_get"]
 
 
@@ -59,26 +59,26 @@ def test_the_first_failure_stands(tmp_path: Path) -> None:
 
 def test_a_new_round_forgets(tmp_path: Path) -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = HealthStore(dist.PrefixStore("p", store))
-    channel.publish(sign_of(0, 6))
-    channel.note_failure(failure_of(0))
-    channel.forget(2)
-    assert channel.signs(2) == {}
-    assert channel.first_failure() is None
+    health_store = HealthStore(dist.PrefixStore("p", store))
+    health_store.publish(heartbeat_of(0, 6))
+    health_store.note_failure(failure_of(0))
+    health_store.purge(2)
+    assert health_store.heartbeats(2) == {}
+    assert health_store.first_failure() is None
 
 
 def test_failures_read_as_a_sentence() -> None:
     assert str(failure_of(2)) == "rank 2 (host host-2) failed first, at step 1,202: ValueError: 2"
-    assert str(Failure(2, "h", -1, "killed by SIGKILL", 0.0)) == "rank 2 (host h) failed first: killed by SIGKILL"
+    assert str(RankFailure(2, "h", -1, "killed by SIGKILL", 0.0)) == "rank 2 (host h) failed first: killed by SIGKILL"
 
 
 def test_without_a_store_all_is_silence() -> None:
-    channel = HealthStore(None)
-    channel.publish(sign_of(0, 6))
-    assert channel.signs(2) == {}
-    assert channel.first_failure() is None
-    assert channel.note_failure(failure_of(1)) == failure_of(1)
-    assert not channel.is_answering
+    health_store = HealthStore(None)
+    health_store.publish(heartbeat_of(0, 6))
+    assert health_store.heartbeats(2) == {}
+    assert health_store.first_failure() is None
+    assert health_store.note_failure(failure_of(1)) == failure_of(1)
+    assert not health_store.is_answering
 
 
 def environment_of(port: int) -> dict[str, str]:
@@ -92,14 +92,14 @@ def environment_of(port: int) -> dict[str, str]:
 
 def test_a_store_that_dies_is_silence_too() -> None:
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    channel = open_health_store(environment_of(server.port))
-    channel.publish(sign_of(0, 6))
-    assert (channel.is_answering, channel.signs(1)) == (True, {0: sign_of(0, 6)})
+    health_store = open_health_store(environment_of(server.port))
+    health_store.publish(heartbeat_of(0, 6))
+    assert (health_store.is_answering, health_store.heartbeats(1)) == (True, {0: heartbeat_of(0, 6)})
     del server
     begin_s = time.monotonic()
-    assert channel.signs(1) == {}
-    assert not channel.is_answering
-    assert channel.note_failure(failure_of(1)) == failure_of(1)
+    assert health_store.heartbeats(1) == {}
+    assert not health_store.is_answering
+    assert health_store.note_failure(failure_of(1)) == failure_of(1)
     assert time.monotonic() - begin_s < 30
 
 

@@ -5,8 +5,15 @@ import statistics
 
 import pytest
 
-from papilio.trainer.elastic.health.rank_figures import RankFigures
-from papilio.trainer.elastic.health.stragglers import MIN_TIMED, NUM_WINDOWS, WINDOW_S, Judge, RankState, _others_median
+from papilio.trainer.elastic.health.heartbeat import RankFigures
+from papilio.trainer.elastic.health.stragglers import (
+    MIN_TIMED,
+    NUM_WINDOWS,
+    WINDOW_S,
+    RankState,
+    StragglerDetector,
+    _others_median,
+)
 
 STEP_S = 0.020
 
@@ -15,7 +22,7 @@ class Job:
     """Ranks of eight to a host whose figures go on window by window."""
 
     def __init__(self, num_ranks):
-        self.judge = Judge()
+        self.detector = StragglerDetector()
         self.num_ranks = num_ranks
         self.num_windows = 0
         self.wait_s = [0.0] * num_ranks
@@ -35,7 +42,7 @@ class Job:
             timed = self.num_windows * MIN_TIMED
             figures = RankFigures(train_s, self.wait_s[rank], timed, lookups[rank], dense[rank], tables)
             states[rank] = RankState(f"n{rank // 8}", self.num_windows * steps, figures)
-        return self.judge.look(states, self.num_windows * WINDOW_S)
+        return self.detector.look(states, self.num_windows * WINDOW_S)
 
     def windows(self, count, **figures):
         return [line for _ in range(count) for line in self.window(**figures)]
@@ -54,10 +61,10 @@ def test_a_straggler_is_told_once_after_some_windows_and_once_when_it_is_over(nu
         "everyone waits; look there for other processes, clocks, temperature"
     ]
     assert job.windows(5, dense_ms=slow(num_ranks, {1}, 1.4)) == [], "between the thresholds nothing changes"
-    assert [finding.ranks for finding in job.judge.findings] == [(1,)]
+    assert [alert.ranks for alert in job.detector.alerts] == [(1,)]
     assert job.windows(NUM_WINDOWS - 1) == []
     assert job.window() == ["rank 1 (host n0) is as fast as the others again"]
-    assert job.judge.findings == ()
+    assert job.detector.alerts == ()
 
 
 def test_a_slow_host_is_told_as_one():
@@ -79,7 +86,7 @@ def test_a_rank_with_more_lookups_is_told_with_its_tables():
 def test_a_slow_host_is_not_taken_for_one_with_too_many_lookups():
     job = Job(4)
     job.windows(6, dense_ms=slow(4, {2}, 2.0), lookup_ms=slow(4, {2}, 2.0, usual=2.0))
-    assert [finding.kind for finding in job.judge.findings] == ["dense"]
+    assert [alert.kind for alert in job.detector.alerts] == ["dense"]
 
 
 def test_only_one_rank_with_tables_has_all_the_lookups():
@@ -122,7 +129,7 @@ def test_one_rank_alone_is_slower_than_nobody():
     assert Job(1).windows(10) == []
 
 
-def test_noise_that_hits_now_this_rank_and_now_that_one_is_no_finding():
+def test_noise_that_hits_now_this_rank_and_now_that_one_is_no_alert():
     generator = random.Random(3)
     for num_ranks in (2, 4):
         job = Job(num_ranks)
@@ -133,8 +140,8 @@ def test_noise_that_hits_now_this_rank_and_now_that_one_is_no_finding():
 def test_a_rank_without_figures_yet_is_waited_for():
     job = Job(2)
     figures = RankFigures(1.0, 0.0)
-    assert job.judge.look({0: RankState("a", 1, figures), 1: RankState("a", 1, figures)}, 0.0) == []
-    assert job.judge.look({0: RankState("a", 2, figures)}, WINDOW_S) == []
+    assert job.detector.look({0: RankState("a", 1, figures), 1: RankState("a", 1, figures)}, 0.0) == []
+    assert job.detector.look({0: RankState("a", 2, figures)}, WINDOW_S) == []
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7, 8])

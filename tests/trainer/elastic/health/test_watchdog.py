@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from papilio.trainer.elastic.health import step_timer
-from papilio.trainer.elastic.health.health_store import HealthStore, Sign
-from papilio.trainer.elastic.health.rank_figures import RankFigures
+from papilio.trainer.elastic.health.health_store import HealthStore
+from papilio.trainer.elastic.health.heartbeat import Heartbeat, RankFigures
 from papilio.trainer.elastic.health.watchdog import Watchdog, describe_ranks, describe_stall, late_ranks
 from papilio.trainer.process_group import Ranks
 from tests.support.agents import REPOSITORY, AgentProcess, wait_until
-from tests.support.signs import sign_of
+from tests.support.heartbeats import heartbeat_of
 
 
-def signs(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
+def heartbeats(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
     return {
-        rank: sign_of(rank, step, num_collectives=collectives, count=count)
+        rank: heartbeat_of(rank, step, num_collectives=collectives, count=count)
         for rank, (step, collectives) in enumerate(steps_and_collectives)
     }
 
@@ -29,7 +29,7 @@ def signs(*steps_and_collectives: tuple[int, int], count: int = 1) -> dict:
 class Refusing(HealthStore):
     """A store in which nothing can be published."""
 
-    def publish(self, sign: Sign) -> None:
+    def publish(self, heartbeat: Heartbeat) -> None:
         raise RuntimeError("no heartbeat today")
 
 
@@ -103,6 +103,18 @@ def test_figures_ask_no_device_whatever_the_step_left_there(monkeypatch) -> None
     assert found[0].tables == (("b", 0.8), ("a", 0.2)), "of the step before: its 4 * 8 and 2 * 4 columns"
 
 
+def test_a_step_that_the_gpu_has_not_ended_is_neither_waited_for_nor_counted(monkeypatch) -> None:
+    lookup, event = Lookup(), SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(step_timer, "_lookups", lambda model: [lookup])
+    monkeypatch.setattr(step_timer.StepTimer, "_now", lambda self: event)
+    monkeypatch.setattr(step_timer.StepTimer, "_in_host_memory", lambda self, lengths: lengths)
+    timer = step_timer.StepTimer(nn.Module(), torch.device("cuda"), SimpleNamespace(train_s=2.0, wait_s=0.5), every_s=0)
+    for _ in range(2):
+        with timer.timed(1.0):
+            lookup(SimpleNamespace(lengths=lambda: None))  # of None any question would fail
+    assert (timer.figures().num_timed, timer.figures().tables) == (0, ())
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
@@ -113,21 +125,22 @@ def test_figures_ask_no_device_whatever_the_step_left_there(monkeypatch) -> None
     ],
 )
 def test_the_late_ranks_are_those_behind(places: list[tuple[int, int]], expected: list[int]) -> None:
-    assert late_ranks(signs(*places), signs(*places, count=3), 3) == expected
+    assert late_ranks(heartbeats(*places), heartbeats(*places, count=3), 3) == expected
 
 
-def test_a_rank_that_is_silent_gone_or_never_came_is_late_before_all_others() -> None:
-    before, after = signs((9, 70), (9, 70), (9, 69)), signs((9, 70), (9, 70), (9, 69), count=3)
+def test_a_rank_that_is_unresponsive_gone_or_never_came_is_late_before_all_others() -> None:
+    before, after = heartbeats((9, 70), (9, 70), (9, 69)), heartbeats((9, 70), (9, 70), (9, 69), count=3)
     assert late_ranks(before, {**after, 1: before[1]}, 3) == [1]
-    assert late_ranks(before, {**after, 0: sign_of(0, 9, count=2, has_left=True)}, 3) == [0]
+    assert late_ranks(before, {**after, 0: heartbeat_of(0, 9, count=2, has_left=True)}, 3) == [0]
     assert late_ranks(before, after, 4) == [3]
 
 
-def test_a_stall_is_told_with_the_last_sign() -> None:
-    found = signs((1_234, 70), (1_234, 70), (1_234, 70))
-    found[3] = sign_of(3, 1_233, idle_s=61.5, unix_s=1e9 - 0.5)
+def test_a_stall_is_described_with_the_last_heartbeat() -> None:
+    found = heartbeats((1_234, 70), (1_234, 70), (1_234, 70))
+    found[3] = heartbeat_of(3, 1_233, idle_s=61.5, unix_s=1e9 - 0.5)
     assert describe_stall([3], found, found[0], 4, 1e9) == (
-        "rank 3 has not arrived at step 1,235: last sign step 1,233 (training), 62 s ago, host host-3; ranks 0-2 wait"
+        "rank 3 has not arrived at step 1,235: last heartbeat at step 1,233 (training), 62 s ago, host host-3; "
+        "ranks 0-2 wait"
     )
     del found[3]
     assert describe_stall([3], found, found[0], 4, 1e9).startswith(
@@ -135,11 +148,11 @@ def test_a_stall_is_told_with_the_last_sign() -> None:
     )
 
 
-def test_a_stall_without_a_late_rank_is_told_too() -> None:
-    found = signs((5, 7), (5, 7))
+def test_a_stall_without_a_late_rank_is_described_too() -> None:
+    found = heartbeats((5, 7), (5, 7))
     assert describe_stall([], found, found[0], 2, 1e9) == "all 2 ranks stand still after step 5 (training)"
     assert describe_stall([0, 1], {}, found[0], 2, 1e9) == (
-        "rank 0 stands after step 5 (training); the store with the other ranks' signs does not answer"
+        "rank 0 stands after step 5 (training); the store with the other ranks' heartbeats does not answer"
     )
     assert describe_stall([0], {}, found[0], 1, 1e9) == "the only rank stands still after step 5 (training)"
 
@@ -153,26 +166,26 @@ def test_ranks_are_written_as_spans(ranks: list[int], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "limit", "told"),
+    ("event", "limit", "expected"),
     [
-        ("sleep", "--stall-timeout-s=2", "rank 1 has not arrived at step 12: last sign step .*; rank 0 waits"),
+        ("sleep", "--stall-timeout-s=5", "rank 1 has not arrived at step 12: last heartbeat at step .*; rank 0 waits"),
         (
             "SIGSTOP",
-            "--lost-after-s=4",
-            r"rank 1 \(host \S+\) has given no heartbeat for 4 s: the host or its network is gone",
+            "--lost-after-s=8",
+            r"rank 1 \(host \S+\) has given no heartbeat for 8 s: the host or its network is gone",
         ),
     ],
-    ids=["late", "silent"],
+    ids=["late", "unresponsive"],
 )
 def test_a_rank_that_does_not_arrive_is_named_and_the_job_starts_again(
-    tmp_path: Path, event: str, limit: str, told: str
+    tmp_path: Path, event: str, limit: str, expected: str
 ) -> None:
     agent = AgentProcess(tmp_path, f"--event={event}:1:12", limit, max_restarts=1)
     try:
-        assert agent.wait() == 0, agent.output
+        assert agent.wait(120) == 0, agent.output
     finally:
         agent.kill()
-    assert re.search(told, agent.output)
+    assert re.search(expected, agent.output)
     assert "(most recent call last):" in agent.output
     assert "toy begins at step 10 on 2" in agent.output
 
@@ -196,14 +209,81 @@ def test_a_single_rank_without_a_store_is_ended_with_its_stack() -> None:
     assert 'File "<string>", line 7, in <module>' in done.stderr
 
 
-MOVES = """
-import time, torch, torch.distributed as dist
+FAILS_AT_EVERY_BEAT = """
+import sys, time
+from papilio.trainer.elastic.health import watchdog
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.process_group import process_group
-with process_group() as ranks, job_health(ranks, 1.0) as health:
-    for second in range(25):
+watchdog.BEAT_S = watchdog.READINGS_APART_S = 0.05
+
+def fail(*_, **__):
+    raise KeyError("no such heartbeat")
+
+watchdog.Watchdog.BROKEN = fail
+with process_group() as ranks, job_health(ranks, 1e9) as health:
+    for _ in range(10):
         time.sleep(0.1)
-        health.mark(second) if MARKS else dist.all_reduce(torch.zeros(1))
+        health.mark(7, "saving")
+    print("still trains", file=sys.stderr, flush=True)
+    health._watchdog._stall_timeout_s = 0.5
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("_publish", r"which ranks are late is unknown \(KeyError: 'no such heartbeat'\)"),
+        ("_follow_the_first_failure", "the only rank stands still after step 7 "),
+        ("_num_collectives", "the only rank stands still after step 7 "),
+    ],
+)
+def test_an_error_in_the_watchdog_is_logged_once_and_the_watch_goes_on(broken: str, reason: str) -> None:
+    code = FAILS_AT_EVERY_BEAT.replace("BROKEN", broken)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("the watchdog of rank 0 ") == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    before, _, after = done.stderr.partition("still trains")
+    assert "nothing has moved" not in before
+    assert re.search(rf"nothing has moved for \d+ s \(train\.stall_timeout_s = 0\.5\): {reason}", after)
+
+
+def test_the_end_of_a_stalled_rank_does_not_wait_for_a_storage_that_hangs() -> None:
+    code = STANDS_STILL.replace(
+        "    health.mark(7",
+        "    import threading\n"
+        "    from papilio.trainer.elastic.health import watchdog\n"
+        "    watchdog.LAST_VIEW_TIMEOUT_S = 0.2\n"
+        "    health._watchdog.show(None, lambda line: threading.Event().wait())\n"
+        "    health.mark(7",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "the only rank stands still after step 7 (saving)" in done.stderr
+
+
+MOVES = """
+import time, types, torch, torch.distributed as dist
+from papilio.trainer.elastic.health import watchdog
+from papilio.trainer.elastic.health.health_store import HealthStore
+from papilio.trainer.process_group import process_group
+now_s = 0.0
+watchdog.time = types.SimpleNamespace(monotonic=lambda: now_s, time=time.time)
+with process_group() as ranks:
+    found = watchdog.Watchdog(ranks, 1.0, HealthStore(None))
+    for second in range(25):
+        now_s += 0.9
+        found.mark(second, "training") if MARKS else dist.all_reduce(torch.zeros(1))
+        found._look()
+        assert found.heartbeat().idle_s == 0.0
+    now_s += 1.5
+    found._look()
+    assert found.heartbeat().idle_s == 1.5
 """
 
 

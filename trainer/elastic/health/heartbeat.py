@@ -1,9 +1,10 @@
-"""What a rank says of its own work, in its heartbeat; no torch."""
+"""What each rank publishes once a second: where its training stands, and what it measures of its own work; no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -31,3 +32,35 @@ class RankFigures:
     def from_dict(cls, tree: Mapping[str, Any]) -> RankFigures:
         """Rebuild it from plain values."""
         return cls(**{**tree, "tables": tuple((name, share) for name, share in tree["tables"])})
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A rank's heartbeat: where its training stands.
+
+    `count` grows with every heartbeat; `num_collectives` is how many the rank has begun;
+    `idle_s` is how long nothing of this had moved when `unix_s` was read. `has_left` says that no more will come;
+    `figures` are of its own work, once it trains.
+    """
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    num_collectives: int
+    count: int
+    idle_s: float
+    unix_s: float
+    has_left: bool = False
+    figures: RankFigures | None = None
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Heartbeat:
+        """Rebuild it from `to_json`'s result."""
+        tree = json.loads(text)
+        figures = tree.pop("figures", None)
+        return cls(**tree, figures=None if figures is None else RankFigures.from_dict(figures))
+
+    def to_json(self) -> str:
+        """Return it as text."""
+        return json.dumps(asdict(self))

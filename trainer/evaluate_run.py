@@ -77,7 +77,7 @@ def evaluate_run(
         name = name if found is None else found[0]
     else:
         load(folder, name, model, None, ranks)
-    values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
+    values = evaluate(model.module, dataset, split, config.data, config.train, ranks, show_progress=True)
     if ranks.is_first:
         print(f"checkpoint {name} of {run_dir}\n{format_metrics({split: values}, dataset.manifest)}", flush=True)
         for finding in diagnose(values, split):

@@ -91,7 +91,15 @@ def job_on_meta(config: Config, cluster: Cluster) -> Job:
     dataset = _dataset_or_shape(config)
     model = build_model(config.model, dataset, META, config.seed)
     step_model = TrainModel(model, cluster.num_ranks, None, "cpu")
-    return describe_job(config, dataset, step_model)
+    return describe_job(
+        step_model,
+        dataset,
+        train=config.train,
+        optimizer=config.optimizer,
+        sharding=config.sharding,
+        data=config.data,
+        checkpoint=config.checkpoint,
+    )
 
 
 def _dataset_or_shape(config: Config) -> Dataset:

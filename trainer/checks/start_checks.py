@@ -18,6 +18,7 @@ from papilio.sharding.config import ReplicasConfig
 from papilio.sharding.hardware import load_hardware
 from papilio.sharding.plan_file import read_plan_file
 from papilio.trainer.checkpoint.compatibility import safe_changes
+from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder, Committed
 from papilio.trainer.checkpoint.format import DamagedError
 from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
@@ -73,12 +74,12 @@ def open_run_data(config: Config) -> Dataset:
     return dataset
 
 
-def without_validation(dataset: Dataset, config: Config) -> str | None:
+def without_validation(dataset: Dataset, checkpoint: CheckpointConfig) -> str | None:
     """Say what a run goes without where the data set has no validation rows; None where it has some."""
     if dataset.has_rows("validation"):
         return None
-    kept = f"the newest {config.checkpoint.keep_last} checkpoint(s) are kept (checkpoint.keep_last)"
-    best = f"; none is the best, {kept}" if config.checkpoint.keep_best else ""
+    kept = f"the newest {checkpoint.keep_last} checkpoint(s) are kept (checkpoint.keep_last)"
+    best = f"; none is the best, {kept}" if checkpoint.keep_best else ""
     return f"data set {dataset.folder} has no rows in split validation: nothing measures what the model learns{best}"
 
 

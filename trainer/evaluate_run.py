@@ -11,7 +11,7 @@ from papilio.sharding.config import ReplicasConfig, ShardingConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder
 from papilio.trainer.checkpoint.loader import load, load_newest
 from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
-from papilio.trainer.checks.same_columns import check_same_columns
+from papilio.trainer.checks.same_data import check_data_of_run
 from papilio.trainer.checks.start_checks import check_evaluation, check_num_ranks
 from papilio.trainer.config import Config
 from papilio.trainer.elastic.exit_codes import leave
@@ -67,7 +67,7 @@ def evaluate_run(
     check_num_ranks(config.sharding.replicas, run_dir, ranks.world_size)
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
     dataset.open_split(split)
-    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
+    check_data_of_run(dataset, read_run(run_dir)[1], run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     name = ranks.ask_first(lambda: find_checkpoint(folder, checkpoint))

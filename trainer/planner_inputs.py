@@ -23,8 +23,8 @@ from papilio.sharding.planner.make import make_plan
 from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.config import OptimizerConfig, TrainConfig
 from papilio.trainer.elastic.memory_limit import memory_limit_bytes
-from papilio.trainer.models.cross_net import LowRankCrossNet
 from papilio.trainer.models.dlrm import DotInteraction
+from papilio.trainer.models.interaction import LowRankCrossNet
 from papilio.trainer.process_group import Ranks
 
 HEAD = 0.01  # share of the distinct ids of which `CategoricalStats.skew` tells

@@ -22,7 +22,7 @@ from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder, Committed
 from papilio.trainer.checkpoint.format import DamagedError
 from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
-from papilio.trainer.checks.same_columns import check_same_columns
+from papilio.trainer.checks.same_data import check_data_of_run
 from papilio.trainer.config import Config
 from papilio.trainer.config_file import ConfigError
 from papilio.trainer.run.folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
@@ -141,7 +141,7 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
     name = find_checkpoint(folder, checkpoint)
     dataset = open_dataset(data or config.data.path, verify_checksums=False)
     dataset.open_split(split)
-    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
+    check_data_of_run(dataset, read_run(run_dir)[1], run_dir)
     _check_shards(dataset, split)
     if config.sharding.hardware is not None:
         load_hardware(config.sharding.hardware)

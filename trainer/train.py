@@ -12,6 +12,7 @@ import torch.distributed as dist
 from papilio.data_pipeline.dataset import Dataset
 from papilio.data_pipeline.loading.loader import Loader
 from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.data_pipeline.manifest import DatasetError
 from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.sharding.hardware import HardwareError
@@ -34,7 +35,7 @@ from papilio.trainer.elastic.preemption import watch_for_preemption
 from papilio.trainer.evaluation import evaluate
 from papilio.trainer.loop import run_training
 from papilio.trainer.optimizers import Optimizers
-from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.process_group import Ranks, process_group, rank_of_process
 from papilio.trainer.run.folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
 from papilio.trainer.run.learning_alerts import TrainingError, diagnose, diagnose_labels
 from papilio.trainer.run.lock import LockedError, LostLockError, RunLock
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", help="hardware of the hosts, where the recipe has no sharding.hardware")
     known, overrides = parser.parse_known_args(arguments)
     drop_what_has_no_room()
+    setup_logging("rank", rank_of_process())
     configure_runtime()
     try:
         config = load_config(known.recipe, overrides, known.host)

@@ -1,4 +1,4 @@
-"""What the planner is told of a run: its tables and dense part as a Job, its ranks as a Cluster."""
+"""What the planner gets of a run: its tables and dense part as a Job, its ranks as a Cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from papilio.trainer.models.dlrm import DotInteraction
 from papilio.trainer.models.interaction import LowRankCrossNet
 from papilio.trainer.process_group import Ranks
 
-HEAD = 0.01  # share of the distinct ids of which `CategoricalStats.skew` tells
+HEAD = 0.01  # share of the distinct ids that `CategoricalStats.skew` measures
 # What stands in for hardware that the recipe does not name: by device, or by a word of the GPU's name.
 DEFAULT_PROFILES = {"cpu": "cpu_laptop", "cuda": "dgx_a100"}
 GPU_PROFILES = {

@@ -97,7 +97,7 @@ def process_group(stall_timeout_s: float = STALL_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the job that torchrun's variables describe, or be a job of one; NCCL with GPUs, else gloo.
 
     `stall_timeout_s` is the watchdog's (trainer/elastic/health/job_health.py); collectives wait somewhat longer.
-    After an error no further collective is run: the group is torn down and the error goes on.
+    After an error no further collective is run: the group is torn down and the error is raised.
     """
     rank, world_size = rank_of_process(), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -28,7 +28,7 @@ class Progress:
         history: the runs of this job, from the first on: where each began, on how many ranks, and what had changed.
         findings_of_data: what is wrong with the data set, whatever is trained on it.
         findings: the same, and what the newest evaluations found.
-        is_preempted: it was told to end before its last step.
+        is_preempted: the job was asked to end before its last step.
     """
 
     step: int = 0

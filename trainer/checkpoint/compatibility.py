@@ -1,4 +1,4 @@
-"""May this job go on from that checkpoint? What may change between the runs of a job, and what may not."""
+"""May this job resume from that checkpoint? What may change between the runs of a job, and what may not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from papilio.trainer.checkpoint.format import CheckpointError
 
-# What a run may go on with another value of; sections, or single keys. Anything else would make another model, or
+# What a run may resume with another value of; sections, or single keys. Anything else would make another model, or
 # train on samples twice and on others not at all.
 SAFE = (
     "train",

@@ -260,7 +260,7 @@ def _newest_readable(folder: CheckpointFolder) -> Committed | None:
 def _finished(folder: CheckpointFolder, newest: Committed, config: Config, run_dir: str) -> FinishedRun | None:
     """A run is finished once the summary of its last step is written, as long as its last checkpoint is whole.
 
-    All of it is read, as it would be to go on: where it is damaged, the last steps can be trained again.
+    All of it is read, as it would be to resume: where it is damaged, the last steps can be trained again.
     """
     marker, most = newest.marker, config.train.max_steps
     if marker.progress["position"]["epoch"] < config.train.epochs and (most is None or marker.step < most):

@@ -92,7 +92,7 @@ def _standing(run: RunState, reporter: Reporter) -> Standing:
         loss=reporter.latest_loss,
         validation_auc=validations[-1][1].auc if validations else None,
         checkpoint=CheckpointView(name=saved.name, step=saved.step, unix_s=saved.unix_s) if saved else None,
-        findings=tuple(progress.findings),
+        findings=tuple(progress.alerts),
     )
 
 

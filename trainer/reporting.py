@@ -97,7 +97,7 @@ class Reporter:
         self._has_evaluated = True
         progress.validations.append((progress.step, values))
         found = diagnose(values, "validation")
-        progress.findings = [*progress.findings_of_data, *found]
+        progress.alerts = [*progress.data_alerts, *found]
         if run.folder is not None:
             run.folder.append("validation", progress.step, values.to_dict())
         if run.ranks.is_first:

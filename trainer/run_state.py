@@ -26,8 +26,8 @@ class Progress:
 
     Attributes:
         history: the runs of this job, from the first on: where each began, on how many ranks, and what had changed.
-        findings_of_data: what is wrong with the data set, whatever is trained on it.
-        findings: the same, and what the newest evaluations found.
+        data_alerts: what is wrong with the data set, whatever is trained on it.
+        alerts: the same, and what the newest evaluations found.
         is_preempted: the job was asked to end before its last step.
     """
 
@@ -38,8 +38,8 @@ class Progress:
     wait_s: float = 0.0
     validations: list[tuple[int, MetricValues]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
-    findings_of_data: list[str] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
+    data_alerts: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
     meter: StepMeter = field(default_factory=StepMeter)
     is_preempted: bool = False
 

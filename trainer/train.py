@@ -102,8 +102,8 @@ def fail(prefix: str, error: Exception) -> int:
 def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summary | None:
     """Train as the config says, resuming from the run's newest checkpoint if it has one, and write the run folder.
 
-    A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was told to
-    end and has saved.
+    A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was asked
+    to end and has saved.
     """
     dataset = open_run_data(config)
     identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
@@ -143,8 +143,8 @@ def _train(
     start = resume(checkpoints, identity.config, model, optimizers, ranks)
     health.mark(start.progress.step, "loading")
     loader = _training_loader(config, dataset, ranks, start.progress.position)
-    start.progress.findings_of_data = _alerts_of_data(config, dataset)
-    start.progress.findings = list(start.progress.findings_of_data)
+    start.progress.data_alerts = _alerts_of_data(config, dataset)
+    start.progress.alerts = list(start.progress.data_alerts)
     folder = _open_run_folder(config, dataset, model, ranks, run_dir, identity, start.progress)
     saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks, lock)
     saver.latest = start.saved
@@ -239,14 +239,14 @@ def _describe_start(run: RunState, folder: RunFolder) -> str:
     ]
     if not run.dataset.has_rows("test"):
         lines.append(f"data set {run.dataset.folder} has no rows in split test: no metrics of it at the end")
-    return "\n".join([*lines, *(f"WARNING: {finding}" for finding in run.progress.findings)])
+    return "\n".join([*lines, *(f"WARNING: {finding}" for finding in run.progress.alerts)])
 
 
 def _describe_stop(run: RunState, folder: RunFolder) -> str:
     latest = run.checkpoints.latest
     return (
         f"stopped after step {run.progress.step:,} and saved as {latest.name if latest is not None else None}; start "
-        f"the job again with --output.run_dir={folder.path} to go on"
+        f"the job again with --output.run_dir={folder.path} to resume"
     )
 
 
@@ -258,8 +258,8 @@ def _finish(run: RunState) -> Summary:
     if dataset.has_rows("test"):
         data, train = run.config.data, run.config.train
         final["test"] = evaluate(model.module, dataset, "test", data, train, ranks, show_progress=False)
-    progress.findings = [*progress.findings_of_data]
-    progress.findings += [finding for split, values in final.items() for finding in diagnose(values, split)]
+    progress.alerts = [*progress.data_alerts]
+    progress.alerts += [finding for split, values in final.items() for finding in diagnose(values, split)]
     best = progress.best_validation
     summary = Summary(
         run_dir=run.run_dir,
@@ -274,7 +274,7 @@ def _finish(run: RunState) -> Summary:
         final=final,
         best_validation_auc=best[1].auc if best is not None else None,
         best_validation_step=best[0] if best is not None else None,
-        findings=tuple(progress.findings),
+        findings=tuple(progress.alerts),
         comparison=comparison,
         checkpoint_stalls_s=tuple(run.checkpoints.stalls_s),
     )

@@ -66,7 +66,7 @@ def safe_changes(
         lines = [f"  {key} = {_shown(new)}, was {_shown(old)}" for key, (old, new) in refused.items()]
         lines += [f"  the data set's {key}: {_first_difference(old_data.get(key), new_data.get(key))}" for key in data]
         raise CheckpointError(
-            f"{where} cannot go on with another\n" + "\n".join(lines) + "\nPut back the old, or choose another "
+            f"{where} cannot resume with another\n" + "\n".join(lines) + "\nPut back the old, or choose another "
             "output.run_dir to start anew (batch size, learning rates, number of steps, sharding and ranks may change)"
         )
     return changed

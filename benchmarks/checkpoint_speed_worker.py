@@ -22,6 +22,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from papilio.data_pipeline.dataset import open_dataset
 from papilio.data_pipeline.loading.loader import Loader
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.runtime.table_shards import local_table_shards
 from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder
@@ -102,6 +103,7 @@ class Bench:
 def main() -> None:
     """Measure, or reshard; rank 0 prints."""
     job, recipe, folder, rounds = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+    setup_logging("rank")
     configure_runtime()
     warnings.simplefilter("ignore")
     with process_group() as ranks:

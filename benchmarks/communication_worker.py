@@ -20,6 +20,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from papilio.data_pipeline.dataset import open_dataset
 from papilio.data_pipeline.loading.loader import Loader
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.config import CommunicationConfig, ReplicasConfig, ShardingConfig
 from papilio.sharding.hardware import load_hardware
 from papilio.sharding.plan_conversion import to_sharding_plan
@@ -50,6 +51,7 @@ PAIRS = {
 def main() -> None:
     """Print a line of JSON from rank 0 for each list of settings, or for each pair of precisions."""
     kind, variants = sys.argv[1], json.loads(sys.argv[2])
+    setup_logging("rank")
     configure_runtime()
     with process_group() as ranks:
         counter = _Counter() if kind == "bytes" else None

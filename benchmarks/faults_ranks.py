@@ -183,9 +183,9 @@ def _note_what_is_trained(path: str) -> None:
 
     run_training, record = papilio.trainer.loop.run_training, Reporter.record
 
-    def run_and_note(model: Any, *arguments: Any) -> None:
-        model.module.register_forward_pre_hook(note_batch)
-        run_training(model, *arguments)
+    def run_and_note(run: Any, *arguments: Any) -> None:
+        run.model.module.register_forward_pre_hook(note_batch)
+        run_training(run, *arguments)
 
     def record_and_note(self: Reporter, output: Any, step: int) -> None:
         record(self, output, step)

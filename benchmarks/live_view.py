@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.rank_lines import run_ranks
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.trainer.elastic.health.health_store import HealthStore
 from papilio.trainer.elastic.health.heartbeat import Heartbeat, RankFigures
 from papilio.trainer.elastic.health.live_writer import LiveWriter, Run, RunStatus
@@ -80,6 +81,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    setup_logging("rank")
     configure_runtime()
     with process_group() as ranks, tempfile.TemporaryDirectory() as folder:
         step, model = _make_step(options.data, ranks)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from benchmarks.plan_prediction_models import brute_force_shapes, can_replicate, study_shapes
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.config import ShardingConfig, TableConstraint
 from papilio.sharding.hardware import load_hardware
 from papilio.sharding.planner.job import Cluster
@@ -112,6 +113,7 @@ def _study(name: str, options: argparse.Namespace, folder: str) -> list[Record]:
 
 
 def _work(options: argparse.Namespace) -> None:
+    setup_logging("rank")
     configure_runtime()
     with process_group() as ranks:
         cluster = Cluster(load_hardware(options.hardware), 1, ranks.world_size)

@@ -77,7 +77,7 @@ def _table_sizes(case: str) -> list[tuple[int, int, float]]:
 
 def _papilio(case: str) -> dict[str, float]:
     # What the command imports, so that the peak of memory is the command's.
-    import papilio.trainer.plan_run  # noqa: F401
+    import papilio.trainer.run.plan_run  # noqa: F401
     from papilio.sharding.config import ShardingConfig
     from papilio.sharding.hardware import load_hardware
     from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table

@@ -115,6 +115,7 @@ def _papilio(options: argparse.Namespace) -> Steps:
 
     from papilio.data_pipeline.dataset import open_dataset
     from papilio.data_pipeline.loading.loader import Loader
+    from papilio.data_pipeline.logging_setup import setup_logging
     from papilio.trainer.config_file import build_config
     from papilio.trainer.optimizers import Optimizers
     from papilio.trainer.process_group import process_group
@@ -135,6 +136,7 @@ def _papilio(options: argparse.Namespace) -> Steps:
     config = build_config(tree, source="benchmark")
     group = process_group()
     ranks = group.__enter__()
+    setup_logging("rank")
     configure_runtime()
     dataset = open_dataset(options.data)
     loader = Loader(

@@ -125,7 +125,7 @@ def evaluate(
     asked = hosts.request_host(host, nproc=nproc, cpu=cpu, gpu=gpu, memory_mb=memory_mb, omp_threads=omp_threads)
     roles.require_split(split)
     roles.require_disk("--run", run)
-    words = ["papilio.trainer.evaluate_run", "--run", run, "--split", split, *(["--data", data] if data else [])]
+    words = ["papilio.trainer.run.evaluate_run", "--run", run, "--split", split, *(["--data", data] if data else [])]
     words += ["--checkpoint", checkpoint] if checkpoint != "latest" else []
     command = roles.agent_command(words, asked.nproc, str(nnodes), rdzv_port)
     around = ExecutionEnvironment(python, image, env, mounts, omp_threads, max_retries)

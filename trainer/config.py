@@ -13,6 +13,7 @@ from papilio.sharding.config import ShardingConfig
 from papilio.trainer.checkpoint.config import CheckpointConfig
 
 Pooling = Literal["sum", "mean"]
+TablePrecision = Literal["fp32", "fp16"]
 SparseOptimizerName = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb"]
 DenseOptimizerName = Literal["sgd", "adagrad", "adam", "adamw"]
 
@@ -47,7 +48,7 @@ class ModelConfig(_Section):
     table_rows: dict[str, int] = Field(
         default_factory=dict, description="Rows of single features' tables, by feature name; not fewer than its ids."
     )
-    table_precision: Literal["fp32", "fp16"] = Field(
+    table_precision: TablePrecision = Field(
         "fp32",
         description="Precision of the tables' weights; what they give is fp32. Updates of fp16 weights are rounded "
         "stochastically on a GPU, to nearest on a CPU, where those below half a unit in the last place are lost.",

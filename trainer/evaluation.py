@@ -5,29 +5,37 @@ from __future__ import annotations
 import torch
 from torchrec.distributed import DistributedModelParallel
 
+from papilio.data_pipeline.config import DataConfig
 from papilio.data_pipeline.dataset import Dataset
 from papilio.data_pipeline.loading.loader import Loader
-from papilio.trainer.config import Config
+from papilio.trainer.config import TrainConfig
 from papilio.trainer.metrics import ClickMetrics, MetricValues
 from papilio.trainer.process_group import Ranks
 from papilio.trainer.run.progress_lines import ProgressPrinter
 
 
 def evaluate(
-    model: DistributedModelParallel, dataset: Dataset, split: str, config: Config, ranks: Ranks, *, show_progress: bool
+    model: DistributedModelParallel,
+    dataset: Dataset,
+    split: str,
+    data: DataConfig,
+    train: TrainConfig,
+    ranks: Ranks,
+    *,
+    show_progress: bool,
 ) -> MetricValues:
     """Return the metrics of every sample of `split`. Collective; leaves the model in the mode it was in."""
     loader = Loader(
         dataset,
         split,
-        config.data,
-        global_batch_size=config.train.eval_batch_size,
+        data,
+        global_batch_size=train.eval_batch_size,
         shuffle=False,
         rank=ranks.rank,
         world_size=ranks.world_size,
         pin_memory=ranks.device.type == "cuda",
     )
-    printer = ProgressPrinter(config.train.log_every_s, is_silent=not (ranks.is_first and show_progress))
+    printer = ProgressPrinter(train.log_every_s, is_silent=not (ranks.is_first and show_progress))
     metrics = ClickMetrics(ranks.device)
     was_training = model.training
     model.eval()

@@ -14,7 +14,13 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from papilio.sharding.runtime.data_parallel import data_parallel_weights
-from papilio.trainer.config import Config, DenseOptimizerConfig, OptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from papilio.trainer.config import (
+    DenseOptimizerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SparseOptimizerConfig,
+    TablePrecision,
+)
 from papilio.trainer.config_file import ConfigError
 
 SPARSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -52,7 +58,9 @@ def check_sparse_optimizer(config: SparseOptimizerConfig, device: torch.device) 
         )
 
 
-def check_data_parallel_tables(tables: Sequence[str], config: Config) -> None:
+def check_data_parallel_tables(
+    tables: Sequence[str], sparse: SparseOptimizerConfig, table_precision: TablePrecision
+) -> None:
     """Refuse data_parallel tables (names) which would not be trained as the other tables are.
 
     Raises:
@@ -60,7 +68,7 @@ def check_data_parallel_tables(tables: Sequence[str], config: Config) -> None:
     """
     if not tables:
         return
-    sparse, reason = config.optimizer.sparse, None
+    reason = None
     if sparse.name not in DATA_PARALLEL_OPTIMIZERS:
         reason = (
             f"optimizer.sparse.name = {sparse.name!r} changes only the rows that a batch names, and there is no "
@@ -71,9 +79,9 @@ def check_data_parallel_tables(tables: Sequence[str], config: Config) -> None:
             f"optimizer.sparse.weight_decay = {sparse.weight_decay} decays only the rows that a batch names, a dense "
             "optimizer all of them; set it to 0"
         )
-    elif config.model.table_precision != "fp32":
+    elif table_precision != "fp32":
         reason = (
-            f"model.table_precision = {config.model.table_precision!r} would keep their gradients and optimizer state "
+            f"model.table_precision = {table_precision!r} would keep their gradients and optimizer state "
             "in that precision too; use fp32"
         )
     if reason is not None:

@@ -1,4 +1,4 @@
-"""What the planner is told of a run: its tables and dense part as a Job, its ranks as a Cluster."""
+"""What the planner gets of a run: its tables and dense part as a Job, its ranks as a Cluster."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from papilio.data_pipeline.config import DataConfig
 from papilio.data_pipeline.dataset import Dataset
 from papilio.data_pipeline.version import papilio_version
 from papilio.sharding.config import ShardingConfig
@@ -19,13 +20,14 @@ from papilio.sharding.plan_file import PlanFile, plan_from_json, read_plan_file
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table
 from papilio.sharding.planner.make import make_plan
-from papilio.trainer.config import Config
+from papilio.trainer.checkpoint.config import CheckpointConfig
+from papilio.trainer.config import OptimizerConfig, TrainConfig
 from papilio.trainer.elastic.memory_limit import memory_limit_bytes
-from papilio.trainer.models.cross_net import LowRankCrossNet
 from papilio.trainer.models.dlrm import DotInteraction
+from papilio.trainer.models.interaction import LowRankCrossNet
 from papilio.trainer.process_group import Ranks
 
-HEAD = 0.01  # share of the distinct ids of which `CategoricalStats.skew` tells
+HEAD = 0.01  # share of the distinct ids that `CategoricalStats.skew` measures
 # What stands in for hardware that the recipe does not name: by device, or by a word of the GPU's name.
 DEFAULT_PROFILES = {"cpu": "cpu_laptop", "cuda": "dgx_a100"}
 GPU_PROFILES = {
@@ -38,26 +40,39 @@ GPU_PROFILES = {
 }
 
 
-def describe_job(config: Config, dataset: Dataset, model: nn.Module) -> Job:
+def describe_job(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    sharding: ShardingConfig,
+    data: DataConfig,
+    checkpoint: CheckpointConfig,
+) -> Job:
     """Return what a step of this model does; the model may be on meta.
 
     Args:
-        config: batch size, precision, optimizers, communication.
-        dataset: says how many ids a sample has.
         model: what is sharded, as training wraps it; its tables' paths in it are those of the plan.
+        dataset: says how many ids a sample has.
+        train: batch size and precision.
+        optimizer: decides the bytes of state and the work of updates.
+        sharding: precision of what ranks exchange.
+        data: batches kept ready on the device.
+        checkpoint: whether a save first copies the state to the host.
     """
     return Job(
         tables=tuple(_tables_of(model, dataset)),
         dense=_dense_work(model),
         num_dense_features=len(dataset.schema.dense),
-        global_batch_size=config.train.global_batch_size,
-        precision=config.train.precision,
-        sparse_optimizer=config.optimizer.sparse.name,
-        dense_optimizer=config.optimizer.dense.name,
-        communication=config.sharding.communication,
-        prefetch_batches=config.data.prefetch_batches,
-        sparse_weight_decay=config.optimizer.sparse.weight_decay,
-        copies_to_save=config.checkpoint.asynchronous,
+        global_batch_size=train.global_batch_size,
+        precision=train.precision,
+        sparse_optimizer=optimizer.sparse.name,
+        dense_optimizer=optimizer.dense.name,
+        communication=sharding.communication,
+        prefetch_batches=data.prefetch_batches,
+        sparse_weight_decay=optimizer.sparse.weight_decay,
+        copies_to_save=checkpoint.asynchronous,
     )
 
 
@@ -77,21 +92,22 @@ def make_cluster(config: ShardingConfig, hardware: Hardware, num_nodes: int, ran
     return Cluster(hardware, num_nodes, ranks_per_node, num_groups)
 
 
-def plan_run(config: Config, dataset: Dataset, model: nn.Module, ranks: Ranks) -> PlanFile:
-    """Return the plan of a run: the file's that the recipe names, or a new one. Collective; equal on all ranks.
+def plan_for_ranks(job: Job, sharding: ShardingConfig, recipe: str, ranks: Ranks) -> PlanFile:
+    """Return the plan of a job on these ranks: the file's that the config names, or a new one. Collective.
+
+    It is equal on all ranks.
 
     Raises:
         PlanError, PlanFileError, HardwareError: on every rank.
     """
-    job = describe_job(config, dataset, model)
-    hardware = load_hardware(config.sharding.hardware or default_profile(ranks.device))
+    hardware = load_hardware(sharding.hardware or default_profile(ranks.device))
     num_nodes = ranks.world_size // ranks.local_world_size
-    cluster = make_cluster(config.sharding, hardware, num_nodes, ranks.local_world_size)
-    text, error = ranks.agree_on(_plan_or_error(config, job, cluster, ranks) if ranks.is_first else None)
+    cluster = make_cluster(sharding, hardware, num_nodes, ranks.local_world_size)
+    text, error = ranks.agree_on(_plan_or_error(job, cluster, sharding, recipe, ranks) if ranks.is_first else None)
     if error is not None:
         raise error
     plan = plan_from_json(text, "the plan of rank 0")
-    check_plan(plan, job, cluster, config.sharding.plan or "the plan")
+    check_plan(plan, job, cluster, sharding.plan or "the plan")
     return plan
 
 
@@ -111,16 +127,18 @@ def device_memory_bytes(device: torch.device, ranks_per_node: int) -> int:
     return min(host_bytes, memory_limit_bytes() or host_bytes) // ranks_per_node
 
 
-def _plan_or_error(config: Config, job: Job, cluster: Cluster, ranks: Ranks) -> tuple[str, ValueError | None]:
+def _plan_or_error(
+    job: Job, cluster: Cluster, sharding: ShardingConfig, recipe: str, ranks: Ranks
+) -> tuple[str, ValueError | None]:
     """Read or make the plan, as text; an error is returned, so that all ranks can raise it."""
     try:
-        if config.sharding.plan is not None:
-            return read_plan_file(config.sharding.plan).to_json(), None
+        if sharding.plan is not None:
+            return read_plan_file(sharding.plan).to_json(), None
         plan = make_plan(
             job,
             cluster,
-            config.sharding,
-            recipe=config.name,
+            sharding,
+            recipe=recipe,
             papilio_version=papilio_version(),
             memory_bytes=device_memory_bytes(ranks.device, ranks.local_world_size),
         )

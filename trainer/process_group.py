@@ -87,14 +87,19 @@ def cores_of_rank(cores: Sequence[int], local_rank: int, local_world_size: int) 
     return list(cores[bounds[0] : bounds[1]])
 
 
+def rank_of_process() -> int:
+    """Return the rank that torchrun gave this process, also before it joins the group; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def process_group(stall_timeout_s: float = STALL_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the job that torchrun's variables describe, or be a job of one; NCCL with GPUs, else gloo.
 
     `stall_timeout_s` is the watchdog's (trainer/elastic/health/job_health.py); collectives wait somewhat longer.
-    After an error no further collective is run: the group is torn down and the error goes on.
+    After an error no further collective is run: the group is torn down and the error is raised.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = rank_of_process(), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()

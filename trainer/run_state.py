@@ -1,4 +1,4 @@
-"""Where a run stands: what its loop counts, and what of it goes into checkpoints."""
+"""A run in memory: what its parts are, how far it is, and what of that goes into checkpoints."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from papilio.data_pipeline.dataset import Dataset
+from papilio.data_pipeline.loading.loader import Loader
 from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.trainer.checkpoint.policy import Checkpoints
+from papilio.trainer.config import Config
+from papilio.trainer.elastic.health.job_health import JobHealth
 from papilio.trainer.metrics import MetricValues
+from papilio.trainer.optimizers import Optimizers
+from papilio.trainer.process_group import Ranks
+from papilio.trainer.run.folder import RunFolder
 from papilio.trainer.run.measurement import StepMeter
+from papilio.trainer.sharded_model import ShardedModel
 
 
 @dataclass
 class Progress:
-    """Where a run stands; equal on all ranks but for the times, which are this rank's.
+    """How far a run is; equal on all ranks but for the times, which are this rank's.
 
     Attributes:
         history: the runs of this job, from the first on: where each began, on how many ranks, and what had changed.
-        findings_of_data: what is wrong with the data set, whatever is trained on it.
-        findings: the same, and what the newest evaluations found.
-        is_preempted: it was told to end before its last step.
+        data_alerts: what is wrong with the data set, whatever is trained on it.
+        alerts: the same, and what the newest evaluations found.
+        is_preempted: the job was asked to end before its last step.
     """
 
     step: int = 0
@@ -29,8 +38,8 @@ class Progress:
     wait_s: float = 0.0
     validations: list[tuple[int, MetricValues]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
-    findings_of_data: list[str] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
+    data_alerts: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
     meter: StepMeter = field(default_factory=StepMeter)
     is_preempted: bool = False
 
@@ -76,6 +85,33 @@ class Progress:
             history=list(tree["history"]),
             meter=StepMeter(tree["step"], tree["train_s"]),
         )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that its loop, its reports and its end share; on every rank, with this rank's shards.
+
+    Attributes:
+        run_dir: where the run's files are, on every rank.
+        folder: writes them; on the first rank only.
+        progress: the one part that the loop changes.
+        num_steps: of the whole run, those before a resume with them.
+        window: every rank's sum of losses since the last report before a resume; None at the start of a run.
+    """
+
+    config: Config
+    dataset: Dataset
+    ranks: Ranks
+    health: JobHealth
+    model: ShardedModel
+    optimizers: Optimizers
+    loader: Loader
+    run_dir: str
+    folder: RunFolder | None
+    checkpoints: Checkpoints
+    progress: Progress
+    num_steps: int
+    window: list[list[float]] | None = None
 
 
 def _rank_of(auc: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
 import sys
 import warnings
@@ -26,12 +25,7 @@ TOP_PAD_BYTES = 64 << 20
 
 
 def configure_runtime() -> None:
-    """Configure logging, arithmetic and memory of this process; call once, before anything large is allocated."""
-    # Warnings of libraries stay; their notices at start-up, which repeat on every rank, do not.
-    # By force, for fbgemm_gpu has set up its own format when it was imported.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    """Configure arithmetic and memory of this process; call once, before anything large is allocated."""
     warnings.simplefilter("ignore", FutureWarning)
     torch.set_flush_denormal(True)
     _keep_freed_memory()

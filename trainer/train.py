@@ -6,13 +6,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from papilio.data_pipeline.dataset import Dataset
 from papilio.data_pipeline.loading.loader import Loader
 from papilio.data_pipeline.loading.order import ReadPosition
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.data_pipeline.manifest import DatasetError
 from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.sharding.hardware import HardwareError
@@ -22,7 +22,7 @@ from papilio.sharding.reports.placement import describe_placement
 from papilio.trainer.checkpoint.folder import CheckpointFolder
 from papilio.trainer.checkpoint.format import CheckpointError
 from papilio.trainer.checkpoint.policy import Checkpoints, RunIdentity
-from papilio.trainer.checkpoint.resume import go_on, lock_folders
+from papilio.trainer.checkpoint.resume import lock_folders, resume
 from papilio.trainer.checkpoint.saver import SaveError, Saver
 from papilio.trainer.checks.same_on_all_hosts import check_same_folder_on_all, check_same_job_on_all
 from papilio.trainer.checks.start_checks import check_input, check_run, open_run_data, without_validation
@@ -33,19 +33,18 @@ from papilio.trainer.elastic.health.failures import LostRankError, describe_join
 from papilio.trainer.elastic.health.job_health import JobHealth, job_health
 from papilio.trainer.elastic.preemption import watch_for_preemption
 from papilio.trainer.evaluation import evaluate
-from papilio.trainer.gradient_buckets import settle_gradient_buckets
-from papilio.trainer.loop import RunContext, run_training, total_steps
+from papilio.trainer.loop import run_training
 from papilio.trainer.optimizers import Optimizers
-from papilio.trainer.process_group import Ranks, process_group
+from papilio.trainer.process_group import Ranks, process_group, rank_of_process
 from papilio.trainer.run.folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
 from papilio.trainer.run.learning_alerts import TrainingError, diagnose, diagnose_labels
 from papilio.trainer.run.lock import LockedError, LostLockError, RunLock
 from papilio.trainer.run.measurement import compare
 from papilio.trainer.run.summary import Summary, format_summary
 from papilio.trainer.run.versions import package_versions
-from papilio.trainer.run_state import Progress
+from papilio.trainer.run_state import Progress, RunState
 from papilio.trainer.runtime import configure_runtime, no_garbage_collection
-from papilio.trainer.sharded_model import ShardedModel, build_sharded_model
+from papilio.trainer.sharded_model import ShardedModel, build_sharded_model, fix_gradient_buckets
 from papilio.trainer.storage.api import StorageError
 
 EXPECTED_ERRORS = (
@@ -72,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", help="hardware of the hosts, where the recipe has no sharding.hardware")
     known, overrides = parser.parse_known_args(arguments)
     drop_what_has_no_room()
+    setup_logging("rank", rank_of_process())
     configure_runtime()
     try:
         config = load_config(known.recipe, overrides, known.host)
@@ -100,10 +100,10 @@ def fail(prefix: str, error: Exception) -> int:
 
 
 def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summary | None:
-    """Train as the config says, from the run's newest checkpoint on if it has one, and write the run folder.
+    """Train as the config says, resuming from the run's newest checkpoint if it has one, and write the run folder.
 
-    A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was told to
-    end and has saved.
+    A finished run is left as it is. Collective; returns the summary on every rank, or None when the job was asked
+    to end and has saved.
     """
     dataset = open_run_data(config)
     identity = RunIdentity(config.model_dump(mode="json"), data_identity(dataset), package_versions())
@@ -131,31 +131,50 @@ def _train(
     dataset: Dataset,
     ranks: Ranks,
     health: JobHealth,
-    run: tuple[str, CheckpointFolder, RunIdentity],
+    folders: tuple[str, CheckpointFolder, RunIdentity],
     lock: RunLock | None,
 ) -> Summary | None:
     """Train in folders that are this job's alone. Collective; `lock` is theirs, on the first rank."""
-    run_dir, checkpoints, identity = run
+    run_dir, checkpoints, identity = folders
+    # The model on meta, its fused sparse optimizers, the plan, and the shards.
     model = build_sharded_model(config, dataset, ranks)
     optimizers = Optimizers(model.module, config.optimizer, config.schedule)
-    settle_gradient_buckets(model, optimizers, dataset, ranks)
-    start = go_on(checkpoints, config, model, optimizers, ranks)
+    fix_gradient_buckets(model, optimizers, dataset, ranks)
+    start = resume(checkpoints, identity.config, model, optimizers, ranks)
     health.mark(start.progress.step, "loading")
     loader = _training_loader(config, dataset, ranks, start.progress.position)
-    folder = _begin(config, dataset, loader, model, ranks, run_dir, identity, start.progress)
+    start.progress.data_alerts = _alerts_of_data(config, dataset)
+    start.progress.alerts = list(start.progress.data_alerts)
+    folder = _open_run_folder(config, dataset, model, ranks, run_dir, identity, start.progress)
     saver = Saver(checkpoints, config.checkpoint, model, optimizers, ranks, lock)
     saver.latest = start.saved
-    job = _Job(config, dataset, model, ranks, run_dir, folder, Checkpoints(saver, config.checkpoint, identity, ranks))
+    run = RunState(
+        config=config,
+        dataset=dataset,
+        ranks=ranks,
+        health=health,
+        model=model,
+        optimizers=optimizers,
+        loader=loader,
+        run_dir=run_dir,
+        folder=folder,
+        checkpoints=Checkpoints(saver, config.checkpoint, identity, ranks),
+        progress=start.progress,
+        # The loader has the batches that are still to come.
+        num_steps=min(start.progress.step + len(loader), config.train.max_steps or sys.maxsize),
+        window=start.window,
+    )
     try:
+        if folder is not None:
+            print(_describe_start(run, folder), flush=True)
         with no_garbage_collection(), watch_for_preemption(ranks) as preemption:
-            around = RunContext(dataset, folder, job.checkpoints, preemption, health, start.window)
-            run_training(model, optimizers, loader, config, ranks, around, start.progress)
-        health.is_saved = start.progress.is_preempted
-        health.mark(start.progress.step, "ending")
-        summary = None if start.progress.is_preempted else _finish(job, start.progress)
+            run_training(run, preemption)
+        health.is_saved = run.progress.is_preempted
+        health.mark(run.progress.step, "ending")
+        summary = None if run.progress.is_preempted else _finish(run)
         saver.close()
         if summary is None and folder is not None:
-            print(_stopped(start.progress, saver, folder), flush=True)
+            print(_describe_stop(run, folder), flush=True)
         return summary
     except BaseException:
         saver.abandon()
@@ -163,19 +182,6 @@ def _train(
     finally:
         if folder is not None:
             folder.close()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the end of a run needs."""
-
-    config: Config
-    dataset: Dataset
-    model: ShardedModel
-    ranks: Ranks
-    run_dir: str
-    folder: RunFolder | None
-    checkpoints: Checkpoints
 
 
 def _training_loader(config: Config, dataset: Dataset, ranks: Ranks, start: ReadPosition) -> Loader:
@@ -193,22 +199,23 @@ def _training_loader(config: Config, dataset: Dataset, ranks: Ranks, start: Read
     )
 
 
-def _begin(
+def _alerts_of_data(config: Config, dataset: Dataset) -> list[str]:
+    """Return what is wrong with the data set, whatever is trained on it."""
+    train = dataset.manifest.splits["train"]
+    unmeasured = without_validation(dataset, config.checkpoint)
+    return [*diagnose_labels(train.num_rows, train.num_positives), *([] if unmeasured is None else [unmeasured])]
+
+
+def _open_run_folder(
     config: Config,
     dataset: Dataset,
-    loader: Loader,
     model: ShardedModel,
     ranks: Ranks,
     run_dir: str,
     identity: RunIdentity,
     progress: Progress,
 ) -> RunFolder | None:
-    """Open the run folder on rank 0, and say what is about to be trained."""
-    train = dataset.manifest.splits["train"]
-    unmeasured = without_validation(dataset, config)
-    progress.findings_of_data = diagnose_labels(train.num_rows, train.num_positives)
-    progress.findings_of_data += [] if unmeasured is None else [unmeasured]
-    progress.findings = list(progress.findings_of_data)
+    """Open the run folder on the first rank. Collective: a disk that is full by now is an error on all ranks."""
     opened: list[RunFolder] = []
 
     def open_folder() -> None:
@@ -216,51 +223,46 @@ def _begin(
         opened.append(RunFolder(run_dir, config, dataset, identity.versions, progress.step, validated))
         opened[0].write_plan(model.plan.to_json())
 
-    ranks.ask_first(open_folder)  # a disk that is full by now is told on all ranks
-    if not opened:
-        return None
-    (folder,) = opened
-    print(_opening(config, loader, model, ranks, folder, progress), flush=True)
-    if not dataset.has_rows("test"):
-        print(f"data set {dataset.folder} has no rows in split test: no metrics of it at the end", flush=True)
-    for finding in progress.findings:
-        print(f"WARNING: {finding}", flush=True)
-    return folder
+    ranks.ask_first(open_folder)
+    return opened[0] if opened else None
 
 
-def _opening(
-    config: Config, loader: Loader, model: ShardedModel, ranks: Ranks, folder: RunFolder, progress: Progress
-) -> str:
-    num_steps = total_steps(progress.step, loader, config)
+def _describe_start(run: RunState, folder: RunFolder) -> str:
+    """Say what is about to be trained, and what is wrong with its data."""
+    config, ranks = run.config, run.ranks
+    lines = [
+        f"{config.name}: {config.model.architecture}, {run.model.num_parameters:,} weights on {ranks.world_size} "
+        f"rank(s) ({ranks.device.type}, {config.train.precision}); {run.num_steps:,} steps of "
+        f"{config.train.global_batch_size:,} samples from {config.data.path}",
+        describe_placement(run.model.plan),
+        f"run folder: {folder.path}",
+    ]
+    if not run.dataset.has_rows("test"):
+        lines.append(f"data set {run.dataset.folder} has no rows in split test: no metrics of it at the end")
+    return "\n".join([*lines, *(f"WARNING: {finding}" for finding in run.progress.alerts)])
+
+
+def _describe_stop(run: RunState, folder: RunFolder) -> str:
+    latest = run.checkpoints.latest
     return (
-        f"{config.name}: {config.model.architecture}, {model.num_parameters:,} weights on {ranks.world_size} rank(s) "
-        f"({ranks.device.type}, {config.train.precision}); {num_steps:,} steps of "
-        f"{config.train.global_batch_size:,} samples from {config.data.path}\n"
-        f"{describe_placement(model.plan)}\n"
-        f"run folder: {folder.path}"
+        f"stopped after step {run.progress.step:,} and saved as {latest.name if latest is not None else None}; start "
+        f"the job again with --output.run_dir={folder.path} to resume"
     )
 
 
-def _stopped(progress: Progress, saver: Saver, folder: RunFolder) -> str:
-    name = saver.latest.name if saver.latest is not None else None
-    return (
-        f"stopped after step {progress.step:,} and saved as {name}; start the job again with "
-        f"--output.run_dir={folder.path} to go on"
-    )
-
-
-def _finish(job: _Job, progress: Progress) -> Summary:
+def _finish(run: RunState) -> Summary:
     """Measure the test split of a run that is saved, and sum up. Collective."""
-    config, dataset, model, ranks = job.config, job.dataset, job.model, job.ranks
+    dataset, model, ranks, progress = run.dataset, run.model, run.ranks, run.progress
     comparison = compare(model.plan, progress.meter, ranks)
     final = {"validation": progress.validations[-1][1]} if dataset.has_rows("validation") else {}
     if dataset.has_rows("test"):
-        final["test"] = evaluate(model.module, dataset, "test", config, ranks, show_progress=False)
-    progress.findings = [*progress.findings_of_data]
-    progress.findings += [finding for split, values in final.items() for finding in diagnose(values, split)]
+        data, train = run.config.data, run.config.train
+        final["test"] = evaluate(model.module, dataset, "test", data, train, ranks, show_progress=False)
+    progress.alerts = [*progress.data_alerts]
+    progress.alerts += [finding for split, values in final.items() for finding in diagnose(values, split)]
     best = progress.best_validation
     summary = Summary(
-        run_dir=job.run_dir,
+        run_dir=run.run_dir,
         world_size=ranks.world_size,
         device=ranks.device.type,
         num_parameters=model.num_parameters,
@@ -272,14 +274,14 @@ def _finish(job: _Job, progress: Progress) -> Summary:
         final=final,
         best_validation_auc=best[1].auc if best is not None else None,
         best_validation_step=best[0] if best is not None else None,
-        findings=tuple(progress.findings),
+        findings=tuple(progress.alerts),
         comparison=comparison,
-        checkpoint_stalls_s=tuple(job.checkpoints.stalls_s),
+        checkpoint_stalls_s=tuple(run.checkpoints.stalls_s),
     )
-    if job.folder is not None:
+    if run.folder is not None:
         if "test" in final:
-            job.folder.append("test", progress.step, final["test"].to_dict())
-        job.folder.write_summary(summary.to_dict())
+            run.folder.append("test", progress.step, final["test"].to_dict())
+        run.folder.write_summary(summary.to_dict())
         print(format_summary(summary, dataset.manifest), flush=True)
     return summary
 

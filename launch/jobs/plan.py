@@ -38,7 +38,7 @@ def _diff(words: list[str]) -> int:
 
 
 def _command(namespace: argparse.Namespace) -> list[str]:
-    command = child_command("papilio.trainer.plan_run", "--recipe", namespace.recipe)
+    command = child_command("papilio.trainer.run.plan_run", "--recipe", namespace.recipe)
     command += ["--num-nodes", str(namespace.num_nodes)]
     for flag in ("hardware", "ranks_per_node", "explain", "output", "html"):
         value = getattr(namespace, flag)

@@ -168,8 +168,9 @@ def _predict(namespace: argparse.Namespace, config: Config, num_hosts: int) -> S
     assert hardware is not None  # _check
     num_ranks = num_hosts * load_hardware(hardware).ranks_per_host
     batch_size = _batch_size(namespace, config, num_ranks)
-    command = child_command("papilio.trainer.plan_run", "--recipe", namespace.recipe, "--json", "--hardware", hardware)
-    command += ["--num-nodes", str(num_hosts), *namespace.overrides, f"--train.global_batch_size={batch_size}"]
+    command = child_command("papilio.trainer.run.plan_run", "--recipe", namespace.recipe, "--json")
+    command += ["--hardware", hardware, "--num-nodes", str(num_hosts)]
+    command += [*namespace.overrides, f"--train.global_batch_size={batch_size}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return StudyRow(num_ranks, num_hosts, batch_size, hardware=hardware, note=_reason(done.stderr))

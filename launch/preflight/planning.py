@@ -15,7 +15,7 @@ PREFIX = "papilio plan: error: "
 
 def plan_job(recipe: str, overrides: Sequence[str], hardware: str | None, num_hosts: int, nproc: int) -> PlanFacts:
     """Plan the job as `papilio plan` does."""
-    command = child_command("papilio.trainer.plan_run", "--recipe", recipe, "--json")
+    command = child_command("papilio.trainer.run.plan_run", "--recipe", recipe, "--json")
     command += ["--num-nodes", str(num_hosts), "--ranks-per-node", str(nproc)]
     command += [*(["--hardware", hardware] if hardware else []), *overrides]
     try:

@@ -98,7 +98,7 @@ def test_a_job_that_is_told_to_end_saves_and_goes_on_when_started_again(recipe, 
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 75, out
     assert "stopped after step " in out
-    assert f"start the job again with --output.run_dir={run_dir} to go on" in out
+    assert f"start the job again with --output.run_dir={run_dir} to resume" in out
     again = start(recipe, run_dir)
     out, _ = again.communicate(timeout=240)
     assert again.returncode == 0, out

@@ -62,7 +62,7 @@ def test_evaluate_passes_its_arguments_on() -> None:
     role = resolve(components.evaluate(run="runs/a", data="d", split="validation", nproc=1, omp_threads=4))
     assert role.args[-8:] == [
         "--",
-        "papilio.trainer.evaluate_run",
+        "papilio.trainer.run.evaluate_run",
         "--run",
         "runs/a",
         "--split",
@@ -81,7 +81,7 @@ def test_torchrun_leaves_the_modules_arguments_alone(nnodes: int) -> None:
     app = components.evaluate(run="runs/a", nnodes=nnodes)
     role = resolve(app)
     parsed = torch.distributed.run.parse_args(after_agent(role))
-    assert (parsed.module, parsed.training_script) == (True, "papilio.trainer.evaluate_run")
+    assert (parsed.module, parsed.training_script) == (True, "papilio.trainer.run.evaluate_run")
     assert parsed.training_script_args == ["--run", "runs/a", "--split", "test"]
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.tee) == (str(nnodes), "2", "3")
 

@@ -74,7 +74,7 @@ def run(ranks, config):
 
 def stop_after(ranks, config, step):
     """Train until just after `step`, where the whole job dies without a word."""
-    import papilio.trainer.loop
+    import papilio.trainer.checkpoint.policy
 
     class Dead(BaseException):
         pass
@@ -84,13 +84,13 @@ def stop_after(ranks, config, step):
             raise Dead
         return original(self, current, **_)
 
-    original = papilio.trainer.loop.Checkpoints.due
-    papilio.trainer.loop.Checkpoints.due = due
+    original = papilio.trainer.checkpoint.policy.Checkpoints.due
+    papilio.trainer.checkpoint.policy.Checkpoints.due = due
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Dead):
             train(config, ranks)
     finally:
-        papilio.trainer.loop.Checkpoints.due = original
+        papilio.trainer.checkpoint.policy.Checkpoints.due = original
 
 
 def metric_lines(run_dir):

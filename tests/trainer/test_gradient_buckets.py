@@ -9,9 +9,8 @@ import torch
 
 from papilio.data_pipeline.dataset import open_dataset
 from papilio.trainer.config_file import build_config
-from papilio.trainer.gradient_buckets import settle_gradient_buckets
 from papilio.trainer.optimizers import Optimizers
-from papilio.trainer.sharded_model import build_sharded_model
+from papilio.trainer.sharded_model import build_sharded_model, fix_gradient_buckets
 from papilio.trainer.train import train
 from tests.support.checkpoints import newest, saved_tensors
 from tests.support.datasets import write_dataset
@@ -63,11 +62,11 @@ def tensors_before_and_after(ranks, config):
         return {key: [piece.values for piece in tensor.pieces] for key, tensor in state.tensors.items()}
 
     before = pieces()
-    settle_gradient_buckets(model, optimizers, dataset, ranks)
+    fix_gradient_buckets(model, optimizers, dataset, ranks)
     return before, pieces(), [parameter.grad for parameter in model.module.parameters()]
 
 
-def test_settling_changes_nothing(two_ranks, data, tmp_path):
+def test_fixing_the_buckets_changes_nothing(two_ranks, data, tmp_path):
     for before, after, gradients in two_ranks.run(tensors_before_and_after, make_config(data, tmp_path)):
         assert before.keys() == after.keys()
         for key, values in before.items():

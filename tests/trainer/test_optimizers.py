@@ -49,13 +49,15 @@ def config_with(sparse=None, model=None):
 )
 def test_data_parallel_tables_that_would_be_trained_otherwise_are_refused(sections, reason):
     config = config_with(**sections)
-    check_data_parallel_tables([], config)
+    sections_of_config = config.optimizer.sparse, config.model.table_precision
+    check_data_parallel_tables([], *sections_of_config)
     tables = ["t_a", "t_b", "t_c", "t_d"]
     with pytest.raises(ConfigError, match=rf"4 table\(s\) data_parallel \(t_a, t_b, t_c, ...\), but {reason}") as error:
-        check_data_parallel_tables(tables, config)
+        check_data_parallel_tables(tables, *sections_of_config)
     assert str(error.value).endswith("or leave data_parallel out of sharding.types")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_other_data_parallel_tables_are_not(name):
-    check_data_parallel_tables(["t_a"], config_with({"name": name}))
+    config = config_with({"name": name})
+    check_data_parallel_tables(["t_a"], config.optimizer.sparse, config.model.table_precision)

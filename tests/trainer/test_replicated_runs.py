@@ -10,7 +10,7 @@ import pytest
 
 from papilio.trainer.checkpoint.format import MARKER, CheckpointError
 from papilio.trainer.config_file import ConfigError, build_config
-from papilio.trainer.evaluate_run import evaluate_run
+from papilio.trainer.run.evaluate_run import evaluate_run
 from papilio.trainer.run.folder import load_run_config
 from papilio.trainer.train import train
 from tests.support.checkpoints import load_model, newest, saved_tensors

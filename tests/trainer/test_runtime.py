@@ -33,7 +33,7 @@ def test_the_collector_rests_and_wakes():
 
 def test_denormals_are_flushed():
     code = (
-        "import torch; from trainer import runtime; runtime.configure_runtime();"
+        "import torch; from papilio.trainer import runtime; runtime.configure_runtime();"
         "print((torch.full((64,), 1e-30) * 1e-10).sum().item())"
     )
     assert (

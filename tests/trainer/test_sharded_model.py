@@ -10,8 +10,8 @@ from torch import nn
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.runtime.initial_weights import initial_weights, initialize_tables
 from papilio.trainer.config_file import ConfigError, build_config
-from papilio.trainer.evaluate_run import evaluate_run
 from papilio.trainer.optimizers import learning_rate_factor
+from papilio.trainer.run.evaluate_run import evaluate_run
 from papilio.trainer.train import train
 from tests.support.checkpoints import load_model, newest, save_model, saved_tensors
 from tests.support.clicks import (

@@ -16,8 +16,8 @@ from papilio.data_pipeline.manifest import DatasetError
 from papilio.sharding.runtime.initial_weights import initial_weights
 from papilio.trainer.checkpoint.format import MARKER, CheckpointError
 from papilio.trainer.config_file import ConfigError, build_config
-from papilio.trainer.evaluate_run import evaluate_run
 from papilio.trainer.models.build import build_model
+from papilio.trainer.run.evaluate_run import evaluate_run
 from papilio.trainer.run.folder import load_run_config
 from papilio.trainer.run.learning_alerts import TrainingError
 from papilio.trainer.train import train

@@ -17,6 +17,7 @@ from typing import cast
 
 import torch.distributed as dist
 
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.calibration.collectives import UNLIMITED, measure_collectives
 from papilio.sharding.calibration.kernels import KernelTiming, cases, fit_kernels, time_kernels
 from papilio.sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads, time_step
@@ -30,7 +31,7 @@ from papilio.trainer.calibration.synthetic import PlannedShape, Shape, Synthetic
 from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.optimizers import CPU_SPARSE_OPTIMIZERS
-from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group
+from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group, rank_of_process
 from papilio.trainer.run.measurement import process_memory_bytes
 from papilio.trainer.runtime import configure_runtime, no_garbage_collection
 
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few and small measurements: to try, not to plan with")
     parser.add_argument("--fresh", action="store_true", help="begin the file anew")
     options = parser.parse_args(arguments)
+    setup_logging("rank", rank_of_process())
     configure_runtime()
     # FBGEMM's dense kernel (data_parallel) says so at every first backward pass.
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")

@@ -1,4 +1,4 @@
-"""May this job go on from that checkpoint? What may change between the runs of a job, and what may not."""
+"""May this job resume from that checkpoint? What may change between the runs of a job, and what may not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from papilio.trainer.checkpoint.format import CheckpointError
 
-# What a run may go on with another value of; sections, or single keys. Anything else would make another model, or
+# What a run may resume with another value of; sections, or single keys. Anything else would make another model, or
 # train on samples twice and on others not at all.
 SAFE = (
     "train",
@@ -66,7 +66,7 @@ def safe_changes(
         lines = [f"  {key} = {_shown(new)}, was {_shown(old)}" for key, (old, new) in refused.items()]
         lines += [f"  the data set's {key}: {_first_difference(old_data.get(key), new_data.get(key))}" for key in data]
         raise CheckpointError(
-            f"{where} cannot go on with another\n" + "\n".join(lines) + "\nPut back the old, or choose another "
+            f"{where} cannot resume with another\n" + "\n".join(lines) + "\nPut back the old, or choose another "
             "output.run_dir to start anew (batch size, learning rates, number of steps, sharding and ranks may change)"
         )
     return changed

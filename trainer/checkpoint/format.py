@@ -141,7 +141,7 @@ class Marker:
         num_copies: copies of the model that differ (groups with independent tables), each in a folder `group_<i>`.
         world_size: ranks that saved it.
         files: by path in the folder: (size in bytes, CRC-32); None for part files, whose blocks have their own.
-        progress: what the loop goes on from (see `papilio.trainer.run_state`).
+        progress: what the loop resumes from (see `papilio.trainer.run_state`).
         config: the resolved config.
         data: identity of the data set (see `papilio.trainer.run.folder`).
         versions: of the packages that made it.

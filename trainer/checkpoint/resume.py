@@ -17,7 +17,6 @@ from papilio.trainer.checkpoint.folder import CheckpointFolder
 from papilio.trainer.checkpoint.format import Marker
 from papilio.trainer.checkpoint.loader import load_newest
 from papilio.trainer.checkpoint.saver import Saved
-from papilio.trainer.config import Config
 from papilio.trainer.optimizers import Optimizers
 from papilio.trainer.process_group import Ranks
 from papilio.trainer.run.lock import LockedError, RunLock, job_name
@@ -57,8 +56,22 @@ def lock_folders(folders: Sequence[str], ranks: Ranks) -> RunLock | None:
     return lock
 
 
-def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimizers: Optimizers, ranks: Ranks) -> Start:
-    """Load the newest complete checkpoint, if there is one, and sweep what was never completed. Collective."""
+def resume(
+    folder: CheckpointFolder,
+    settings: Mapping[str, Any],
+    model: ShardedModel,
+    optimizers: Optimizers,
+    ranks: Ranks,
+) -> Start:
+    """Load the newest complete checkpoint, if there is one, and remove what was never completed. Collective.
+
+    Args:
+        folder: where the checkpoints lie.
+        settings: the run's config as plain values; what it changes of the checkpoint's is printed and kept.
+        model: filled in place.
+        optimizers: filled in place.
+        ranks: all of the job.
+    """
     found = load_newest(folder, model, optimizers, ranks)
     if ranks.is_first:
         for name in folder.sweep():
@@ -68,7 +81,7 @@ def go_on(folder: CheckpointFolder, config: Config, model: ShardedModel, optimiz
         return Start(Progress(history=[{"step": 0, **now, "changes": {}}]))
     name, marker = found
     progress = Progress.from_dict(marker.progress)
-    changed = safe_changes(marker.config, config.model_dump(mode="json"), {}, {}, folder.path)
+    changed = safe_changes(marker.config, dict(settings), {}, {}, folder.path)
     progress.history.append({"step": marker.step, **now, "changes": changed})
     if ranks.is_first:
         print(_resuming(marker, changed, ranks), flush=True)

@@ -146,7 +146,7 @@ class Saver:
                 logger.warning("%s; training goes on without this checkpoint (%s)", error, newest)
 
     def amend(self, progress: dict[str, Any]) -> None:
-        """Write more progress into the marker of the newest checkpoint; not collective. A failure is told only."""
+        """Write more progress into the marker of the newest checkpoint; not collective. A failure is logged only."""
         assert self._under_way is None
         if self.latest is None:
             return

@@ -18,10 +18,11 @@ from papilio.sharding.config import ReplicasConfig
 from papilio.sharding.hardware import load_hardware
 from papilio.sharding.plan_file import read_plan_file
 from papilio.trainer.checkpoint.compatibility import safe_changes
+from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder, Committed
 from papilio.trainer.checkpoint.format import DamagedError
 from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
-from papilio.trainer.checks.same_columns import check_same_columns
+from papilio.trainer.checks.same_data import check_data_of_run
 from papilio.trainer.config import Config
 from papilio.trainer.config_file import ConfigError
 from papilio.trainer.run.folder import SUMMARY, checkpoints_dir, data_identity, load_run_config, read_run
@@ -73,12 +74,12 @@ def open_run_data(config: Config) -> Dataset:
     return dataset
 
 
-def without_validation(dataset: Dataset, config: Config) -> str | None:
+def without_validation(dataset: Dataset, checkpoint: CheckpointConfig) -> str | None:
     """Say what a run goes without where the data set has no validation rows; None where it has some."""
     if dataset.has_rows("validation"):
         return None
-    kept = f"the newest {config.checkpoint.keep_last} checkpoint(s) are kept (checkpoint.keep_last)"
-    best = f"; none is the best, {kept}" if config.checkpoint.keep_best else ""
+    kept = f"the newest {checkpoint.keep_last} checkpoint(s) are kept (checkpoint.keep_last)"
+    best = f"; none is the best, {kept}" if checkpoint.keep_best else ""
     return f"data set {dataset.folder} has no rows in split validation: nothing measures what the model learns{best}"
 
 
@@ -140,7 +141,7 @@ def check_evaluation(run_dir: str, data: str | None, split: str, checkpoint: str
     name = find_checkpoint(folder, checkpoint)
     dataset = open_dataset(data or config.data.path, verify_checksums=False)
     dataset.open_split(split)
-    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
+    check_data_of_run(dataset, read_run(run_dir)[1], run_dir)
     _check_shards(dataset, split)
     if config.sharding.hardware is not None:
         load_hardware(config.sharding.hardware)
@@ -259,7 +260,7 @@ def _newest_readable(folder: CheckpointFolder) -> Committed | None:
 def _finished(folder: CheckpointFolder, newest: Committed, config: Config, run_dir: str) -> FinishedRun | None:
     """A run is finished once the summary of its last step is written, as long as its last checkpoint is whole.
 
-    All of it is read, as it would be to go on: where it is damaged, the last steps can be trained again.
+    All of it is read, as it would be to resume: where it is damaged, the last steps can be trained again.
     """
     marker, most = newest.marker, config.train.max_steps
     if marker.progress["position"]["epoch"] < config.train.epochs and (most is None or marker.step < most):

@@ -28,7 +28,7 @@ from papilio.data_pipeline.manifest import DatasetError
 from papilio.data_pipeline.preprocess.bad_rows import BadRow, PreprocessError
 from papilio.data_pipeline.preprocess.byte_blocks import input_num_bytes
 from papilio.data_pipeline.progress import Progress
-from papilio.trainer.checks.same_data import check_same_data
+from papilio.trainer.checks.same_data import check_data_of_package
 from papilio.trainer.inference.encoding.raw_rows import RawRows, read_raw_rows
 from papilio.trainer.inference.encoding.request_encoder import EncodedBatch
 from papilio.trainer.inference.export.held_out import HeldOut
@@ -95,7 +95,7 @@ def _of_dataset(options: PredictOptions, scorer: Scorer) -> Scored:
     assert options.data is not None
     dataset = open_dataset(options.data)
     try:
-        check_same_data(scorer.package, dataset)
+        check_data_of_package(scorer.package, dataset)
     except PackageError as error:
         raise PredictError(f"{error}, or score its raw files with --input") from None
     rows = HeldOut(dataset, options.split)

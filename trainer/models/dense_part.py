@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from papilio.trainer.config import ModelConfig
-from papilio.trainer.models.cross_net import LowRankCrossNet
-from papilio.trainer.models.interaction import dense_and_dots, make_pairs
+from papilio.trainer.models.interaction import LowRankCrossNet, dense_and_dots, make_pairs
 from papilio.trainer.models.mlp import make_mlp
 
 

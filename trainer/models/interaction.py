@@ -1,4 +1,7 @@
-"""The pairwise dot products of DLRM, for training and for serving (Naumov et al., arXiv 1906.00091). Needs no torchrec.
+"""How dense and pooled vectors meet, for training and for serving. Needs no torchrec.
+
+The pairwise dot products of DLRM (Naumov et al., arXiv 1906.00091), and the low-rank cross layers of DCNv2 (Wang et
+al., arXiv 2008.13535).
 
 B batch, D embedding dim, N = F + 1 vectors: the dense one and the F features', P = N (N - 1) / 2 pairs.
 """
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,29 @@ def dense_and_dots(dense_BD: torch.Tensor, pooled_BFD: torch.Tensor, picked: tor
     vectors_BND = torch.cat([dense_BD[:, None].to(dtype), pooled_BFD.to(dtype)], dim=1)
     dots_BNN = torch.bmm(vectors_BND, vectors_BND.transpose(1, 2))
     return torch.cat([dense_BD, dots_BNN.flatten(1).index_select(1, picked).to(dense_BD.dtype)], dim=1)
+
+
+class LowRankCrossNet(nn.Module):
+    """Layers x <- x0 * (W V x + b) + x, with W [N, r] and V [r, N].
+
+    TorchRec has the same under the same name; parameters bear its names, so that checkpoints fit either, and take
+    their initial values from the generator in its order.
+    """
+
+    def __init__(self, in_features: int, num_layers: int, low_rank: int) -> None:
+        super().__init__()
+        self.W_kernels = nn.ParameterList([_xavier(in_features, low_rank) for _ in range(num_layers)])
+        self.V_kernels = nn.ParameterList([_xavier(low_rank, in_features) for _ in range(num_layers)])
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(in_features)) for _ in range(num_layers)])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return [B, N]; `inputs` is [B, N]."""
+        crossed = inputs
+        for wide, narrow, bias in zip(self.W_kernels, self.V_kernels, self.bias, strict=True):
+            low_rank = nn.functional.linear(crossed, narrow)
+            crossed = inputs * (nn.functional.linear(low_rank, wide) + bias) + crossed
+        return crossed
+
+
+def _xavier(num_rows: int, num_columns: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_normal_(torch.empty(num_rows, num_columns)))

@@ -1,4 +1,4 @@
-"""A file that grows while a run goes on. A disk that fails under it is told once, and ends no training."""
+"""A file that grows while a run goes on. A disk that fails under it is logged once, and ends no training."""
 
 from __future__ import annotations
 

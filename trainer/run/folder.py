@@ -67,7 +67,7 @@ class RunFolder:
         step: int = 0,
         validated: Iterable[int] = (),
     ) -> None:
-        """Begin a run, or go on with one that has done `step` steps, and was `validated` after these.
+        """Begin a run, or resume one that has done `step` steps, and was `validated` after these.
 
         What was measured after them is dropped.
         """
@@ -95,7 +95,7 @@ class RunFolder:
             self._events.append(kind, step, values)
 
     def write_summary(self, tree: dict[str, Any]) -> None:
-        """Write summary.json, with which a run is finished; all else is saved, so that a failure is told only."""
+        """Write summary.json, with which a run is finished; all else is saved, so that a failure is only logged."""
         try:
             write_json(self.file(SUMMARY), tree)
         except StorageError as error:

@@ -25,7 +25,7 @@ NEVER = 1 << 62
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the batch and likely causes."""
+    """Training cannot continue; the message names the batch and likely causes."""
 
 
 def diagnose(values: MetricValues, split: str) -> list[str]:

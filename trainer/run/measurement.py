@@ -1,4 +1,4 @@
-"""What a step takes in truth, held against what the plan predicted: seconds by windows of steps, bytes by rank."""
+"""What a step really takes, compared with what the plan predicted: seconds by windows of steps, bytes by rank."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def compare(plan: PlanFile, meter: StepMeter, ranks: Ranks) -> Comparison | None:
-    """Hold the plan's prediction against the measurement; None where too little was measured. Collective."""
+    """Compare the plan's prediction with the measurement; None where too little was measured. Collective."""
     found: list[tuple[float | None, int]] = [(None, 0)] * ranks.world_size
     dist.all_gather_object(found, (meter.step_s, meter.memory_bytes), group=ranks.group)
     seconds = [step_s for step_s, _ in found if step_s is not None]

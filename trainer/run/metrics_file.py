@@ -1,4 +1,4 @@
-"""metrics.jsonl, what a run measures: a line of JSON each. Of a run that goes on, what is measured again is dropped."""
+"""metrics.jsonl, what a run measures: a line of JSON each. Of a resumed run, what is measured again is dropped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def metrics_line(kind: str, step: int, values: dict[str, Any]) -> bytes:
 
 
 def _drop_after(path: str, step: int, validated: set[int]) -> None:
-    """Drop what will be measured again, and lines that nobody can read; these are told, and kept beside the file."""
+    """Drop what will be measured again, and lines that nobody can read; these are logged, and kept beside the file."""
     with open(path, "rb") as file:
         lines = file.readlines()
     kept, damaged = [], []

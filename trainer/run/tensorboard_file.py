@@ -22,11 +22,11 @@ FILE_VERSION = "brain.Event:2"
 
 
 class EventsFile:
-    """A new file of events in the folder of a run's; one that goes on after `step` steps hides older points."""
+    """A new file of events in the folder of a run's; one that resumes after `step` steps hides older points."""
 
     def __init__(self, folder: str, step: int = 0) -> None:
         name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{time.time_ns()}"
-        with suppress(OSError):  # told when the file is opened
+        with suppress(OSError):  # logged when the file is opened
             os.makedirs(folder, exist_ok=True)
         self._file = AppendedFile(os.path.join(folder, name))
         self._append(Event(step=step + 1 if step else 0, file_version=FILE_VERSION))

@@ -43,7 +43,7 @@ def test_what_is_saved_is_finite_when_a_run_ends_in_nan(two_ranks, tmp_path):
 
 def save_nan(ranks, config):
     """Train with a table that gets a NaN which no batch looks up."""
-    import papilio.trainer.loop
+    import papilio.trainer.checkpoint.policy
 
     def due(self, current, **keywords):
         if current == 3:
@@ -52,12 +52,12 @@ def save_nan(ranks, config):
             local_table_shards(self._saver._model.module)[0].weight[-1, 0] = float("nan")
         return original(self, current, **keywords)
 
-    original = papilio.trainer.loop.Checkpoints.due
-    papilio.trainer.loop.Checkpoints.due = due
+    original = papilio.trainer.checkpoint.policy.Checkpoints.due
+    papilio.trainer.checkpoint.policy.Checkpoints.due = due
     try:
         return run(ranks, config)
     finally:
-        papilio.trainer.loop.Checkpoints.due = original
+        papilio.trainer.checkpoint.policy.Checkpoints.due = original
 
 
 def test_a_table_with_nan_is_not_committed(one_rank, data, tmp_path):

@@ -229,7 +229,7 @@ def test_another_job_in_the_folder_is_refused_with_the_differences(one_rank, dat
     other = make_config(data, tmp_path / "run", seed=5, model={"embedding_dim": 16})
     message = one_rank.run(run, other)[0]
     assert message.startswith(
-        f"CheckpointError: the run in {tmp_path / 'run' / 'checkpoints'} cannot go on with another\n"
+        f"CheckpointError: the run in {tmp_path / 'run' / 'checkpoints'} cannot resume with another\n"
     )
     assert "\n  model.embedding_dim = 16, was 8\n  seed = 5, was 4\n" in message
     assert "choose another output.run_dir to start anew" in message
@@ -343,7 +343,7 @@ def test_sigterm_to_one_rank_saves_and_stops_all(two_ranks, data, tmp_path):
     assert [is_stopped for is_stopped, _ in answers] == [True, True]
     printed = answers[0][1]
     assert "stopped after step " in printed
-    assert f"start the job again with --output.run_dir={tmp_path / 'told'} to go on" in printed
+    assert f"start the job again with --output.run_dir={tmp_path / 'told'} to resume" in printed
     assert "(preemption)" in two_ranks.run(run, config)[0]
     assert_same_runs(tmp_path / "told", tmp_path / "whole")
 

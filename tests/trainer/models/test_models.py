@@ -5,11 +5,10 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
-from papilio.trainer.models.dcn import DLRMDCNv2
+from papilio.trainer.models.dcn import DLRMDCNv2, PooledFeatures
 from papilio.trainer.models.dlrm import DLRM, DotInteraction
 from papilio.trainer.models.interaction import DenseAndDots, make_pairs
 from papilio.trainer.models.mlp import make_mlp
-from papilio.trainer.models.pooled import PooledFeatures
 from tests.support.reference import dcnv2_logits, dlrm_logits, pool_bags
 
 FEATURES = ["u", "v", "w"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from papilio.trainer.models.cross_net import LowRankCrossNet
 from papilio.trainer.models.dense_part import DensePart
+from papilio.trainer.models.interaction import LowRankCrossNet
 
 # Columns of an AMX tile of bf16: for a width that is no multiple the compiler takes slower code.
 TILE_COLUMNS = 32

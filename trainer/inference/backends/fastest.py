@@ -19,7 +19,7 @@ import torch
 
 from papilio.data_pipeline.dataset import open_dataset
 from papilio.data_pipeline.manifest import DatasetError
-from papilio.trainer.checks.same_data import check_same_data
+from papilio.trainer.checks.same_data import check_data_of_package
 from papilio.trainer.inference.backends import accuracy
 from papilio.trainer.inference.backends.aoti import instruction_sets, require_fit, versions_needed
 from papilio.trainer.inference.backends.build_options import DEFAULT_DENSE, DENSE_ARITHMETICS, DenseArithmetic
@@ -116,7 +116,7 @@ def _held_out(package: Package, data: str) -> HeldOut:
             f"arithmetic coarser than fp32 is measured on held-out data first, and there is none ({error}); name it "
             "with --data DIR, or build with --dense fp32, which changes no answer"
         ) from None
-    check_same_data(package, dataset)
+    check_data_of_package(package, dataset)
     return HeldOut.for_gate(dataset)
 
 

@@ -15,7 +15,7 @@ from papilio.data_pipeline.manifest import MANIFEST_NAME
 from papilio.data_pipeline.paths import join, path_manager
 from papilio.data_pipeline.progress import Progress
 from papilio.trainer.checkpoint.selection import find_checkpoint, find_folder
-from papilio.trainer.checks.same_columns import check_same_columns
+from papilio.trainer.checks.same_data import check_data_of_run
 from papilio.trainer.inference.export import gate, precision_search
 from papilio.trainer.inference.export.export_options import AUTO, ExportOptions, parse_precision, tables_by_pattern
 from papilio.trainer.inference.export.gate import GateResult
@@ -89,7 +89,7 @@ def export_package(run: str, output: str, options: ExportOptions) -> Package:
     model = open_trained_model(checkpoints, find_checkpoint(checkpoints, options.checkpoint))
     fixed = choose_by_pattern(model, options)
     dataset = _open_dataset(model, options)
-    check_same_columns(dataset, model.marker.data, run)
+    check_data_of_run(dataset, model.marker.data, run)
     export = _Export(run, output, options, model, dataset, fixed)
     _require_space(export)
     with _temporary_folder(output) as folder:

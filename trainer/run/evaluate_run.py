@@ -1,4 +1,4 @@
-"""Evaluate a finished run on any data set of its columns: `python -m papilio.trainer.evaluate_run --run R --data D`."""
+"""Evaluate a run on any data set of its columns: `python -m papilio.trainer.run.evaluate_run --run R --data D`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 from collections.abc import Sequence
 
 from papilio.data_pipeline.dataset import open_dataset
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.config import ReplicasConfig, ShardingConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder
 from papilio.trainer.checkpoint.loader import load, load_newest
 from papilio.trainer.checkpoint.selection import LATEST, find_checkpoint
-from papilio.trainer.checks.same_columns import check_same_columns
+from papilio.trainer.checks.same_data import check_data_of_run
 from papilio.trainer.checks.start_checks import check_evaluation, check_num_ranks
 from papilio.trainer.config import Config
 from papilio.trainer.elastic.exit_codes import exit_now
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.evaluation import evaluate
-from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group
+from papilio.trainer.process_group import STALL_TIMEOUT_S, Ranks, process_group, rank_of_process
 from papilio.trainer.run.folder import checkpoints_dir, load_run_config, read_run
 from papilio.trainer.run.learning_alerts import diagnose
 from papilio.trainer.run.summary import format_metrics
@@ -28,12 +29,13 @@ from papilio.trainer.train import EXPECTED_ERRORS, fail
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank."""
-    parser = argparse.ArgumentParser(prog="papilio.trainer.evaluate_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="papilio.trainer.run.evaluate_run", description=__doc__)
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--data", help="data set folder; that of the run by default")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--checkpoint", default=LATEST, help="a checkpoint's name, its step, latest or best")
     known = parser.parse_args(arguments)
+    setup_logging("rank", rank_of_process())
     configure_runtime()
     try:
         config = load_run_config(known.run)
@@ -67,7 +69,7 @@ def evaluate_run(
     check_num_ranks(config.sharding.replicas, run_dir, ranks.world_size)
     dataset = open_dataset(data_dir, verify_checksums=config.data.verify_checksums)
     dataset.open_split(split)
-    check_same_columns(dataset, read_run(run_dir)[1], run_dir)
+    check_data_of_run(dataset, read_run(run_dir)[1], run_dir)
     config = config.model_copy(update={"sharding": sharding_for_evaluation(config.sharding)})
     folder = CheckpointFolder(checkpoints_dir(run_dir, config.checkpoint))
     name = ranks.ask_first(lambda: find_checkpoint(folder, checkpoint))
@@ -77,7 +79,7 @@ def evaluate_run(
         name = name if found is None else found[0]
     else:
         load(folder, name, model, None, ranks)
-    values = evaluate(model.module, dataset, split, config, ranks, show_progress=True)
+    values = evaluate(model.module, dataset, split, config.data, config.train, ranks, show_progress=True)
     if ranks.is_first:
         print(f"checkpoint {name} of {run_dir}\n{format_metrics({split: values}, dataset.manifest)}", flush=True)
         for finding in diagnose(values, split):

@@ -6,7 +6,7 @@ import pytest
 
 from papilio.sharding.plan_file import read_plan_file
 from papilio.trainer.config_file import load_config
-from papilio.trainer.plan_run import main, prepare_planning
+from papilio.trainer.run.plan_run import main, prepare_planning
 
 TERABYTE = ["--recipe", "criteo_terabyte_dcnv2", "--hardware", "dgx_a100", "--num-nodes", "16"]
 

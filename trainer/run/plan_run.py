@@ -1,4 +1,4 @@
-"""Plan a job without running it: `python -m papilio.trainer.plan_run --recipe R --hardware H --num-nodes N`.
+"""Plan a job without running it: `python -m papilio.trainer.run.plan_run --recipe R --hardware H --num-nodes N`.
 
 One process, no GPU, no process group; the model stays on meta.
 """
@@ -15,6 +15,7 @@ import torch
 
 from papilio.data_pipeline.dataset import Dataset, open_dataset
 from papilio.data_pipeline.expected import expected_dataset
+from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.data_pipeline.manifest import MANIFEST_NAME, DatasetError
 from papilio.data_pipeline.paths import join, path_manager
 from papilio.data_pipeline.terminal import table_columns
@@ -43,7 +44,7 @@ META = torch.device("meta")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan, print and write."""
-    parser = argparse.ArgumentParser(prog="papilio.trainer.plan_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="papilio.trainer.run.plan_run", description=__doc__)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--hardware")
     parser.add_argument("--num-nodes", type=int, default=1)
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--all", action="store_true")
     options, overrides = parser.parse_known_args(arguments)
+    setup_logging("tool")
     try:
         config = load_config(options.recipe, overrides)
         planning = prepare_planning(config, options.hardware, options.num_nodes, options.ranks_per_node)
@@ -91,7 +93,15 @@ def job_on_meta(config: Config, cluster: Cluster) -> Job:
     dataset = _dataset_or_shape(config)
     model = build_model(config.model, dataset, META, config.seed)
     step_model = TrainModel(model, cluster.num_ranks, None, "cpu")
-    return describe_job(config, dataset, step_model)
+    return describe_job(
+        step_model,
+        dataset,
+        train=config.train,
+        optimizer=config.optimizer,
+        sharding=config.sharding,
+        data=config.data,
+        checkpoint=config.checkpoint,
+    )
 
 
 def _dataset_or_shape(config: Config) -> Dataset:

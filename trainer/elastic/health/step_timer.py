@@ -19,6 +19,7 @@ from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from papilio.sharding.compat.torchrec_internals import embedding_groups, lookups_of
 from papilio.trainer.elastic.health.rank_figures import RankFigures
 
 # Some 0.1 ms of hooks and medians each time, thus 0.03 % of a step whatever its length (benchmarks/live_view.py).
@@ -120,7 +121,7 @@ def _lookups(model: nn.Module) -> Iterator[nn.Module]:
     """Yield this rank's lookups; TorchRec keeps them out of `modules()`, those of data_parallel tables in a DDP."""
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
-            for lookup in module._lookups:
+            for lookup in lookups_of(module):
                 yield lookup.module if isinstance(lookup, nn.parallel.DistributedDataParallel) else lookup
 
 
@@ -128,7 +129,7 @@ def _largest_tables(found: list[tuple[nn.Module, KeyedJaggedTensor]]) -> tuple[t
     """Return the tables that a step read most bytes of, each with its share of them all."""
     read_bytes: Counter[str] = Counter()
     for lookup, features in found:
-        shards = [table for bags in getattr(lookup, "_emb_modules", ()) for table in bags.config.embedding_tables]
+        shards = [table for bags in embedding_groups(lookup) for table in bags.config.embedding_tables]
         shards = [table for table in shards for _ in table.feature_names]
         if not shards:
             continue

@@ -17,6 +17,7 @@ from importlib import metadata
 from papilio.data_pipeline.crash import describe_unforeseen
 from papilio.data_pipeline.local_path import PathError, check_local_path
 from papilio.data_pipeline.terminal import ends_quietly, fold, make_streams_safe
+from papilio.launch.compat.argparse_internals import actions_of, subparser
 from papilio.launch.usage import RefusedError, UsageError, is_ours
 from papilio.launch.verbs import VERBS, Verb
 from papilio.trainer.elastic.bootstrap import name_user, prefer_installed
@@ -97,10 +98,11 @@ def _check_paths(parser: argparse.ArgumentParser, namespace: argparse.Namespace,
     Raises:
         PathError: one is a URI where only a disk will do.
     """
-    for action in parser._actions:
+    for action in actions_of(parser):
         value = getattr(namespace, action.dest, None)
-        if isinstance(action, argparse._SubParsersAction):
-            _check_paths(action.choices[str(value)], namespace, f"{words} {value}")
+        below = subparser(action, str(value))
+        if below is not None:
+            _check_paths(below, namespace, f"{words} {value}")
         elif action.metavar in PATH_METAVARS and (words, action.dest) not in URI_ARGUMENTS:
             name = action.option_strings[-1] if action.option_strings else action.metavar
             for path in value if isinstance(value, list) else [value]:
@@ -169,7 +171,7 @@ def _is_override(word: str, parser: argparse.ArgumentParser) -> bool:
 
 
 def _nearest_option(word: str, parser: argparse.ArgumentParser) -> str | None:
-    options = [option for action in parser._actions for option in action.option_strings]
+    options = [option for action in actions_of(parser) for option in action.option_strings]
     return next(iter(difflib.get_close_matches(word.partition("=")[0], options, 1, cutoff=0.7)), None)
 
 

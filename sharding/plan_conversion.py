@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.utils import placement
 from torchrec.distributed.types import (
@@ -13,6 +12,7 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
+from papilio.sharding.compat.torch_internals import EnumerableShardingSpec, ShardMetadata
 from papilio.sharding.plan_file import PlanFile, PlannedTable, shown
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.planner.geometry import check_geometry

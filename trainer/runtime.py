@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 
+from papilio.trainer.compat.torch_internals import is_profiling
+
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
@@ -70,7 +72,7 @@ def _skip_idle_annotations() -> None:
     entered: weakref.WeakSet[record_function] = weakref.WeakSet()
 
     def enter_if_profiled(self: record_function) -> record_function:
-        if torch.autograd._profiler_enabled():
+        if is_profiling():
             entered.add(self)
             return enter(self)  # type: ignore[no-any-return,no-untyped-call]
         return self

@@ -14,6 +14,7 @@ from torchx.runner import Runner
 from torchx.schedulers.api import Stream
 from torchx.specs import AppState, AppStatus
 
+from papilio.launch.compat.torchx_internals import scheduler_of
 from papilio.launch.jobs.first_error import find_first_error, slurm_error
 from papilio.launch.jobs.live_text import table
 from papilio.launch.schedulers.errors import SchedulerError
@@ -25,7 +26,7 @@ from papilio.launch.schedulers.job_folder import (
     read_events,
     read_records,
 )
-from papilio.launch.schedulers.runner import SCHEDULERS, scheduler_of
+from papilio.launch.schedulers.runner import SCHEDULERS
 from papilio.launch.schedulers.slurm.identity import record_here
 from papilio.launch.usage import UsageError
 

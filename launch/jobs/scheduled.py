@@ -20,6 +20,7 @@ from torchx.schedulers.api import Stream
 from torchx.specs import AppStatus
 
 from papilio.data_pipeline.terminal import can_draw_over, num_columns
+from papilio.launch.compat.torchx_internals import scheduler_of
 from papilio.launch.component_arguments import build_app, our_components
 from papilio.launch.jobs.first_error import slurm_error
 from papilio.launch.jobs.job_status import (
@@ -37,7 +38,7 @@ from papilio.launch.local_run import LinePrinter
 from papilio.launch.roles import NO_IMAGE
 from papilio.launch.schedulers.errors import SchedulerError
 from papilio.launch.schedulers.job_folder import JobRecord, ListedJob, read_index
-from papilio.launch.schedulers.runner import make_runner, scheduler_of
+from papilio.launch.schedulers.runner import make_runner
 from papilio.launch.usage import UsageError
 
 RANK_LINE = re.compile(r"^\[\d+\]:")

@@ -20,11 +20,6 @@ def make_runner() -> Runner:
     return Runner(SESSION, {"slurm": _slurm, "local_cwd": _local, "kubernetes": _kubernetes})
 
 
-def scheduler_of(runner: Runner, name: str) -> Any:
-    """Return a scheduler of the runner, which hides them, for what TorchX's interface lacks."""
-    return runner._scheduler(name)
-
-
 def _slurm(session_name: str, **parameters: Any) -> Scheduler[Any]:
     from papilio.launch.schedulers.slurm.scheduler import SlurmJobs
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from papilio.sharding.compat.torch_internals import ShardedTensor
 from papilio.sharding.runtime.data_parallel import data_parallel_weights
 
 # Rows drawn together; a shard draws the whole blocks that it touches. Changing it changes every initial weight.

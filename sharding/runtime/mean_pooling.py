@@ -17,6 +17,8 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import PoolingType
 
+from papilio.sharding.compat.torchrec_internals import divide_by_bag_lengths, tables_of
+
 ROW_CUTTING_TYPES = frozenset(
     {ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value}
 )
@@ -26,10 +28,9 @@ def fix_mean_pooling(bags: ShardedEmbeddingBagCollection) -> None:
     """Have just those features divided by bag lengths that need it. Call before the first batch."""
     divided: list[str] = []
     kept: list[str] = []
-    for table in bags._embedding_bag_configs:
+    for table in tables_of(bags):
         cuts_rows = bags.module_sharding_plan[table.name].sharding_type in ROW_CUTTING_TYPES
         is_divided = cuts_rows and table.pooling is PoolingType.MEAN
         (divided if is_divided else kept).extend(table.feature_names)
     if divided:
-        bags._pooling_type_to_rs_features.update({PoolingType.MEAN.value: divided, PoolingType.SUM.value: kept})
-        bags._has_mean_pooling_callback = True
+        divide_by_bag_lengths(bags, divided, kept)

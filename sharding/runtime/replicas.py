@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
-from torch.distributed.remote_device import _remote_device
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DataParallelWrapper, DMPCollection, ShardingStrategy
 from torchrec.distributed.types import DMPCollectionContext, ModuleSharder, ShardingEnv2D, ShardingPlan
+
+from papilio.sharding.compat.torch_internals import cpu_of_rank
 
 
 class ReplicatedModelParallel(DMPCollection):  # type: ignore[misc]  # torchrec has no type information
@@ -142,7 +143,7 @@ class ReplicatedModelParallel(DMPCollection):  # type: ignore[misc]  # torchrec 
             for module_plan in plan.plan.values():
                 for sharding in module_plan.values():
                     for shard in sharding.sharding_spec.shards:
-                        shard.placement = _remote_device(f"rank:{shard.placement.rank()}/cpu")
+                        shard.placement = cpu_of_rank(shard.placement.rank())
 
     def _cache_sync_tensors(self, contexts: list[DMPCollectionContext]) -> None:
         """List what is averaged: all weights, and every optimizer state that is a sum or a mean of gradients."""

@@ -23,6 +23,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 
+from papilio.sharding.compat.fbgemm_internals import rowwise_adagrad_arguments
 from papilio.sharding.runtime.tbe import iterate_tbes
 
 
@@ -48,10 +49,9 @@ def speed_up_rowwise_adagrad(model: nn.Module) -> int:
 
 
 def _is_eligible(tbe: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
-    backward = torch.ops.fbgemm.split_embedding_backward_codegen_rowwise_adagrad_cpu.default
     return (
         # FBGEMM's older releases take the learning rate as a number.
-        "learning_rate_tensor" in {argument.name for argument in backward._schema.arguments}
+        "learning_rate_tensor" in rowwise_adagrad_arguments()
         and tbe.optimizer == EmbOptimType.EXACT_ROWWISE_ADAGRAD
         and tbe.current_device.type == "cpu"
         and tbe.weights_precision == SparseType.FP32

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
-from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
+
+from papilio.sharding.compat.torch_internals import ShardMetadata
+from papilio.sharding.compat.torchrec_internals import embedding_groups, lookups_of
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def _replicated_shards(module: ShardedEmbeddingBagCollection, names: dict[int, s
 
 def _kernels(module: ShardedEmbeddingBagCollection) -> Iterator[tuple[SplitTableBatchedEmbeddingBagsCodegen, list]]:  # type: ignore[type-arg]
     """Yield each fused kernel with the TorchRec tables that it holds, in its order."""
-    for lookup in module._lookups:
-        for bags in getattr(lookup, "_emb_modules", ()):
+    for lookup in lookups_of(module):
+        for bags in embedding_groups(lookup):
             if isinstance(bags.emb_module, SplitTableBatchedEmbeddingBagsCodegen):
                 yield bags.emb_module, bags.config.embedding_tables
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+from papilio.sharding.compat.torchrec_internals import lookups_of
 
 
 def iterate_tbes(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
@@ -13,6 +16,6 @@ def iterate_tbes(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCod
     for module in model.modules():
         if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
             yield module
-        for lookup in getattr(module, "_lookups", []):
-            if isinstance(lookup, nn.Module):
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for lookup in lookups_of(module):
                 yield from iterate_tbes(lookup)

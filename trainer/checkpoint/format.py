@@ -18,6 +18,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,18 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged, of another version, or of another job."""
+
+
+class LostTableError(CheckpointError):
+    """What is trained is not what was planned, so that no checkpoint would be whole. Raised on every rank."""
+
+    @classmethod
+    def of(cls, lost: Sequence[str]) -> LostTableError:
+        """Return the error for what is missing: tables by name, or tensors with what is missing of them."""
+        return cls(
+            f"the model as it was sharded lacks {', '.join(lost)}, which the plan has: no checkpoint of it would be "
+            "whole, so none is written. Plan anew (leave out sharding.plan, or make it again with `papilio plan`)"
+        )
 
 
 class DamagedError(CheckpointError):
@@ -75,6 +88,10 @@ class SavedTensor:
     def num_bytes(self) -> int:
         """Size of its values."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def coverage_problem(self) -> str | None:
+        """Say which values no block holds, or more than one; None where the blocks are the whole tensor."""
+        return coverage_problem(self.shape, [(block.offsets, block.sizes) for block in self.blocks])
 
 
 @dataclass(frozen=True)
@@ -197,6 +214,41 @@ class Marker:
         if problem is not None:
             raise DamagedError(f"{path} is damaged: {problem}")
         return marker
+
+
+def coverage_problem(
+    shape: tuple[int, ...], rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> str | None:
+    """Say where rectangles (offsets, sizes) leave a tensor out, or overlap; None where they are the whole, each once.
+
+    Those of the same columns must follow each other by rows, as every sharding type leaves them.
+    """
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    num_found = 0
+    for offsets, sizes in rectangles:
+        num_found += math.prod(sizes)
+        if shape:
+            rows.setdefault((offsets[1:], sizes[1:]), []).append((offsets[0], offsets[0] + sizes[0]))
+    if num_found != math.prod(shape):
+        return f"{num_found:,} of {math.prod(shape):,} values"
+    for (starts, widths), spans in rows.items():
+        problem = _gap(sorted(spans), shape[0], "row")
+        if problem is not None:
+            return f"{problem} of columns {starts[0]:,} to {starts[0] + widths[0] - 1:,}" if starts else problem
+    if len(shape) == 2:
+        return _gap(sorted((starts[0], starts[0] + widths[0]) for starts, widths in rows), shape[1], "column")
+    return None
+
+
+def _gap(spans: list[tuple[int, int]], end: int, what: str) -> str | None:
+    """Say where sorted spans [start, stop) leave something of 0 to `end` out, or overlap."""
+    stop = 0
+    for start, next_stop in [*spans, (end, end)]:
+        if start != stop:
+            how = "missing" if start > stop else "there twice"
+            return f"{what}s {min(start, stop):,} to {max(start, stop) - 1:,} are {how}"
+        stop = next_stop
+    return None
 
 
 def _with_nan(progress: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from papilio.trainer.checkpoint.format import BLOCK_BYTES
+from papilio.trainer.checkpoint.format import BLOCK_BYTES, LostTableError, coverage_problem
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,25 @@ class PiecesSavePlanner(DefaultSavePlanner):
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Check that the ranks' pieces are the whole of each tensor; DCP's own check does not say what is missing.
+
+        Raises:
+            LostTableError: they are not.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        # A set, for tensors that every rank holds are planned by every rank.
+        rectangles = defaultdict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]](set)
+        for item in (item for plan in all_plans for item in plan.items):
+            assert item.tensor_data is not None
+            chunk, shapes[item.index.fqn] = item.tensor_data.chunk, tuple(item.tensor_data.size)
+            rectangles[item.index.fqn].add((tuple(chunk.offsets), tuple(chunk.sizes)))
+        problems = {key: coverage_problem(shapes[key], found) for key, found in sorted(rectangles.items())}
+        lost = [f"{key} ({problem})" for key, problem in problems.items() if problem is not None]
+        if lost:
+            raise LostTableError.of(lost)
+        return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         """Return what to write; DCP's own looks for pieces in subclasses of Tensor only."""

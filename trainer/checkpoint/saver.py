@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +21,16 @@ from papilio.data_pipeline.paths import join
 from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.dcp_storage import PartFileWriter
 from papilio.trainer.checkpoint.folder import CheckpointFolder
-from papilio.trainer.checkpoint.format import INDEX, MARKER, PLAN, CheckpointError, Index, Marker, copy_folder
+from papilio.trainer.checkpoint.format import (
+    INDEX,
+    MARKER,
+    PLAN,
+    CheckpointError,
+    Index,
+    LostTableError,
+    Marker,
+    copy_folder,
+)
 from papilio.trainer.checkpoint.model_state import ModelState, model_state, weight_key
 from papilio.trainer.checkpoint.pieces import PiecesSavePlanner
 from papilio.trainer.optimizers import Optimizers
@@ -38,10 +46,6 @@ MIB = 1 << 20
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the message says where and why. Raised on every rank."""
-
-
-class LostTableError(CheckpointError):
-    """What is trained is not what was planned, so that no checkpoint would be whole. Raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,8 @@ class Saver:
         except LostTableError as lost:
             error = lost
         except CheckpointException as failed:  # DCP's own, of every rank; no Exception to Python
-            error = _first_line(next(cause for cause, _ in failed.failures.values()))
+            cause = next(cause for cause, _ in failed.failures.values())
+            error = cause if isinstance(cause, LostTableError) else _first_line(cause)
         except Exception as caught:  # every rank must hear of it
             error = _first_line(caught)
         self._agree(saved, error)
@@ -200,7 +205,7 @@ class Saver:
         index = write_tensors(state, folder, self._copy_group)
         if index is None:
             return {}
-        check_whole(index, [table.name for table in self._model.plan.tables])
+        check_whole(index, {t.name: (t.num_embeddings, t.embedding_dim) for t in self._model.plan.tables})
         files: dict[str, tuple[int, int | None]] = {file: (size, None) for file, size in index.part_sizes().items()}
         for file, text in ((INDEX, index.to_json()), (PLAN, self._model.plan.to_json())):
             write_text(join(folder, file), text)
@@ -255,22 +260,31 @@ class Saver:
         raise SaveError(f"checkpoint {path} could not be written: {found[0]}")
 
 
-def check_whole(index: Index, tables: Sequence[str]) -> None:
-    """Check that a checkpoint holds all tables of the plan, and of every tensor all values.
+def check_whole(index: Index, tables: Mapping[str, tuple[int, int]]) -> None:
+    """Check that a checkpoint holds all tables of the plan, and of every tensor all values, each once.
+
+    It is the last guard against a TorchRec whose internals we no longer understand: a lookup that
+    sharding/compat/torchrec_internals.py did not find would be a table that is not saved, without a word.
+
+    Args:
+        index: of one copy of the model.
+        tables: rows and columns of each planned table, by name.
 
     Raises:
-        LostTableError: it does not.
+        LostTableError: it does not; the message names the tables, and what is missing of them.
     """
-    lost = [name for name in tables if weight_key(name) not in index.tensors]
-    for key, tensor in index.tensors.items():
-        num_values = sum(math.prod(block.sizes) for block in tensor.blocks)
-        if num_values != math.prod(tensor.shape):
-            lost.append(f"{key} ({num_values:,} of {math.prod(tensor.shape):,} values)")
+    lost = []
+    for name, shape in tables.items():
+        tensor = index.tensors.get(weight_key(name))
+        if tensor is None:
+            lost.append(name)
+        elif tensor.shape != shape:
+            found, planned = (" x ".join(f"{size:,}" for size in sizes) for sizes in (tensor.shape, shape))
+            lost.append(f"{weight_key(name)} (it has {found} values, {planned} are planned)")
+    problems = {key: tensor.coverage_problem() for key, tensor in index.tensors.items()}
+    lost += [f"{key} ({problem})" for key, problem in problems.items() if problem is not None]
     if lost:
-        raise LostTableError(
-            f"the model as it was sharded lacks {', '.join(lost)}, which the plan has: no checkpoint of it would be "
-            "whole, so none is written. Plan anew (leave out sharding.plan, or make it again with `papilio plan`)"
-        )
+        raise LostTableError.of(lost)
 
 
 def _copy_group(model: ShardedModel, ranks: Ranks) -> dist.ProcessGroup | None:

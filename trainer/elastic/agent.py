@@ -232,7 +232,7 @@ class Agent(LocalElasticAgent):
                 os.killpg(handler.proc.pid, signal.SIGKILL)
 
     def _handlers(self) -> dict[int, Any]:
-        return getattr(self._pcontext, "subprocess_handlers", {})
+        return {} if self._pcontext is None else self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
 
     def _exit_statuses(self) -> dict[int, int | None]:
         """By local rank; None while it runs, minus the signal that ended it."""
@@ -275,8 +275,7 @@ class Agent(LocalElasticAgent):
     def _error_log(self, rank: int) -> str | None:
         """Return the file of what a rank of this host printed on stderr."""
         local_rank = rank - self._worker_group.workers[0].global_rank
-        path: str | None = getattr(self._pcontext, "stderrs", {}).get(local_rank)
-        return path
+        return None if self._pcontext is None else self._pcontext.stderrs.get(local_rank)
 
     def _notify_failure(self) -> None:
         most = self._worker_group.spec.max_restarts

@@ -28,11 +28,11 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousSettings,
     RendezvousTimeout,
-    _BackendRendezvousStateHolder,
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
+from papilio.trainer.compat.torch_elastic_internals import BackendRendezvousStateHolder
 from papilio.trainer.elastic.addresses import is_loopback, is_own_address, own_address_towards
 from papilio.trainer.elastic.store import NOTIFY_AFTER_S, Backend, Notify, StoreAddress, store_server
 
@@ -110,7 +110,7 @@ def _own_address(store: StoreAddress) -> str | None:
     return None if address is None or is_loopback(address) else address
 
 
-class _State(_BackendRendezvousStateHolder):
+class _State(BackendRendezvousStateHolder):
     """The state as this host knows it."""
 
     _lenient_until_s = 0.0

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from papilio.data_pipeline.paths import join, path_manager
+from papilio.trainer.compat.iopath_internals import known_prefixes
 from papilio.trainer.storage.local_files import (
     create_local,
     free_local_bytes,
@@ -283,8 +284,7 @@ def _local_path(path: str) -> str | None:
         return path
     if scheme.group() == "file://":
         return path.removeprefix("file://")
-    # iopath takes an unknown scheme for a local folder, and has no public way to ask which schemes it knows.
-    known = path_manager._path_handlers
+    known = known_prefixes(path_manager)
     if _S3 not in known and scheme.group() == _S3:
         _register_s3(path)
     elif not any(path.startswith(prefix) for prefix in known):

@@ -104,6 +104,6 @@ def test_no_checkpoint_is_committed_before_every_part_is_seen(two_ranks, data, t
 def test_a_checkpoint_without_a_planned_table_is_refused():
     whole = SavedTensor("float32", (4, 2), (Block((0, 0), (4, 2), "f", 0, 32, 0),))
     half = SavedTensor("float32", (4, 2), (Block((0, 0), (2, 2), "f", 0, 16, 0),))
-    check_whole(Index({"tables.a.weight": whole, "dense.w": whole}), ["a"])
+    check_whole(Index({"tables.a.weight": whole, "dense.w": whole}), {"a": (4, 2)})
     with pytest.raises(LostTableError, match=r"lacks b, dense\.w \(4 of 8 values\), which the plan has"):
-        check_whole(Index({"tables.a.weight": whole, "dense.w": half}), ["a", "b"])
+        check_whole(Index({"tables.a.weight": whole, "dense.w": half}), {"a": (4, 2), "b": (4, 2)})

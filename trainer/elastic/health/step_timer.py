@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
+from papilio.sharding.compat.torchrec_internals import embedding_groups, lookups_of
 from papilio.trainer.elastic.health.heartbeat import RankFigures
 
 # Some 0.1 ms of hooks and medians each time, thus 0.03 % of a step whatever its length (benchmarks/live_view.py).
@@ -132,7 +133,7 @@ def _lookups(model: nn.Module) -> Iterator[nn.Module]:
     """Yield this rank's lookups; TorchRec keeps them out of `modules()`, those of data_parallel tables in a DDP."""
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
-            for lookup in module._lookups:
+            for lookup in lookups_of(module):
                 yield lookup.module if isinstance(lookup, nn.parallel.DistributedDataParallel) else lookup
 
 
@@ -140,7 +141,7 @@ def _largest_tables(found: list[tuple[nn.Module, torch.Tensor]]) -> tuple[tuple[
     """Return the tables that a step read most bytes of, each with its share, of the bags' lengths in host memory."""
     read_bytes: Counter[str] = Counter()
     for lookup, lengths in found:
-        shards = [table for bags in getattr(lookup, "_emb_modules", ()) for table in bags.config.embedding_tables]
+        shards = [table for bags in embedding_groups(lookup) for table in bags.config.embedding_tables]
         shards = [table for table in shards for _ in table.feature_names]
         if not shards:
             continue

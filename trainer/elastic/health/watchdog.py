@@ -12,7 +12,6 @@ stumbled, and a rank that stalls must be ended all the same.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -22,8 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch.distributed as dist
-
+from papilio.trainer.compat import torch_internals
 from papilio.trainer.elastic.health.failures import one_line, unresponsive_ranks
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name
 from papilio.trainer.elastic.health.heartbeat import Heartbeat, RankFigures
@@ -151,7 +149,7 @@ class Watchdog:
     def _look(self) -> None:
         num_collectives = self._seen[1]
         try:
-            num_collectives = self._num_collectives()
+            num_collectives = torch_internals.num_collectives()
         except Exception:  # marks still count as moves: a rank that trains must not be taken for stalled
             self._warn_once("cannot count its collectives")
         seen = (self._num_marks, num_collectives)
@@ -161,14 +159,6 @@ class Watchdog:
 
     def _idle_s(self) -> float:
         return time.monotonic() - self._moved_s
-
-    def _num_collectives(self) -> int:
-        """Collectives begun in all groups of this process. Torch has no public name for either."""
-        count = 0
-        for group in list(dist.distributed_c10d._world.pg_map):
-            with contextlib.suppress(RuntimeError):  # a backend that does not count
-                count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        return count
 
     def _publish(self, *, has_left: bool = False) -> Heartbeat:
         self._count += 1

@@ -16,6 +16,7 @@ import fbgemm_gpu
 import torch
 from torch import nn
 
+from papilio.trainer.compat.torch_internals import compile_and_package, load_archive
 from papilio.trainer.inference.backends.flat_model import build_dense_of, map_tables
 from papilio.trainer.inference.backends.format_folder import FormatInfo, Made, format_path, read_format, write_format
 from papilio.trainer.inference.backends.graph import GraphOnFile, export_program
@@ -69,13 +70,10 @@ def compile_graph(package: Package, dense_part: nn.Module, path: str, *, is_froz
             "AOTInductor needs a C++ compiler and finds none; install one (Debian and Ubuntu: apt-get install g++) or "
             "name it in CXX, or use --format torch or onnx, which need none"
         )
-    # Imported here alone: it takes seconds, and opening a format does without.
-    import torch._inductor
-
     # Tables that are not read: only their size counts.
     table_bytes = torch.empty(64, dtype=torch.uint8)
     program = export_program(GraphOnFile(package, dense_part), package, table_bytes)
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={"freezing": is_frozen})
+    compile_and_package(program, path, {"freezing": is_frozen})
 
 
 def has_compiler() -> bool:
@@ -89,8 +87,7 @@ def load_graph(path: str, table_bytes: torch.Tensor) -> RunGraph:
     Calls from several threads wait for each other: running at once, each would need weights of its own.
     """
     with _fleeting_folder():
-        # By torch's own loader below `torch._inductor`, whose import takes 4 s (2 vCPU, 2026-11-21) and brings no more.
-        loader = torch._C._aoti.AOTIModelPackageLoader(path, _MODEL_NAME, False, 1, -1)
+        loader = load_archive(path, _MODEL_NAME)
 
     def run(dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probabilities, num_unknown = loader.boxed_run([table_bytes, dense, ids, lengths])

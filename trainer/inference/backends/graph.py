@@ -5,15 +5,13 @@ B batch, F categorical features, I dense inputs, V ids in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.fx.experimental import _config as export_config
 
+from papilio.trainer.compat.torch_internals import any_batch_size
 from papilio.trainer.inference.backends.flat_model import TableLookup, build_dense_of, map_tables
 from papilio.trainer.inference.backends.plain_lookup import PlainLookup
 from papilio.trainer.inference.package.format import Package
@@ -72,14 +70,3 @@ def example_inputs(package: Package) -> tuple[tuple[torch.Tensor, ...], tuple[di
     dense = torch.zeros(_EXAMPLE_SAMPLES, len(package.manifest.dense_features))
     num_samples, num_ids = torch.export.Dim("num_samples", min=0), torch.export.Dim("num_ids", min=0)
     return (dense, ids, lengths), ({0: num_samples}, {0: num_ids}, {0: num_features * num_samples})
-
-
-@contextmanager
-def any_batch_size() -> Iterator[None]:
-    """Export programs that take one sample, too: else torch 2.13 specializes on sizes of 0 and 1."""
-    before = export_config.backed_size_oblivious
-    export_config.backed_size_oblivious = True
-    try:
-        yield
-    finally:
-        export_config.backed_size_oblivious = before

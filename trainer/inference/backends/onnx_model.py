@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from papilio.trainer.compat.torch_internals import any_batch_size
 from papilio.trainer.inference.backends.format_folder import FormatInfo, Made, format_path, read_format, write_format
-from papilio.trainer.inference.backends.graph import PlainGraph, any_batch_size, example_inputs
+from papilio.trainer.inference.backends.graph import PlainGraph, example_inputs
 from papilio.trainer.inference.backends.predictor import Predictor
 from papilio.trainer.inference.package.format import Package, PackageError
 

@@ -18,7 +18,7 @@ from papilio.trainer.elastic import agent
 from papilio.trainer.elastic import store as rendezvous_store
 from papilio.trainer.elastic.rendezvous import open_rendezvous
 from papilio.trainer.elastic.store import HELLO, Backend, ForeignListenerError, StoreAddress, store_server
-from tests.support.agents import free_port
+from tests.support.agents import free_port, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -54,12 +54,15 @@ def test_a_store_that_was_started_anew_makes_the_hosts_join_anew() -> None:
     rendezvous.next_rendezvous()
     assert rendezvous.num_nodes_waiting() == 0
     del server
-    while not said:
+
+    def says_so() -> bool:
         assert rendezvous.num_nodes_waiting() == 0, "the ranks are left alone"
+        return bool(said)
+
+    wait_until(says_so, "a word about the store")
     assert said == [f"the store at localhost:{port} does not answer (connection refused); the ranks go on"]
     server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    while not rendezvous.num_nodes_waiting():
-        pass
+    wait_until(lambda: rendezvous.num_nodes_waiting() > 0, "the store to be found a new one")
     assert said[1:] == [
         f"the store at localhost:{port} answers again",
         f"the store at localhost:{port} is a new one; the ranks save, and the hosts join anew",
@@ -96,7 +99,10 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 def speak_http(connection: socket.socket) -> None:
     heard = b""
     while b"\n" not in heard:
-        heard += connection.recv(100)
+        part = connection.recv(100)
+        if not part:
+            return
+        heard += part
     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n<html>")
 
 
@@ -170,5 +176,5 @@ def test_the_store_of_papilio_rendezvous_ends_by_a_signal_and_refuses_a_taken_po
     assert f"papilio rendezvous: error: cannot hold a store at port {port}" in other.stderr
     assert "take another one with --port" in other.stderr
     holder.terminate()
-    assert holder.wait(20) == 0
+    assert holder.wait(120) == 0
     assert re.fullmatch(r"papilio rendezvous: ended by SIGTERM; jobs that meet here lose it\n", holder.stderr.read())

@@ -1,8 +1,11 @@
+import itertools
 import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -58,8 +61,8 @@ def test_an_error_is_told_with_the_line_of_the_user_that_it_came_from() -> None:
         json.loads("{")
     line = test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__code__.co_firstlineno
     place = f"in {test_an_error_is_told_with_the_line_of_the_user_that_it_came_from.__name__})"
-    assert format_with_place(caught.value).endswith(f" (trainer/test_failures.py:{line + 2}, {place}")
-    assert format_with_place(deep.value).endswith(f" (trainer/test_failures.py:{line + 4}, {place}")
+    assert format_with_place(caught.value).endswith(f" (health/test_failures.py:{line + 2}, {place}")
+    assert format_with_place(deep.value).endswith(f" (health/test_failures.py:{line + 4}, {place}")
 
 
 def test_an_error_of_ours_says_enough_by_itself() -> None:
@@ -128,23 +131,18 @@ def test_the_cause_is_waited_for(channel: HealthStore) -> None:
     assert found == "rank 2 (host h) failed first, at step 120: ValueError: bad batch"
 
 
-def beat_until(ended: threading.Event, channel: HealthStore, rank: int) -> None:
-    count = 10
-    while not ended.wait(0.05):
-        count += 1
-        channel.publish(sign_of(rank, 120, count=count))
-
-
 def find_cause_among_living(channel: HealthStore, *living: int) -> str:
-    ended = threading.Event()
-    threads = [threading.Thread(target=beat_until, args=(ended, channel, rank)) for rank in living]
-    for thread in threads:
-        thread.start()
-    found = find_cause(rank_of(0), 120, channel, wait_s=1)
-    ended.set()
-    for thread in threads:
-        thread.join()
-    return found
+    """Whenever rank 0 has looked and sleeps, the living give a heartbeat, however busy the machine is."""
+    counts, sleep = itertools.count(10), time.sleep
+
+    def sleep_while_others_beat(seconds: float) -> None:
+        count = next(counts)
+        for rank in living:
+            channel.publish(sign_of(rank, 120, count=count))
+        sleep(seconds)
+
+    with patch("time.sleep", sleep_while_others_beat):
+        return find_cause(rank_of(0), 120, channel, wait_s=1)
 
 
 def test_without_a_note_the_silent_rank_is_named(channel: HealthStore) -> None:

@@ -69,11 +69,11 @@ def test_ranks_are_written_as_spans(ranks: list[int], expected: str) -> None:
 @pytest.mark.parametrize(
     ("event", "limit", "told"),
     [
-        ("sleep", "--stall-timeout-s=2", "rank 1 has not arrived at step 12: last sign step .*; rank 0 waits"),
+        ("sleep", "--stall-timeout-s=6", "rank 1 has not arrived at step 12: last sign step .*; rank 0 waits"),
         (
             "SIGSTOP",
-            "--lost-after-s=4",
-            r"rank 1 \(host \S+\) has given no heartbeat for 4 s: the host or its network is gone",
+            "--lost-after-s=8",
+            r"rank 1 \(host \S+\) has given no heartbeat for 8 s: the host or its network is gone",
         ),
     ],
     ids=["late", "silent"],
@@ -114,9 +114,9 @@ MOVES = """
 import time, torch, torch.distributed as dist
 from papilio.trainer.elastic.health.job_health import job_health
 from papilio.trainer.process_group import process_group
-with process_group() as ranks, job_health(ranks, 1.0) as health:
-    for second in range(25):
-        time.sleep(0.1)
+with process_group() as ranks, job_health(ranks, 5.0) as health:
+    for second in range(20):
+        time.sleep(0.4)
         health.mark(second) if MARKS else dist.all_reduce(torch.zeros(1))
 """
 

@@ -1,5 +1,6 @@
 # make train   virtual environment, dependencies, data, then a two-rank training job (under torchx)
 # make test    the same environment, then the whole test suite
+# make test-gpu   the tests that need a GPU (make test skips them where there is none)
 # make lint    ruff and mypy          make data    the generated data set of the quick start
 # make docs    the documentation site in build/site; a warning is an error
 # make env     the environment alone
@@ -31,7 +32,7 @@ KEY := $(DEVICE)-$(TORCH)-$(shell cat setup.cfg launch/version_set.py | cksum | 
 STAMP := $(VENV)/.papilio-stamp-$(KEY)
 MADE_HERE := $(VENV)/.papilio-made-here
 
-.PHONY: train test lint env data docs
+.PHONY: train test test-gpu lint env data docs
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
 
@@ -40,6 +41,11 @@ train: env data
 
 test: env
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# One after the other: they share the GPU.
+test-gpu: $(if $(filter cuda,$(DEVICE)),env)
+	@$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS),\
+	  echo "make: test-gpu needs a GPU: nvidia-smi lists none here, so nothing was tested (DEVICE=cuda tries all the same)")
 
 lint: env
 	$(BIN)/ruff check .

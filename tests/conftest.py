@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,49 @@ if TYPE_CHECKING:
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RANK_FIXTURES = {"one_rank", "two_ranks", "three_ranks", "four_ranks"}
+# Names by which a test, or a fixture of its module, starts ranks itself.
+RANK_STARTERS = {"AgentProcess", "HostJob", "RankPool", "start_job"}
+# Whole jobs, one after the other, and clusters to start before them.
+E2E_TIMEOUT_S = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test as unit, multirank or e2e, and skip those of a GPU where there is none."""
+    for item in items:
+        if Path(item.path).is_relative_to(REPOSITORY / "tests" / "end_to_end"):
+            item.add_marker("e2e")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
+        elif item.get_closest_marker("multirank") is None:
+            item.add_marker("multirank" if _starts_ranks(item) else "unit")
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu and not _has_gpu():
+        for item in needs_gpu:
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU that torch can use (`papilio doctor` says what is lacking)")
+            )
+
+
+def _starts_ranks(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function):
+        return False
+    fixtures = [getattr(item.module, name, None) for name in item.fixturenames]
+    functions = [inspect.unwrap(each) for each in (item.function, *fixtures) if callable(each)]
+    used = set().union(*(_names_in(each.__code__) for each in functions if inspect.isfunction(each)))
+    return bool(RANK_FIXTURES & set(item.fixturenames) or RANK_STARTERS & used)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Global names and attributes that a function uses, those of functions inside it too."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session", autouse=True)

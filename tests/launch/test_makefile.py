@@ -1,5 +1,7 @@
 """The Makefile's environment, with a stand-in for python that makes a stand-in environment."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,24 +9,33 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What `python -m venv` would put at bin/python: it notes what pip is asked for, and fails where the test says so.
-ENVIRONMENT_PYTHON = """#!/bin/sh
-echo "$@" >> calls
-if [ -e fail ] && echo "$@" | grep -q torchrec; then exit 1; fi
+# Notes the words that a program got, each by itself: one that the shell split or joined is another word.
+NOTE = """#!/bin/sh
+note() { for word; do printf '%s\\037' "$word"; done >> calls; echo >> calls; }
 """
+# What `python -m venv` would put at bin/python: it notes what pip is asked for, and fails where the test says so.
+ENVIRONMENT_PYTHON = (
+    NOTE
+    + """note "$@"
+if [ -e fail ] && echo "$@" | grep -q "$(cat fail)"; then exit 4; fi
+"""
+)
 PYTHON = """#!/bin/sh
 case "$1" in
   launch/version_set.py) exec {python} "$@" ;;
-  -m) mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp environment_python "$3/bin/python"; cp job "$3/bin/papilio"
-      cp job "$3/bin/torchx" ;;
+  -m) [ "$2" = venv ] || exit 1
+      mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp environment_python "$3/bin/python"
+      for name in papilio torchx ruff mypy; do cp job "$3/bin/$name"; done ;;
 esac
 """
-# Stands for papilio and torchx.
-JOB = """#!/bin/sh
-echo "$(basename "$0") $@" >> calls
+# Stands for papilio, torchx, ruff and mypy.
+JOB = (
+    NOTE
+    + """note "$(basename "$0")" "$@"
 if [ "$1" = generate ]; then mkdir -p datasets/quickstart; touch datasets/quickstart/manifest.json; fi
-if [ "$3" = run ] && [ -e fail_job ]; then exit 3; fi
+if [ -e fail_job ] && echo "$(basename "$0") $@" | grep -q "$(cat fail_job)"; then exit 3; fi
 """
+)
 
 
 @pytest.fixture
@@ -42,16 +53,18 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "calls").write_text("")
     environment = {"PATH": "/usr/bin:/bin"}
     command = ["make", "PYTHON=./python", "DEVICE=cpu", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 
 def calls(folder: Path) -> list[str]:
-    return [line.removeprefix("-m pip install --quiet ") for line in (folder / "calls").read_text().splitlines()]
+    """What the programs of the environment were asked for, as one would write it in a shell."""
+    lines = [shlex.join(line.split("\x1f")[:-1]) for line in (folder / "calls").read_text().split("\n")[:-1]]
+    return [line.removeprefix("-m pip install --quiet ") for line in lines]
 
 
 INSTALLATION = [
-    "torch==2.13.0 fbgemm-gpu-cpu==1.8.0 tensordict>=0.8 torchmetrics==1.0.3",
-    "--editable .[dev]",
+    "torch==2.13.0 fbgemm-gpu-cpu==1.8.0 'tensordict>=0.8' torchmetrics==1.0.3",
+    "--editable '.[dev]'",
     "--no-deps torchrec==1.8.0",
     "papilio doctor",
 ]
@@ -80,13 +93,14 @@ def test_another_device_or_version_set_gets_a_fresh_environment(folder: Path, ch
     (folder / ".venv" / "stale").touch()
     make(folder, "env", change)
     expected = "torch==2.13.0 fbgemm-gpu==1.8.0" if change == "DEVICE=cuda" else "torch==2.11.0 fbgemm-gpu-cpu==1.6.0"
-    assert calls(folder)[0].startswith(expected)
+    assert calls(folder)[0] == f"{expected} 'tensordict>=0.8' torchmetrics==1.0.3"
     assert not (folder / ".venv" / "stale").exists()
 
 
 def test_an_installation_that_was_cut_off_is_made_anew(folder: Path) -> None:
-    (folder / "fail").touch()
-    assert make(folder, "env").returncode != 0
+    (folder / "fail").write_text("torchrec")
+    done = make(folder, "env")
+    assert (done.returncode, calls(folder)) == (2, INSTALLATION[:3]), "make's status, and nothing after what failed"
     (folder / ".venv" / "stale").touch()
     (folder / "fail").unlink()
     assert make(folder, "env").returncode == 0
@@ -98,9 +112,10 @@ def test_an_environment_that_is_not_ours_is_not_removed(folder: Path) -> None:
     theirs = folder / "theirs"
     theirs.mkdir()
     (theirs / "pyvenv.cfg").touch()
-    (folder / "fail").touch()
+    (folder / "fail").write_text("torchrec")
     for _ in range(2):
-        assert make(folder, "env", "VENV=theirs").returncode != 0
+        assert make(folder, "env", "VENV=theirs").returncode == 2
+        assert calls(folder)[-1] == INSTALLATION[2]
     (theirs / "kept").touch()
     (folder / "fail").unlink()
     assert make(folder, "env", "VENV=theirs").returncode == 0
@@ -124,8 +139,54 @@ def test_train_makes_data_once_and_runs_the_component(folder: Path) -> None:
 
 
 def test_train_fails_when_the_job_fails(folder: Path) -> None:
-    (folder / "fail_job").touch()
-    assert make(folder, "train").returncode != 0
+    (folder / "fail_job").write_text("torchx")
+    done = make(folder, "train")
+    assert done.returncode == 2
+    assert "[Makefile:" in done.stderr and "train] Error 3" in done.stderr
+
+
+PYTEST = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+
+
+def test_test_runs_the_suite_in_the_environment_with_the_given_arguments(folder: Path) -> None:
+    assert make(folder, "test").returncode == 0
+    assert calls(folder) == [*INSTALLATION, PYTEST]
+    assert make(folder, "test", "TEST_WORKERS=5", "PYTEST_ARGS=-k 'a or b' tests/x.py").returncode == 0
+    assert calls(folder) == [PYTEST.replace("2", "5") + " -k 'a or b' tests/x.py"]
+    (folder / "fail").write_text("pytest")
+    assert make(folder, "test").returncode == 2
+
+
+def test_lint_runs_all_three_and_stops_at_the_first_that_complains(folder: Path) -> None:
+    tools = ["ruff check .", "ruff format --check .", "mypy"]
+    assert make(folder, "lint").returncode == 0
+    assert calls(folder) == [*INSTALLATION, *tools]
+    for count, tool in enumerate(tools, 1):
+        (folder / "fail_job").write_text(tool)
+        assert make(folder, "lint").returncode == 2
+        assert calls(folder) == tools[:count]
+
+
+def test_the_gpu_lane_says_that_it_needs_a_gpu_where_there_is_none(folder: Path) -> None:
+    done = make(folder, "test-gpu")
+    assert (done.returncode, calls(folder)) == (0, [])
+    assert re.fullmatch(r"make: test-gpu needs a GPU: .*, so nothing was tested .*\n", done.stdout)
+    assert not (folder / ".venv").exists(), "no environment is made for nothing"
+
+
+def test_the_gpu_lane_runs_the_tests_of_the_gpu(folder: Path) -> None:
+    assert make(folder, "test-gpu", "DEVICE=cuda", "PYTEST_ARGS=-x").returncode == 0
+    assert calls(folder)[-1] == "-m pytest -m gpu -rs -x"
+    (folder / "fail").write_text("pytest")
+    assert make(folder, "test-gpu", "DEVICE=cuda").returncode == 2
+
+
+def test_every_command_that_the_makefile_explains_is_there(folder: Path) -> None:
+    text = (folder / "Makefile").read_text()
+    explained = set(re.findall(r"\bmake ([a-z-]+)(?: {2,}|$)", text.split("# Settings")[0], re.MULTILINE))
+    assert explained == {"train", "test", "test-gpu", "lint", "data", "env"}
+    for target in explained:
+        assert make(folder, "-n", target).returncode == 0, target
 
 
 def test_an_old_python_is_refused_by_name(folder: Path) -> None:

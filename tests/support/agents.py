@@ -57,7 +57,7 @@ class AgentProcess:
         """What the agent and its ranks have printed so far."""
         return Path(self._log.name).read_text()
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """Wait for the agent's end and return its exit status."""
         return self.process.wait(timeout_s)
 
@@ -79,7 +79,7 @@ class AgentProcess:
         self._log.close()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"timed out waiting for {what}"

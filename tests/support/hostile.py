@@ -18,7 +18,7 @@ from papilio.trainer.inference.serving.metrics import Metrics
 from papilio.trainer.inference.serving.micro_batcher import MicroBatcher
 from papilio.trainer.inference.serving.serve_options import ServeOptions
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 class Client:

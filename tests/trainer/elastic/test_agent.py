@@ -128,8 +128,8 @@ def test_ranks_end_when_their_agent_is_gone(tmp_path: Path, start: Callable[...,
 
 def test_an_elastic_job_goes_on_without_a_host_that_is_lost(tmp_path: Path, start: Callable[..., AgentProcess]) -> None:
     port = free_port()
-    one = start("--steps=200", nproc=1, nnodes="1:2", port=port, max_restarts=3)
-    other = start("--steps=200", nproc=1, nnodes="1:2", port=port, is_host=False, max_restarts=3)
+    one = start("--steps=400", nproc=1, nnodes="1:2", port=port, max_restarts=3)
+    other = start("--steps=400", nproc=1, nnodes="1:2", port=port, is_host=False, max_restarts=3)
     wait_until(lambda: step_of(tmp_path) > 0, "steps")
     other.kill()
     assert one.wait() == 0, one.output
@@ -140,7 +140,7 @@ def test_an_elastic_job_goes_on_without_a_host_that_is_lost(tmp_path: Path, star
         ": killed, or its host is gone; restarting, restart 1 of 3",
         "papilio: starting again on 1 rank",
         " on 1",
-        "[0]:toy ends at step 200 on 1",
+        "[0]:toy ends at step 400 on 1",
     )
 
 

@@ -101,7 +101,10 @@ def listener(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 def speak_http(connection: socket.socket) -> None:
     heard = b""
     while b"\n" not in heard:
-        heard += connection.recv(100)
+        part = connection.recv(100)
+        if not part:
+            return
+        heard += part
     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n<html>")
 
 
@@ -175,5 +178,5 @@ def test_the_store_of_papilio_rendezvous_ends_by_a_signal_and_refuses_a_taken_po
     assert f"papilio rendezvous: error: cannot hold a store at port {port}" in other.stderr
     assert "take another one with --port" in other.stderr
     holder.terminate()
-    assert holder.wait(20) == 0
+    assert holder.wait(120) == 0
     assert re.fullmatch(r"papilio rendezvous: ended by SIGTERM; jobs that meet here lose it\n", holder.stderr.read())

@@ -9,10 +9,12 @@ is read and dropped for a while: a connection closed with bytes unread is reset,
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import resource
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +37,10 @@ _MAX_PIPELINED = 32
 # How long a refused client may go on sending; a body that was refused, how often its limit.
 _LINGER_S = 2.0
 _MAX_DROPPED = 16
+# What attaches a filter to a socket, and detaches it; <asm-generic/socket.h>, which Python's socket does not name.
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+# Classic BPF over a TCP header: drop what begins a connection (the flag SYN in byte 13), pass all else.
+_DROP_SYN = [(0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 # The app itself tells a client that its body is late; this is for one that sends on after its answer.
 _BODY_GRACE_S = 2.0
 
@@ -78,6 +84,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_head_bytes = self._num_headers = 0  # of the head and of trailers, names and values
         self._num_idle_bytes = 0  # read since the last progress: a whole head, or bytes of a body
         self._num_dropped = 0
+        self._made_s = self.loop.time()
+        self._has_asked = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; if there are too many connections, the one idle longest makes room."""
@@ -148,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stop_parsing(400, "a request with a body cannot change the protocol; send it without Upgrade")
         super().on_headers_complete()
         self._is_in_head, self._is_in_body = False, True
+        self._has_asked = True
         self._num_idle_bytes = 0
         self._limits.idle.pop(self, None)
         self._clear_deadline()
@@ -248,6 +257,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write_eof()
         self._set_deadline(linger_s, self.transport.abort)
 
+    def awaits_first_request(self, patience_s: float) -> bool:
+        """Whether its client has connected lately and may be just about to send its first request."""
+        is_open = not self._is_deaf and not self.transport.is_closing()
+        return is_open and not self._has_asked and self.loop.time() - self._made_s < patience_s
+
     def shutdown(self) -> None:
         """Close it once nothing is to be answered; called when the server stops."""
         super().shutdown()
@@ -287,18 +301,43 @@ class Acceptor:
         self._listener.listen(BACKLOG)
         self._loop.add_reader(self._listener, self._accept)
 
-    async def stop(self) -> None:
-        """Close the port, without losing those who are connected already but not accepted yet."""
+    async def stop(self, half_open_s: float = 0.0, *, is_shared: bool = False) -> None:
+        """Close the port, without losing those who are connected already but not accepted yet.
+
+        Closing it resets the connections that the kernel has made since the last was accepted. So new ones are first
+        kept out: their SYN is dropped, and is answered a second later, when it is sent again, by a refusal or by
+        whoever has the port then.
+
+        Args:
+            half_open_s: how long those that are half open then, over a slow network, may take to open.
+            is_shared: other processes go on accepting at the same socket.
+        """
         if self._listener.fileno() < 0:
             return
+        self._drop_new()
+        await asyncio.sleep(half_open_s)
         if self._retry is not None:
             self._retry.cancel()
         self._loop.remove_reader(self._listener)
-        while self._accept_some():
-            pass
+        self._drop_new()  # another process that stops may have let them in again
+        try:
+            while self._accept_some():
+                pass
+        except OSError as error:
+            logger.error("connections that were waiting are lost: %s; raise ulimit -n", error)
+        if is_shared:
+            with suppress(OSError):
+                self._listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
         self._listener.close()
         if self._beginnings:
             await asyncio.wait(self._beginnings)
+
+    def _drop_new(self) -> None:
+        code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
+        buffer = ctypes.create_string_buffer(code, len(code))
+        program = struct.pack("HL", len(_DROP_SYN), ctypes.addressof(buffer))  # struct sock_fprog
+        with suppress(OSError):  # where there are no such filters, a few may be reset
+            self._listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
     def _accept(self) -> None:
         try:

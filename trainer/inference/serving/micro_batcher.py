@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,7 +57,7 @@ class _Waiting:
     num_records: int
     num_bytes: int
     answer: asyncio.Future[Scores]
-    begin_s: float = field(default_factory=time.monotonic)
+    begin_s: float
 
 
 _Outcomes = list[tuple[_Waiting, Scores | Exception]]
@@ -114,7 +114,8 @@ class MicroBatcher:
         """
         self.require_room(num_records, num_bytes)
         with self._changed:
-            waiting = _Waiting(self.scorer, content, num_records, num_bytes, self._loop.create_future())
+            answer, begin_s = self._loop.create_future(), time.monotonic()
+            waiting = _Waiting(self.scorer, content, num_records, num_bytes, answer, begin_s)
             self._queue.append(waiting)
             self._count(num_records, num_bytes)
             # The thread that waits for a batch to fill needs no waking for each request.

@@ -34,6 +34,11 @@ from papilio.trainer.inference.serving.serve_options import OTHER_PORT, ServeErr
 logger = logging.getLogger(__name__)
 # Longer than the idle time of common load balancers and clients, so that it is they who close idle connections.
 KEEP_ALIVE_S = 75
+# More than a handshake takes over any network.
+HALF_OPEN_S = 0.2
+# A client that has just connected sends its first request within this time, or finds its connection closed.
+FIRST_REQUEST_S = 2.0
+_DRAIN_CHECK_S = 0.02
 # Ticks of the watch over the scoring thread.
 _STALL_CHECK_S = 1.0
 # Under overload the thread that answers HTTP never rests, and the one that scores, which gives up the interpreter's
@@ -54,9 +59,11 @@ class _Server(uvicorn.Server):
         listener: socket.socket,
         drain_s: float,
         on_started: Callable[[], None],
+        *,
+        is_shared: bool = False,
     ) -> None:
         super().__init__(config)
-        self._app, self._listener, self._drain_s = app, listener, drain_s
+        self._app, self._listener, self._drain_s, self._is_shared = app, listener, drain_s, is_shared
         self._on_started = on_started
         self._drain: asyncio.Task[None] | None = None
 
@@ -86,7 +93,10 @@ class _Server(uvicorn.Server):
 
     async def _run_drain(self) -> None:
         await asyncio.sleep(self._drain_s)
-        await self._acceptor.stop()
+        await self._acceptor.stop(HALF_OPEN_S, is_shared=self._is_shared)
+        # uvicorn closes connections without a request: of those that were accepted last, one may be under way.
+        while any(each.awaits_first_request(FIRST_REQUEST_S) for each in self.server_state.connections):  # type: ignore[union-attr]
+            await asyncio.sleep(_DRAIN_CHECK_S)
         self.should_exit = True
 
     def _make_protocol(self) -> asyncio.Protocol:
@@ -164,7 +174,7 @@ async def _run(
         place = f"{address_of(listener)} by process {os.getpid()}"
         logger.info("%s (%s) is served on %s", scorer.label, scorer.form, place)
 
-    server = _Server(config, app, listener, options.drain_s, on_started)
+    server = _Server(config, app, listener, options.drain_s, on_started, is_shared=parent is not None)
     tasks = _begin_tasks(options, batcher, metrics)
     if parent is not None:
         asyncio.get_running_loop().add_reader(parent, _on_orphaned, server, parent)

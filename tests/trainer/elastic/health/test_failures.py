@@ -1,8 +1,11 @@
+import itertools
 import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -128,23 +131,18 @@ def test_the_cause_is_waited_for(health_store: HealthStore) -> None:
     assert found == "rank 2 (host h) failed first, at step 120: ValueError: bad batch"
 
 
-def beat_until(ended: threading.Event, health_store: HealthStore, rank: int) -> None:
-    count = 10
-    while not ended.wait(0.05):
-        count += 1
-        health_store.publish(heartbeat_of(rank, 120, count=count))
-
-
 def find_cause_among_living(health_store: HealthStore, *living: int) -> str:
-    ended = threading.Event()
-    threads = [threading.Thread(target=beat_until, args=(ended, health_store, rank)) for rank in living]
-    for thread in threads:
-        thread.start()
-    found = find_cause(rank_of(0), 120, health_store, wait_s=1)
-    ended.set()
-    for thread in threads:
-        thread.join()
-    return found
+    """Whenever rank 0 has looked and sleeps, the living give a heartbeat, however busy the machine is."""
+    counts, sleep = itertools.count(10), time.sleep
+
+    def sleep_while_others_beat(seconds: float) -> None:
+        count = next(counts)
+        for rank in living:
+            health_store.publish(heartbeat_of(rank, 120, count=count))
+        sleep(seconds)
+
+    with patch("time.sleep", sleep_while_others_beat):
+        return find_cause(rank_of(0), 120, health_store, wait_s=1)
 
 
 def test_without_a_note_the_silent_rank_is_named(health_store: HealthStore) -> None:

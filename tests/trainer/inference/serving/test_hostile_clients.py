@@ -27,7 +27,8 @@ from papilio.trainer.inference.serving.server import _Server
 from tests.support.hostile import Bench, serve_to
 from tests.support.served import ARROW_TYPE, COLUMNS, SCHEMA, json_body, records_of, write_package
 
-QUICK = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "send_timeout_s": 0.3, "max_body_bytes": 20_000}
+# Quick, yet longer than a busy machine lets this process, which is server and client in one, stand still.
+QUICK = {"head_timeout_s": 1.5, "body_timeout_s": 1.5, "send_timeout_s": 1.5, "max_body_bytes": 20_000}
 POST = b"POST /predict HTTP/1.1\r\ncontent-type: application/json\r\n"
 GET = b"GET /readyz HTTP/1.1\r\n"
 BODY = json_body(records_of(0, 1))

@@ -1,7 +1,9 @@
-"""The commands of README and documentation work as they are printed there."""
+"""The commands of the README and of docs/ work as they are printed there."""
 
 import argparse
+import inspect
 import os
+import random
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from papilio.launch.cli import parser_of
+from papilio.launch.component_arguments import our_components
 from papilio.launch.verbs import VERBS
 from papilio.trainer.config import Config
 
@@ -67,58 +70,96 @@ def test_every_verb_of_the_program_is_in_the_readme(environment):
         assert f"papilio {verb}" in README, verb
 
 
-def commands_of(page):
-    """Every `papilio VERB ...` that stands in a code block of a page, fenced or indented, lines joined."""
-    text = page.read_text("utf-8")
-    blocks = re.findall(r"^```(?:sh|text)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    blocks.append("\n".join(line.strip() for line in text.splitlines() if line.startswith("    ")))
-    for block in blocks:
-        for line in block.replace("\\\n", " ").splitlines():
-            found = re.match(r"\$? ?(papilio [a-z]+ .*)", line)
-            if found:
-                yield re.split(r"  #| \| |; papilio", found[1])[0].strip()
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], key=lambda path: path.relative_to(ROOT).as_posix())
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+def commands_of(text):
+    """Every `papilio VERB ...` of a page's blocks, fenced or indented, with continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    indented = "\n".join(
+        re.findall(r"^ {4,}(.*)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.M)
+    )
+    for line in re.sub(r"\\\n\s*", " ", "\n".join([*blocks, indented])).splitlines():
+        if match := re.match(r"(?:\w*\$ )?papilio (?!.*: )([a-z]+) ?(.*)", line.strip()):
+            yield match.group(1), match.group(2).split("  #")[0]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_verb_flag_and_key_of_a_page_exists(page):
-    for command in commands_of(page):
-        words = command.split()
-        verb = next((verb for verb in VERBS if verb.name == words[1]), None)
-        assert verb is not None, command
-        known = set(flags_of(parser_of(verb)))
-        for word in re.findall(r"(?<![\w-])--?[A-Za-z][\w.-]*", " ".join(words[2:]).split(" -- ")[0]):
-            if "." in word:
-                assert has_key(word.removeprefix("--")), f"{command}: {word} is no key of a recipe"
-            elif verb.name != "launch":  # whose component has flags of its own
-                assert word in known or word == "--help", f"{command}: papilio {verb.name} has no {word}"
-
-
-def flags_of(parser):
+def options_of(parser):
+    """Flags of a parser and of the parsers of its actions."""
+    found = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from flags_of(child)
-        yield from action.option_strings
+            found |= {flag for nested in action.choices.values() for flag in options_of(nested)}
+    return found
 
 
-def has_key(key):
-    """Whether a recipe has this key; below a table of free keys (`model.table_rows.user`), whether it has the table."""
-    model = Config
-    for part in key.split("."):
-        if part not in model.model_fields:
+def is_setting_of_recipe(key):
+    """Whether a recipe has section.key; what lies below a key that is a table of names is anyone's."""
+    section = Config
+    for name in key.split("."):
+        if name not in section.model_fields:
             return False
-        kind = model.model_fields[part].annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        section = section.model_fields[name].annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
             return True
-        model = kind
     return True
 
 
+FLAGS = {verb.name: options_of(parser_of(verb)) for verb in VERBS}
+COMPONENT_FLAGS = {
+    f"--{name}" for component in our_components().values() for name in inspect.signature(component).parameters
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_verb_flag_and_setting_of_a_page_exists(page):
+    for verb, words in commands_of(page.read_text("utf-8")):
+        assert verb in FLAGS, f"{page.name}: papilio {verb} {words}"
+        # A job behind `launch` takes its component's arguments, and those of its own verb.
+        known = FLAGS[verb] | (COMPONENT_FLAGS | FLAGS["preflight"] if verb == "launch" else set())
+        for flag in re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*)", words):
+            exists = is_setting_of_recipe(flag) if "." in flag else f"--{flag}" in known
+            assert exists, f"{page.name}: --{flag} in papilio {verb} {words}"
+
+
+def test_the_check_finds_what_does_not_exist():
+    page = "```sh\npapilio train --recipe R \\\n  --nprocs 2 --train.epoch=1\n```\n\n    n1$ papilio retrain\n"
+    (train, words), (retrain, _) = commands_of(page)
+    assert (train, retrain) == ("train", "retrain") and "retrain" not in FLAGS
+    assert "--nprocs" in words and "--nprocs" not in FLAGS["train"]
+    assert not is_setting_of_recipe("train.epoch") and is_setting_of_recipe("train.epochs")
+
+
+def write_clicks(path):
+    """A table of the columns of the tutorial, whose labels its users decide."""
+    draw = random.Random(3)
+    lines = ["clicked,age,user_id,page,last_items"]
+    for _ in range(4000):
+        user = draw.randrange(40)
+        label = int(draw.random() < (0.9 if user % 2 else 0.1))
+        items = f"{draw.randrange(20)} {draw.randrange(20)}"
+        lines.append(f"{label},{draw.randrange(18, 80)},u{user},p{draw.randrange(40)},{items}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_the_tutorial_of_your_own_table_runs_to_scores(tmp_path, environment):
+    page = (ROOT / "docs" / "tutorials" / "your_own_table.md").read_text("utf-8")
+    (tmp_path / "schema.toml").write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL).group(1))
+    write_clicks(tmp_path / "clicks.csv")
+    commands = [(verb, words) for verb, words in commands_of(page)]
+    assert [verb for verb, _ in commands] == ["preprocess", "train", "evaluate", "export", "predict", "serve"]
+    outputs = {
+        verb: run(f"papilio {verb} {words}", tmp_path, environment)
+        for verb, words in commands
+        if verb not in ("evaluate", "serve")  # the tour evaluates; a server does not end
+    }
+    figures = re.search(r" test +0\.(\d{4})", outputs["train"]).group(1)
+    assert int(figures) > 8000, "the AUC of labels that the user decides nine times of ten"
+    assert (tmp_path / "scores.parquet").stat().st_size > 0
+
+
 def test_there_are_commands_to_check():
-    assert sum(len(list(commands_of(page))) for page in PAGES) > 60
+    assert sum(len(list(commands_of(page.read_text("utf-8")))) for page in PAGES) > 60
 
 
 def test_the_site_is_built_without_a_warning_and_names_every_verb_and_key(tmp_path, environment):

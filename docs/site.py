@@ -9,6 +9,7 @@ import argparse
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,21 +68,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Name files of the repository by their path: the site does not know where the repository is read."""
-    depth = page.file.src_uri.count("/")
+    """Name files of the repository by their path: the site does not know where the repository is read.
+
+    They are links to repo:PATH in pages, and any link to a file in those that lie outside of docs/.
+    """
+    is_outside = page.file.generated_by is not None
+    home = "../" * page.file.src_uri.count("/")
 
     def replaced(match: re.Match[str]) -> str:
-        text, target = match.groups()
-        if target.startswith(("http://", "https://", "#", "mailto:")):
-            return match[0]
-        path = target.removeprefix("repo:").partition("#")[0]
-        if path.endswith("benchmarks/RESULTS.md"):
-            return f"[{text}]({'../' * depth}benchmarks.md)"
-        is_page = not target.startswith("repo:") and (Path(page.file.abs_src_path or "x").parent / path).exists()
-        return match[0] if is_page and page.file.abs_src_path else f"{text.strip('`')!s} (`{path}`)"
+        target = match[2].removeprefix("repo:")
+        if target.endswith("benchmarks/RESULTS.md"):
+            return f"[{match[1]}]({home}benchmarks.md)"
+        if target.startswith("docs/"):
+            return f"[{match[1]}]({target.removeprefix('docs/')})"
+        if (is_outside and "://" not in target and not target.startswith("#")) or target != match[2]:
+            return f"`{target}`"
+        return match[0]
 
-    is_outside = page.file.generated_by is not None
-    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", replaced, markdown) if is_outside or "repo:" in markdown else markdown
+    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", replaced, markdown)
 
 
 def commands() -> str:
@@ -97,7 +101,7 @@ def commands() -> str:
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
     usage = " ".join(parser.format_usage().split()).removeprefix("usage: ")
-    yield from ("```text", usage, "```", "")
+    yield from ("```text", *textwrap.wrap(usage, 84, subsequent_indent="    ", break_on_hyphens=False), "```", "")
     rows = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -137,13 +141,16 @@ def _section(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def _type(kind: Any) -> str:
     text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    return re.sub(r"\b(typing|papilio|[a-z_]+)\.(?:\w+\.)*(?=\w)", "", text.replace("NoneType", "None"))
+    text = re.sub(r"\b[a-z_]+\.(?:\w+\.)*(?=\w)", "", text.replace("NoneType", "None")).replace(" | ", " or ")
+    return re.sub(r"Literal\[([^\]]+)\]", lambda match: match[1].replace(", ", " or "), text)
 
 
 def _toml(value: object) -> str:
     if value is None:
         return "none"
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value).replace("|", "\\|")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value).replace("|", "\\|")
 
 
 def _cell(text: str) -> str:

@@ -23,7 +23,7 @@ from papilio.launch.schedulers.slurm import queries as slurm_queries
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.torchx_command import run_torchx
 
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ COMPONENT = """
 from torchx import specs
 
 def waiting() -> specs.AppDef:
-    script = "echo $$WHAT on $$SLURM_NODEID; exec sleep 100"
+    script = "echo $$WHAT on $$SLURM_NODEID; exec sleep 600"
     role = specs.Role("small", "", entrypoint="bash", args=["-c", script], num_replicas=2, env={"WHAT": "1,2,A=3"})
     role.resource = specs.Resource(cpu=1, gpu=0, memMB=100)
     return specs.AppDef("job", roles=[role])

@@ -22,13 +22,13 @@ REPOSITORY = Path(__file__).parents[2]
 def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     path = folder / "small.toml"
-    path.write_text(SMALL_RECIPE.format(data=write_dataset(folder / "data"), epochs=60))
+    path.write_text(SMALL_RECIPE.format(data=write_dataset(folder / "data"), epochs=30))
     return path
 
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe):
-    """Tensors of a run that nobody disturbed: 1,260 steps."""
+    """Tensors of a run that nobody disturbed: 630 steps."""
     run_dir = recipe.parent / "undisturbed"
     job = start(recipe, run_dir)
     out, _ = job.communicate(timeout=240)

@@ -9,7 +9,7 @@
 | MLPerf DLRM-DCNv2, HugeCTR, 8 x H100, batch 55296 | 13.6M | 0.25: not TorchRec |
 | the same, 8 x B200 | 22.8M | 0.20 |
 
-We foretell steps of TorchRec, whose fixed time on a GPU, some 7 ms, is more than HugeCTR's whole step.
+We predict steps of TorchRec, whose fixed time on a GPU, some 7 ms, is more than HugeCTR's whole step.
 """
 
 import itertools
@@ -58,16 +58,27 @@ def samples_per_s(job: Job, hardware: str, num_gpus: int = 8) -> float:
     return job.global_batch_size / predict(planning, solution).total_s
 
 
+# Half of the last digit that the table above states. A better cost model or profile changes both, knowingly.
+TOLERANCE = 0.005
+
+
 @pytest.mark.parametrize(
-    ("num_gpus", "batch", "published", "least"),
-    [(8, 2048, 284_615, 0.8), (8, 16384, 1_671_168, 0.8), (4, 16384, 1_458_176, 0.7), (8, 65536, 5_373_952, 0.5)],
+    ("num_gpus", "batch", "published", "ratio"),
+    [(8, 2048, 284_615, 0.98), (8, 16384, 1_671_168, 0.99), (4, 16384, 1_458_176, 0.89), (8, 65536, 5_373_952, 0.66)],
 )
-def test_torchrec_on_a100(num_gpus: int, batch: int, published: float, least: float) -> None:
+def test_torchrec_on_a100(num_gpus: int, batch: int, published: float, ratio: float) -> None:
     predicted = samples_per_s(criteo_job(batch, (1,) * 26, dlrm(), "fp32"), "dgx_a100", num_gpus)
-    assert least < predicted / published < 1.25
+    assert predicted / published == pytest.approx(ratio, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("hardware", "published"), [("dgx_h100", 13.6e6), ("dgx_b200", 22.8e6)])
-def test_torchrec_is_foretold_to_be_slower_than_hugectr(hardware: str, published: float) -> None:
+@pytest.mark.parametrize(("hardware", "published", "ratio"), [("dgx_h100", 13.6e6, 0.25), ("dgx_b200", 22.8e6, 0.20)])
+def test_torchrec_is_predicted_to_be_slower_than_hugectr(hardware: str, published: float, ratio: float) -> None:
     predicted = samples_per_s(criteo_job(55296, MULTI_HOT, dcn(), "bf16"), hardware)
-    assert 0.1 < predicted / published < 0.5
+    assert predicted / published == pytest.approx(ratio, abs=TOLERANCE)
+
+
+def test_the_fixed_time_is_fitted_to_the_two_rates_that_the_profile_names() -> None:
+    """7.2 ms a step at 256 samples a rank, 9.8 ms at 2,048: so say `step_s` and `group_s` of dgx_a100."""
+    for batch, step_ms in ((2048, 7.2), (16384, 9.8)):
+        predicted = samples_per_s(criteo_job(batch, (1,) * 26, dlrm(), "fp32"), "dgx_a100")
+        assert 1e3 * batch / predicted == pytest.approx(step_ms, rel=0.03)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from tests.support.small_runs import (
     run,
 )
 
+# Whether the last save is committed before the run ends is not left to chance.
+EACH_STEP = {"every_steps": 1, "asynchronous": False}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -31,13 +35,20 @@ def nan_run(ranks, config):
         train(config, ranks)
 
 
-def test_what_is_saved_is_finite_when_a_run_ends_in_nan(two_ranks, tmp_path):
-    data = write_dataset(tmp_path / "data", dense_scale=1e30)
-    two_ranks.run(nan_run, make_config(data, tmp_path / "run", checkpoint={"every_steps": 1}, optimizer=SGD))
-    names = CheckpointFolder(str(tmp_path / "run" / "checkpoints")).committed_names()
-    assert len(names) <= 2, "the loss is not finite after one step or two"
+@pytest.mark.parametrize(
+    ("dense_scale", "saved_steps"),
+    [(1e6, [1, 2]), (1e30, [])],
+)
+def test_what_is_saved_is_finite_when_a_run_ends_in_nan(two_ranks, tmp_path, dense_scale, saved_steps):
+    data = write_dataset(tmp_path / "data", dense_scale=dense_scale)
+    two_ranks.run(nan_run, make_config(data, tmp_path / "run", checkpoint=EACH_STEP, optimizer=SGD))
+    folder = CheckpointFolder(str(tmp_path / "run" / "checkpoints"))
+    names = folder.committed_names()
+    assert [int(name[5:15]) for name in names] == saved_steps
+    assert folder.names() == names, "nothing is left half-saved"
     for name in names:
         tensors = saved_tensors(tmp_path / "run" / "checkpoints" / name)
+        assert tensors
         assert all(np.isfinite(values).all() for values in tensors.values())
 
 
@@ -66,4 +77,5 @@ def test_a_table_with_nan_is_not_committed(one_rank, data, tmp_path):
         save_nan, make_config(data, tmp_path / "run", checkpoint=checkpoint, train={"max_steps": 4})
     )[0]
     assert "holds NaN or infinite values, from which nothing can go on" in message
+    assert re.match(r"SaveError: .*\bt_[abm]\b", message), "the table is named"
     assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).names() == []

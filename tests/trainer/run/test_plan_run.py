@@ -19,6 +19,18 @@ def test_terabyte_for_128_gpus(tmp_path, capsys):
     assert (plan.machine.num_ranks, len(plan.ranks), len(plan.tables)) == (128, 128, 26)
     weights_bytes = 4 * 128 * sum(table.num_embeddings for table in plan.tables)
     assert sum(table.weights_bytes for table in plan.tables) == weights_bytes
+    for table in plan.tables:
+        assert sum(shard.num_rows * shard.num_columns for shard in table.shards) == 128 * table.num_embeddings
+    held_bytes = [0] * 128  # by the shards alone, 4 bytes a weight
+    for table in plan.tables:
+        for shard in table.shards:
+            held_bytes[shard.rank] += 4 * shard.num_rows * shard.num_columns
+    # The last of 8 row shards may be smaller, by less than 8 rows of 512 bytes; memory is that of the largest.
+    for rank, held in zip(plan.ranks, held_bytes, strict=True):
+        assert 0 <= rank.memory.weights_bytes - held < 8 * 512 * rank.num_shards
+    most_bytes = max(rank.memory.device_bytes for rank in plan.ranks)
+    assert max(held_bytes) < most_bytes < plan.machine.usable_memory_bytes
+    assert {rank.node for rank in plan.ranks} == set(range(16))
     assert "t_C1" in shown
     assert "dgx_a100" in shown
     assert "t_C26" in page.read_text("utf-8")

@@ -51,7 +51,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/schedulers/slurm/*.sh
+	$(BIN)/shellcheck launch/schedulers/slurm/job.sh launch/schedulers/slurm/host.sh
 
 docs: env
 	$(BIN)/mkdocs build --quiet --strict

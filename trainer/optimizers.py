@@ -13,7 +13,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from papilio.sharding.runtime.data_parallel import data_parallel_weights
+from papilio.sharding.runtime.table_shards import data_parallel_weights
 from papilio.trainer.config import (
     DenseOptimizerConfig,
     OptimizerConfig,

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import nn
 
-from papilio.sharding.runtime.tbe import iterate_tbes
+from papilio.sharding.runtime.table_shards import iterate_tbes
 
 
 def fix_empty_shards(model: nn.Module) -> None:

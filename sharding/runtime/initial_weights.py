@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from papilio.sharding.compat.torch_internals import ShardedTensor
-from papilio.sharding.runtime.data_parallel import data_parallel_weights
+from papilio.sharding.runtime.table_shards import data_parallel_weights
 
 # Rows drawn together; a shard draws the whole blocks that it touches. Changing it changes every initial weight.
 BLOCK_ROWS = 16_384

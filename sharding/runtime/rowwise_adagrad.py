@@ -24,7 +24,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import nn
 
 from papilio.sharding.compat.fbgemm_internals import rowwise_adagrad_arguments
-from papilio.sharding.runtime.tbe import iterate_tbes
+from papilio.sharding.runtime.table_shards import iterate_tbes
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,32 @@ def local_table_shards(model: nn.Module) -> list[TableShard]:
     return [shard for shard in shards if shard.weight.numel()]
 
 
+def data_parallel_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of a sharded model's data_parallel tables by parameter name.
+
+    TorchRec drops their fused optimizer without a word (torchrec issue 2394): their gradients are dense, averaged over
+    the ranks by a DDP of their own, and wait for an optimizer step.
+    """
+    found = {
+        id(bags.embedding_bags[name].weight)
+        for bags in model.modules()
+        if isinstance(bags, ShardedEmbeddingBagCollection)
+        for name, sharding in bags.module_sharding_plan.items()
+        if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
+
+
+def iterate_tbes(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """Yield this rank's TBEs, sharded or not; TorchRec keeps the lookups of a sharded module out of `modules()`."""
+    for module in model.modules():
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+            yield module
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for lookup in lookups_of(module):
+                yield from iterate_tbes(lookup)
+
+
 def set_optimizer_step(model: nn.Module, step: int) -> None:
     """Tell the fused optimizers how many steps they have done; Adam and LAMB correct their bias by it."""
     for module in model.modules():

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from papilio.sharding.runtime.data_parallel import data_parallel_weights
 from papilio.sharding.runtime.table_shards import (
     TableLayout,
     TableShard,
+    data_parallel_weights,
     local_table_shards,
     set_optimizer_step,
     table_layouts,

@@ -158,7 +158,8 @@ def test_test_runs_the_suite_in_the_environment_with_the_given_arguments(folder:
 
 
 def test_lint_runs_all_four_and_stops_at_the_first_that_complains(folder: Path) -> None:
-    tools = ["ruff check .", "ruff format --check .", "mypy", "shellcheck launch/schedulers/slurm/job.sh launch/schedulers/slurm/host.sh"]
+    scripts = "launch/schedulers/slurm/job.sh launch/schedulers/slurm/host.sh"
+    tools = ["ruff check .", "ruff format --check .", "mypy", f"shellcheck {scripts}"]
     assert make(folder, "lint").returncode == 0
     assert calls(folder) == [*INSTALLATION, *tools]
     for count, tool in enumerate(tools, 1):

@@ -40,6 +40,7 @@ UNSAVED = "nothing was saved before the time limit"
 # What TorchX fills in at submission is known here only when the job runs.
 RUNTIME_VALUES = {specs.macros.app_id: "$SLURM_JOB_ID", specs.macros.replica_id: "$SLURM_NODEID"}
 
+
 @dataclass(frozen=True)
 class SlurmScripts:
     """One job, as files."""

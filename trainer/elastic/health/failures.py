@@ -14,6 +14,7 @@ import traceback
 
 import torch.distributed as dist
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.health.heartbeat import Heartbeat
 from papilio.trainer.process_group import Ranks
@@ -50,8 +51,10 @@ SYMPTOMS_OF_A_LOST_PEER = (
 )
 
 
-class LostRankError(RuntimeError):
+class LostRankError(PapilioError):
     """Another rank failed first, or went away; the message says which and why."""
+
+    is_retryable = True
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
@@ -73,7 +76,7 @@ def one_line(error: BaseException) -> str:
 def format_with_place(error: BaseException) -> str:
     """Return an error's type and first line, and the line of our code or the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or type(error).__module__.partition(".")[0] == "papilio":
+    if not frames or isinstance(error, PapilioError):
         return one_line(error)
     frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
     path = os.path.join(*frame.filename.split(os.sep)[-2:])

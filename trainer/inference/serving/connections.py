@@ -20,6 +20,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _MAX_DROPPED = 16
 _BODY_GRACE_S = 2.0
 
 
-class _RefusedError(Exception):
+class _RefusedError(PapilioError):
     """Ends the parsing of a request; the answer says why."""
 
     def __init__(self, status: int, message: str) -> None:

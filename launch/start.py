@@ -19,14 +19,16 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.trainer.elastic.bootstrap import child_command, module_command
-from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 MOUNTS = "/proc/self/mountinfo"
 
 
-class StartError(ValueError):
+class StartError(PapilioError, ValueError):
     """The host is not as the job needs it; the message says what is missing and how to fix it."""
+
+    exit_status = os.EX_CONFIG
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.head_node_in is not None:
             endpoint = [f"--rdzv-endpoint={head_node(options.head_node_in, os.environ)}:{options.rdzv_port}"]
     except StartError as error:
-        print(f"papilio: error: {error}", file=sys.stderr, flush=True)
-        return NO_RESTART_EXIT_CODE
+        return report_error("papilio", error)
     os.environ.update(word.split("=", 1) for word in options.env)
     status = run_module([*checks, *endpoint]) if checks else 0
     if status:

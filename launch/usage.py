@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from papilio.trainer.storage.retries import StorageError
+from papilio.data_pipeline.errors import PapilioError
 
 
-class UsageError(ValueError):
+class UsageError(PapilioError, ValueError):
     """A command line that cannot be followed: a missing file, or a value that is not allowed."""
 
+    exit_status = 2
 
-class RefusedError(ValueError):
+
+class RefusedError(PapilioError, ValueError):
     """What was found before any process started, and would go wrong again however often it is tried: status 78."""
 
-
-def is_ours(error: BaseException) -> bool:
-    """Return whether the error's class is one of ours: then it was foreseen, and its message says what to do."""
-    return type(error).__module__.partition(".")[0] == "papilio"
+    exit_status = os.EX_CONFIG
 
 
 @contextmanager
@@ -31,12 +31,8 @@ def refusing() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, StorageError) as error:
-        if (
-            isinstance(error, UsageError)
-            or not is_ours(error)
-            or (isinstance(error, StorageError) and error.is_passing)
-        ):
+    except PapilioError as error:
+        if isinstance(error, UsageError) or error.is_retryable:
             raise
         raise RefusedError(str(error)) from error
 

@@ -15,7 +15,7 @@ OWN_IMPORTS = {
     "benchmarks": {"benchmarks", *PACKAGES},
     "data_pipeline": set(),
     "launch": {"data_pipeline", "sharding", "trainer"},
-    "sharding": set(),
+    "sharding": {"data_pipeline"},
     "trainer": {"data_pipeline", "sharding"},
 }
 FOREIGN_IMPORTS = {
@@ -71,6 +71,8 @@ def test_a_module_imports_only_what_its_package_may(module: str) -> None:
     roots = {name.partition(".")[0] for name in IMPORTS[module]} - {package} - set(sys.stdlib_module_names)
     own, foreign = roots & {"benchmarks", *PACKAGES}, roots - {"benchmarks", *PACKAGES}
     assert own <= OWN_IMPORTS[package]
+    if package == "sharding":
+        assert {name for name in IMPORTS[module] if name.startswith("data_pipeline")} <= {"data_pipeline.errors"}
     if module != PROBE and package in FOREIGN_IMPORTS:
         assert foreign <= FOREIGN_IMPORTS[package]
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from papilio.data_pipeline.errors import PapilioError
+
 STALL_TIMEOUT_S = 600.0
 # By how much a collective outwaits the watchdog, which ends a rank that stalls and, unlike it, knows who is late.
 WATCHDOG_LEAD_S = 120.0
@@ -44,11 +46,11 @@ class Ranks:
     def ask_first(self, question: Callable[[], T]) -> T:
         """Return on every rank what rank 0 finds; an error of its (bad input, storage) is raised on all. Collective."""
         answer: T | None = None
-        problem: ValueError | OSError | None = None
+        problem: Exception | None = None
         if self.is_first:
             try:
                 answer = question()
-            except (ValueError, OSError) as error:
+            except (PapilioError, ValueError, OSError) as error:
                 problem = error
         answer, problem = self.agree_on((answer, problem))
         if problem is not None:

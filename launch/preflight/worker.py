@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.data_pipeline.verification import check_data
 from papilio.launch.preflight.facts import Card, DataFacts, Gpu, HostFacts, LinkFacts, PlanFacts
 from papilio.launch.preflight.folders import SharedFolder, written_folders
@@ -33,7 +34,7 @@ from papilio.launch.preflight.wire import free_port
 from papilio.launch.usage import UsageError
 from papilio.trainer.checkpoint.compatibility import shared_settings
 from papilio.trainer.config import Config
-from papilio.trainer.config_file import ConfigError, load_config
+from papilio.trainer.config_file import load_config
 from papilio.trainer.elastic.addresses import is_loopback
 from papilio.trainer.storage.api import free_bytes
 
@@ -88,10 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.recipe, options.overrides)
         return options.failure_status if take_part(options, config) else 0
-    except (ConfigError, MeetingError, UsageError) as error:
-        print(f"papilio preflight: error: {error}", file=sys.stderr, flush=True)
-        # The first host may be gone: that may go better another time.
-        return 1 if isinstance(error, MeetingError) else options.failure_status
+    except PapilioError as error:
+        report_error("papilio preflight", error)
+        return 1 if error.is_retryable else options.failure_status
 
 
 def take_part(options: Options, config: Config, probes: Senses | None = None) -> int:

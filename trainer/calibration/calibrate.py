@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,14 @@ from typing import cast
 
 import torch.distributed as dist
 
+from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.calibration.collectives import UNLIMITED, measure_collectives
 from papilio.sharding.calibration.kernels import KernelTiming, cases, fit_kernels, time_kernels
 from papilio.sharding.calibration.overheads import OVERHEADS, StepTiming, fit_overheads, time_step
 from papilio.sharding.calibration.profile_file import add_rates, hardware_from_values, write_hardware
 from papilio.sharding.config import ShardingConfig
-from papilio.sharding.hardware import RATE_NAMES, Hardware, HardwareError
+from papilio.sharding.hardware import RATE_NAMES, Hardware
 from papilio.sharding.planner.job import Cluster
 from papilio.trainer.calibration.dense import measure_dense, measure_memory
 from papilio.trainer.calibration.shapes import CalibrationStep, calibration_steps
@@ -57,8 +57,6 @@ HEADLINES = {
     "id_s": "input distribution, each id",
 }
 
-EXPECTED_ERRORS = (HardwareError,)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank."""
@@ -76,9 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hardware = calibrate(ranks, options.output, is_quick=options.quick, is_fresh=options.fresh)
             if ranks.is_first:
                 print(describe(hardware, ranks.local_world_size), flush=True)
-    except EXPECTED_ERRORS as error:
-        print(f"papilio calibrate: error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except PapilioError as error:
+        return report_error("papilio calibrate", error)
     return 0
 
 

@@ -30,13 +30,13 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.terminal import drop_what_has_no_room
 from papilio.trainer.elastic.bootstrap import FILE, bound
 from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health.failures import last_error
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
-from papilio.trainer.elastic.rendezvous import OtherJobError, Rendezvous, open_rendezvous
-from papilio.trainer.elastic.store import ForeignListenerError
+from papilio.trainer.elastic.rendezvous import Rendezvous, open_rendezvous
 
 # Longer than a rank looks for the cause of a lost connection (failures.WAIT_FOR_CAUSE_S).
 DRAIN_TIMEOUT_S = 6.0
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         notify(f"error: {error}")
-        return NO_RESTART_EXIT_CODE if isinstance(error, OtherJobError | ForeignListenerError) else 1
+        return error.rank_exit_status if isinstance(error, PapilioError) else 1
 
 
 class StopRequest:

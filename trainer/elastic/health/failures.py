@@ -14,6 +14,7 @@ import traceback
 
 import torch.distributed as dist
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.health.heartbeat import Heartbeat
 from papilio.trainer.process_group import Ranks
@@ -31,35 +32,50 @@ ERROR_LINE = re.compile(
     r"|(?=[\w.]*(?:Error|Exception|Interrupt)\b|Fatal Python error\b))(.*)"
 )
 MAX_LOG_BYTES = 64 * 1024
-# What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
-SYMPTOMS_OF_A_LOST_PEER = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "connection was closed",
-    "connection refused",
-    "broken pipe",
-    "socket closed",
-    "timed out",
-    "timeout",
-    "recvvalue failed",
-    "failed to recv",
-    "connectfullmesh failed",
-    "ncclremoteerror",
-    "remote process exited",
-    "nccl communicator was aborted",
+# Where the Python side of a collective ends and its C++ begins.
+COLLECTIVE_MODULES = frozenset(
+    f"torch.distributed.{name}" for name in ("distributed_c10d", "_functional_collectives", "nn.functional")
 )
+# What also waits for collectives, among much else: torchrec's redistributions, DDP, and a backward pass with either.
+MIXED_PACKAGES = ("torchrec.distributed", "torch.nn.parallel", "torch.autograd")
 
 
-class LostRankError(RuntimeError):
+class LostRankError(PapilioError):
     """Another rank failed first, or went away; the message says which and why."""
+
+    is_retryable = True
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether an error reports only that some other rank went away, and not why."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(symptom in text for symptom in SYMPTOMS_OF_A_LOST_PEER)
+    """Whether an error came out of a collective or a store: another rank went away, for whatever reason.
+
+    NCCL and the stores raise classes of their own. Gloo raises a bare RuntimeError: where it was raised tells it. What
+    is left: a bare RuntimeError about a collective's arguments cannot be told from a loss, so its text is shown when no
+    rank turns out to be lost.
+    """
+    return isinstance(error, dist.DistError) or (_is_bare(error) and _raised_in(error) in COLLECTIVE_MODULES)
+
+
+def may_be_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether an error came out of what runs collectives among much else: only the state of the others can tell."""
+    module = _raised_in(error)
+    return _is_bare(error) and any(f"{module}.".startswith(f"{package}.") for package in MIXED_PACKAGES)
+
+
+def _is_bare(error: BaseException) -> bool:
+    """Whether this is RuntimeError itself, and did not arise from an error that says more by its class."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, PapilioError | OSError):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return type(error) is RuntimeError
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the module of the innermost Python frame; empty for an error that was not raised."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -73,7 +89,7 @@ def one_line(error: BaseException) -> str:
 def format_with_place(error: BaseException) -> str:
     """Return an error's type and first line, and the line of our code or the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or type(error).__module__.partition(".")[0] == "papilio":
+    if not frames or isinstance(error, PapilioError):
         return one_line(error)
     frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
     path = os.path.join(*frame.filename.split(os.sep)[-2:])
@@ -123,10 +139,13 @@ def note_own_failure(error: BaseException, ranks: Ranks, step: int, health_store
     return None if first.rank == ranks.rank or first.error == text else str(first)
 
 
-def find_cause(ranks: Ranks, step: int, health_store: HealthStore, wait_s: float = WAIT_FOR_CAUSE_S) -> str:
-    """After the loss of a peer, wait a little for the first failure's note, and return it as a line.
+def find_cause(
+    error: BaseException, ranks: Ranks, step: int, health_store: HealthStore, wait_s: float = WAIT_FOR_CAUSE_S
+) -> str | None:
+    """After an error that another rank may have caused, wait for the first failure's note; return it as a line.
 
-    When there is none, name the unresponsive ranks, and note the first of them for the others.
+    When there is none, name the unresponsive ranks, and note the first of them for the others. None when all are well
+    and it need not have been a collective that failed: the error is this rank's own.
     """
     before = health_store.heartbeats(ranks.world_size)
     deadline_s = time.monotonic() + wait_s
@@ -140,15 +159,21 @@ def find_cause(ranks: Ranks, step: int, health_store: HealthStore, wait_s: float
                 "answer: the host of rank 0 or of the first agent is gone, or cannot be reached"
             )
         time.sleep(POLL_S)
-    return _note_unresponsive_ranks(before, health_store.heartbeats(ranks.world_size), ranks, health_store)
+    lost = _note_unresponsive_ranks(before, health_store.heartbeats(ranks.world_size), ranks, health_store)
+    if lost is None and is_loss_of_a_peer(error):
+        return (
+            "all ranks give heartbeats, yet a connection between them broke: check the network between them "
+            f"({one_line(error)})"
+        )
+    return lost
 
 
 def _note_unresponsive_ranks(
     before: dict[int, Heartbeat], after: dict[int, Heartbeat], ranks: Ranks, health_store: HealthStore
-) -> str:
+) -> str | None:
     unresponsive = unresponsive_ranks(before, after, ranks.world_size)
     if not unresponsive:
-        return "all ranks give heartbeats, yet a connection between them broke: check the network between them"
+        return None
     failures = [_failure_of_unresponsive(rank, after.get(rank)) for rank in unresponsive]
     health_store.note_failure(failures[0])
     return "; ".join(f"rank {failure.rank} (host {failure.host}) {failure.error}" for failure in failures)

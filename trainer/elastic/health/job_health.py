@@ -21,6 +21,7 @@ from papilio.trainer.elastic.health.failures import (
     LostRankError,
     find_cause,
     is_loss_of_a_peer,
+    may_be_loss_of_a_peer,
     note_own_failure,
     one_line,
 )
@@ -123,8 +124,10 @@ def _report(
         timer.start()
     if ranks.world_size == 1:
         return None
-    if is_loss_of_a_peer(error):
-        return LostRankError(find_cause(ranks, watchdog.step, health_store))
+    if is_loss_of_a_peer(error) or may_be_loss_of_a_peer(error):
+        cause = find_cause(error, ranks, watchdog.step, health_store)
+        if cause is not None:
+            return LostRankError(cause)
     line = note_own_failure(error, ranks, watchdog.step, health_store)
     if line is not None:
         print(f"papilio: {line}", file=sys.stderr, flush=True)

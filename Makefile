@@ -1,7 +1,7 @@
 # make train   virtual environment, dependencies, data, then a two-rank training job (under torchx)
 # make test    the same environment, then the whole test suite
 # make test-gpu   the tests that need a GPU (make test skips them where there is none)
-# make lint    ruff and mypy          make data    the generated data set of the quick start
+# make lint    ruff, mypy, shellcheck  make data    the generated data set of the quick start
 # make docs    the documentation site in build/site; a warning is an error
 # make env     the environment alone
 #
@@ -51,6 +51,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/schedulers/slurm/job.sh launch/schedulers/slurm/host.sh
 
 docs: env
 	$(BIN)/mkdocs build --quiet --strict

@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from papilio.data_pipeline.errors import PapilioError
+
 _MAX_PROBLEMS = 5
 _MAX_VALUE_CHARACTERS = 80
 
 
-class TomlError(ValueError):
+class TomlError(PapilioError, ValueError):
     """Text that is not TOML, or a file that cannot be read; the message says why."""
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.sharding.config import KernelName, ShardingTypeName
 
 FORMAT_VERSION = 4
@@ -23,7 +24,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 StepSeconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
-class PlanFileError(ValueError):
+class PlanFileError(PapilioError, ValueError):
     """A plan file that cannot be used; the message names the file and the fix."""
 
 

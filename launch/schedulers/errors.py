@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.launch.usage import UsageError
 
 
-class SchedulerError(ValueError):
+class SchedulerError(PapilioError, ValueError):
     """A scheduler cannot do what was asked; the message says why and what can be done."""
 
 

@@ -25,10 +25,10 @@ case "$1" in
   launch/version_set.py) exec {python} "$@" ;;
   -m) [ "$2" = venv ] || exit 1
       mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp environment_python "$3/bin/python"
-      for name in papilio torchx ruff mypy; do cp job "$3/bin/$name"; done ;;
+      for name in papilio torchx ruff mypy shellcheck; do cp job "$3/bin/$name"; done ;;
 esac
 """
-# Stands for papilio, torchx, ruff and mypy.
+# Stands for papilio, torchx and the linters.
 JOB = (
     NOTE
     + """note "$(basename "$0")" "$@"
@@ -157,8 +157,9 @@ def test_test_runs_the_suite_in_the_environment_with_the_given_arguments(folder:
     assert make(folder, "test").returncode == 2
 
 
-def test_lint_runs_all_three_and_stops_at_the_first_that_complains(folder: Path) -> None:
-    tools = ["ruff check .", "ruff format --check .", "mypy"]
+def test_lint_runs_all_four_and_stops_at_the_first_that_complains(folder: Path) -> None:
+    scripts = "launch/schedulers/slurm/job.sh launch/schedulers/slurm/host.sh"
+    tools = ["ruff check .", "ruff format --check .", "mypy", f"shellcheck {scripts}"]
     assert make(folder, "lint").returncode == 0
     assert calls(folder) == [*INSTALLATION, *tools]
     for count, tool in enumerate(tools, 1):
@@ -184,7 +185,7 @@ def test_the_gpu_lane_runs_the_tests_of_the_gpu(folder: Path) -> None:
 def test_every_command_that_the_makefile_explains_is_there(folder: Path) -> None:
     text = (folder / "Makefile").read_text()
     explained = set(re.findall(r"\bmake ([a-z-]+)(?: {2,}|$)", text.split("# Settings")[0], re.MULTILINE))
-    assert explained == {"train", "test", "test-gpu", "lint", "data", "env"}
+    assert explained == {"train", "test", "test-gpu", "lint", "docs", "data", "env"}
     for target in explained:
         assert make(folder, "-n", target).returncode == 0, target
 

@@ -35,7 +35,7 @@ def test_the_wheel_has_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
         f"papilio/{path.relative_to(REPOSITORY)}"
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
-        if path.suffix in {".py", ".toml", ".html", ".css", ".js"}
+        if path.suffix in {".py", ".toml", ".html", ".css", ".js", ".sh"}
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected | {"papilio/__init__.py", "papilio/py.typed"}

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.inference.encoding.json_records import Record, RequestError
 from papilio.trainer.inference.encoding.request_encoder import EncodedBatch, merge_batches
 from papilio.trainer.inference.scorer import Scorer
@@ -35,7 +36,7 @@ Scores = NDArray[np.float32]
 Content: TypeAlias = list[Record] | pa.Table
 
 
-class OverloadError(RuntimeError):
+class OverloadError(PapilioError, RuntimeError):
     """More waits than may; the client should come back later."""
 
 

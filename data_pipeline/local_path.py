@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
-from papilio.data_pipeline.errors import PapilioError
-
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
-class PathError(PapilioError, ValueError):
+class PathError(ValueError):
     """A path of a kind that does not work where it was given; the message names the argument or key, and the fix."""
 
 

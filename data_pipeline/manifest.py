@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.inner_path import InnerPath
 from papilio.data_pipeline.paths import join, path_manager, replace
 from papilio.data_pipeline.schema import TRANSFORM_VERSION, Schema
@@ -20,7 +19,7 @@ MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
 
 
-class DatasetError(PapilioError, ValueError):
+class DatasetError(ValueError):
     """A data set that cannot be read as it is; the message names the file and the fix."""
 
 

@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from papilio.data_pipeline.arrow_types import is_text
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.transforms import binary_buffers
 
 # Every integer up to this one is a float of its own.
@@ -65,7 +64,7 @@ class Place:
             self.faults.first_of_row.setdefault(row, (self.name, reason))
 
 
-class ValueFaultError(PapilioError, ValueError):
+class ValueFaultError(ValueError):
     """A value that is malformed; the message is the reason, to follow the value's own words."""
 
 

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.toml_model import TomlError, explain, read_toml
 
 # Bumped when any transform or id rule below changes its result; a package or a data set says which one it holds.
@@ -32,7 +31,7 @@ _MAX_ROWS = 2**31 - 1
 _DENSE: Role = "dense"
 
 
-class SchemaError(PapilioError, ValueError):
+class SchemaError(ValueError):
     """A schema file that cannot be used; the message names the key and the fix."""
 
 

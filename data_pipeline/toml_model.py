@@ -11,13 +11,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
-
 _MAX_PROBLEMS = 5
 _MAX_VALUE_CHARACTERS = 80
 
 
-class TomlError(PapilioError, ValueError):
+class TomlError(ValueError):
     """Text that is not TOML, or a file that cannot be read; the message says why."""
 
 

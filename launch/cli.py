@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from papilio.data_pipeline.crash import describe_unforeseen
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.local_path import PathError, check_local_path
 from papilio.data_pipeline.terminal import ends_quietly, fold, make_streams_safe
 from papilio.launch.compat.argparse_internals import actions_of, subparser
-from papilio.launch.usage import RefusedError, UsageError
+from papilio.launch.usage import RefusedError, UsageError, is_ours
 from papilio.launch.verbs import VERBS, Verb
 from papilio.trainer.elastic.bootstrap import name_user, prefer_installed
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 # How help calls an argument that is a path; and those of them that may also be a URI: folders of checkpoints.
 PATH_METAVARS = ("DIR", "FILE", "RUN", "RUN_DIR", "NAME|FILE", "diff OLD NEW")
@@ -120,12 +120,11 @@ def _run(verb: Verb, namespace: argparse.Namespace) -> int:
     try:
         return int(getattr(importlib.import_module(module_name), function_name)(namespace))
     except Exception as error:
-        if not isinstance(error, PapilioError):  # a bug, or what nobody foresaw
+        if not is_ours(error):
             if isinstance(error, OSError) and error.filename is None:
                 raise  # of what is printed, perhaps: the caller knows, as under `| head`
             return _fail(f"papilio {verb.name}", describe_unforeseen(error), 1)
-        # For any other error of a job whoever started it decides: 78 is for what was refused before anything ran.
-        status = error.exit_status if isinstance(error, UsageError | RefusedError) else 1
+        status = 2 if isinstance(error, UsageError) else NO_RESTART_EXIT_CODE if isinstance(error, RefusedError) else 1
         return _fail(f"papilio {verb.name}", str(error), status)
     except KeyboardInterrupt:
         return _fail(f"papilio {verb.name}", "interrupted", 130)

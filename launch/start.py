@@ -19,14 +19,13 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.elastic.bootstrap import child_command, module_command
 from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE
 
 MOUNTS = "/proc/self/mountinfo"
 
 
-class StartError(PapilioError, ValueError):
+class StartError(ValueError):
     """The host is not as the job needs it; the message says what is missing and how to fix it."""
 
 

@@ -6,18 +6,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.storage.retries import StorageError
 
 
-class UsageError(PapilioError, ValueError):
+class UsageError(ValueError):
     """A command line that cannot be followed: a missing file, or a value that is not allowed."""
 
-    exit_status = 2
 
-
-class RefusedError(PapilioError, ValueError):
+class RefusedError(ValueError):
     """What was found before any process started, and would go wrong again however often it is tried: status 78."""
+
+
+def is_ours(error: BaseException) -> bool:
+    """Return whether the error's class is one of ours: then it was foreseen, and its message says what to do."""
+    return type(error).__module__.partition(".")[0] == "papilio"
 
 
 @contextmanager
@@ -30,7 +32,11 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, StorageError) as error:
-        if isinstance(error, UsageError) or not isinstance(error, PapilioError) or error.is_retryable:
+        if (
+            isinstance(error, UsageError)
+            or not is_ours(error)
+            or (isinstance(error, StorageError) and error.is_passing)
+        ):
             raise
         raise RefusedError(str(error)) from error
 

@@ -17,8 +17,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
-
 FORMAT_VERSION = 1
 PROFILES = Path(__file__).with_name("profiles")
 # What a unit is in bytes, seconds, operations or items, by what it measures.
@@ -32,7 +30,7 @@ UNITS_OF = {
 UNITS = {name: factor for units in UNITS_OF.values() for name, factor in units.items()}
 
 
-class HardwareError(PapilioError, ValueError):
+class HardwareError(ValueError):
     """A hardware profile that does not exist or cannot be used; the message names the file, the key and the fix."""
 
 

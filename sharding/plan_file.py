@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.sharding.config import KernelName, ShardingTypeName
 
 FORMAT_VERSION = 4
@@ -24,7 +23,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 StepSeconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
-class PlanFileError(PapilioError, ValueError):
+class PlanFileError(ValueError):
     """A plan file that cannot be used; the message names the file and the fix."""
 
 

@@ -15,7 +15,7 @@ OWN_IMPORTS = {
     "benchmarks": {"benchmarks", *PACKAGES},
     "data_pipeline": set(),
     "launch": {"data_pipeline", "sharding", "trainer"},
-    "sharding": {"data_pipeline"},
+    "sharding": set(),
     "trainer": {"data_pipeline", "sharding"},
 }
 FOREIGN_IMPORTS = {

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.local_path import PathError, check_local_path
 from papilio.data_pipeline.toml_model import TomlError, explain, parse_toml, read_toml
 from papilio.trainer.config import Config
@@ -20,7 +19,7 @@ from papilio.trainer.config import Config
 RECIPE_SUFFIX = ".toml"
 
 
-class ConfigError(PapilioError, ValueError):
+class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the message names the key, the value and the fix."""
 
 

@@ -10,21 +10,25 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from papilio.data_pipeline.dataset import Dataset
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.loading.loader import Loader
 from papilio.data_pipeline.loading.order import ReadPosition
 from papilio.data_pipeline.logging_setup import setup_logging
+from papilio.data_pipeline.manifest import DatasetError
 from papilio.data_pipeline.terminal import drop_what_has_no_room
+from papilio.sharding.hardware import HardwareError
+from papilio.sharding.plan_file import PlanFileError
+from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.reports.placement import describe_placement
 from papilio.trainer.checkpoint.folder import CheckpointFolder
+from papilio.trainer.checkpoint.format import CheckpointError
 from papilio.trainer.checkpoint.policy import Checkpoints, RunIdentity
 from papilio.trainer.checkpoint.resume import lock_folders, resume
-from papilio.trainer.checkpoint.saver import Saver
+from papilio.trainer.checkpoint.saver import SaveError, Saver
 from papilio.trainer.checks.same_on_all_hosts import check_same_folder_on_all, check_same_job_on_all
 from papilio.trainer.checks.start_checks import check_input, check_run, open_run_data, without_validation
 from papilio.trainer.config import Config
-from papilio.trainer.config_file import load_config
-from papilio.trainer.elastic.exit_codes import RESUME_EXIT_CODE, exit_now
+from papilio.trainer.config_file import ConfigError, load_config
+from papilio.trainer.elastic.exit_codes import NO_RESTART_EXIT_CODE, RESUME_EXIT_CODE, exit_now
 from papilio.trainer.elastic.health.failures import LostRankError, describe_join_failure, note_early_failure
 from papilio.trainer.elastic.health.job_health import JobHealth, job_health
 from papilio.trainer.elastic.preemption import watch_for_preemption
@@ -33,14 +37,31 @@ from papilio.trainer.loop import run_training
 from papilio.trainer.optimizers import Optimizers
 from papilio.trainer.process_group import Ranks, process_group, rank_of_process
 from papilio.trainer.run.folder import RunFolder, checkpoints_dir, choose_run_dir, data_identity
-from papilio.trainer.run.learning_alerts import diagnose, diagnose_labels
-from papilio.trainer.run.lock import RunLock
+from papilio.trainer.run.learning_alerts import TrainingError, diagnose, diagnose_labels
+from papilio.trainer.run.lock import LockedError, LostLockError, RunLock
 from papilio.trainer.run.measurement import compare
 from papilio.trainer.run.summary import Summary, format_summary
 from papilio.trainer.run.versions import package_versions
 from papilio.trainer.run_state import Progress, RunState
 from papilio.trainer.runtime import configure_runtime, no_garbage_collection
 from papilio.trainer.sharded_model import ShardedModel, build_sharded_model, fix_gradient_buckets
+from papilio.trainer.storage.api import StorageError
+
+EXPECTED_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    dist.DistError,
+    HardwareError,
+    LockedError,
+    LostLockError,
+    LostRankError,
+    PlanError,
+    PlanFileError,
+    SaveError,
+    StorageError,
+    TrainingError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,21 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job_health(ranks, config.train.stall_timeout_s) as health,
         ):
             summary = train(config, ranks, health)
-    except (PapilioError, dist.DistError) as error:
+    except EXPECTED_ERRORS as error:
         return fail("papilio train", error)
     return RESUME_EXIT_CODE if summary is None else 0
 
 
-def fail(prefix: str, error: PapilioError | dist.DistError) -> int:
+def fail(prefix: str, error: Exception) -> int:
     """Say what went wrong, unless another rank has said the very same, and return the exit status.
 
     A lost host comes back, a full disk is emptied, a storage answers again; anything else would go wrong again.
     """
-    if not isinstance(error, PapilioError):  # the ranks never met
+    if isinstance(error, dist.DistError):
         error = LostRankError(describe_join_failure(error))
     if note_early_failure(error):
         print(f"{prefix}: error: {error}", file=sys.stderr, flush=True)
-    return error.exit_status
+    is_passing = error.is_passing if isinstance(error, StorageError) else isinstance(error, LostRankError | SaveError)
+    return 1 if is_passing else NO_RESTART_EXIT_CODE
 
 
 def train(config: Config, ranks: Ranks, health: JobHealth | None = None) -> Summary | None:

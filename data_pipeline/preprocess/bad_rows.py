@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from papilio.data_pipeline.errors import PapilioError
-
 BAD_ROWS_NAME = "bad_rows.tsv"
 
 
-class PreprocessError(PapilioError, ValueError):
+class PreprocessError(ValueError):
     """Input that cannot be preprocessed as asked; the message names the place and the fix."""
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.launch.preflight.wire import Line, SilenceError, listen, why_not
 from papilio.trainer.elastic.addresses import is_own_address
 
@@ -29,7 +28,7 @@ MAX_NAMED = 8
 ANSWER_MARGIN_S = 10.0
 
 
-class MeetingError(PapilioError, ValueError):
+class MeetingError(ValueError):
     """This host cannot take part: it cannot listen, or does not reach the first host."""
 
 

@@ -9,15 +9,13 @@ import socket
 import time
 from typing import Any
 
-from papilio.data_pipeline.errors import PapilioError
-
 # The longest message is the facts of all hosts, some KB each.
 MAX_LINE_BYTES = 64 << 20
 RECEIVE_BYTES = 1 << 16
 TAKEN = (errno.EADDRINUSE, errno.EACCES)
 
 
-class SilenceError(PapilioError, ValueError):
+class SilenceError(ValueError):
     """The other side closed the connection, sent no whole line in time, or what it sent is not ours."""
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.launch.usage import UsageError
 
 
-class SchedulerError(PapilioError, ValueError):
+class SchedulerError(ValueError):
     """A scheduler cannot do what was asked; the message says why and what can be done."""
 
 

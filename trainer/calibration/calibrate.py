@@ -57,6 +57,8 @@ HEADLINES = {
     "id_s": "input distribution, each id",
 }
 
+EXPECTED_ERRORS = (HardwareError,)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank."""
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hardware = calibrate(ranks, options.output, is_quick=options.quick, is_fresh=options.fresh)
             if ranks.is_first:
                 print(describe(hardware, ranks.local_world_size), flush=True)
-    except HardwareError as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio calibrate: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

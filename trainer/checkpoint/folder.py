@@ -279,7 +279,7 @@ def _check_blocks(folder: str, index: Index) -> Iterator[tuple[str, Block, str |
 
 def is_unreachable(error: StorageError) -> bool:
     """Whether it is the storage that does not answer, rather than a file that cannot be read (EIO: a bad sector)."""
-    return error.is_retryable and error.errno != errno.EIO
+    return error.is_passing and error.errno != errno.EIO
 
 
 @contextmanager

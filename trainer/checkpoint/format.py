@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.inner_path import inner_path_problem
 from papilio.trainer.storage.api import to_json
 
@@ -40,7 +39,7 @@ PART_BYTES = 256 << 20
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 
 
-class CheckpointError(PapilioError, ValueError):
+class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged, of another version, or of another job."""
 
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.paths import join
 from papilio.trainer.checkpoint.config import CheckpointConfig
 from papilio.trainer.checkpoint.dcp_storage import PartFileWriter
@@ -45,11 +44,8 @@ logger = logging.getLogger(__name__)
 MIB = 1 << 20
 
 
-class SaveError(PapilioError, RuntimeError):
+class SaveError(RuntimeError):
     """A checkpoint could not be written; the message says where and why. Raised on every rank."""
-
-    is_retryable = True
-    exit_status = 1
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _naming(key: str, path: str) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        if error.is_retryable:
+        if error.is_passing:
             raise
         raise ConfigError(f"{key} = {path}: {error}") from None
 

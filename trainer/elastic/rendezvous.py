@@ -32,7 +32,6 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.compat.torch_elastic_internals import BackendRendezvousStateHolder
 from papilio.trainer.elastic.addresses import is_loopback, is_own_address, own_address_towards
 from papilio.trainer.elastic.store import NOTIFY_AFTER_S, Backend, Notify, StoreAddress, store_server
@@ -63,7 +62,7 @@ class Times:
         return self.keep_alive_interval * self.keep_alive_attempts
 
 
-class OtherJobError(PapilioError, RendezvousError):
+class OtherJobError(RendezvousError):
     """At the store another job runs under this one's name, or the hosts were started with different words."""
 
 

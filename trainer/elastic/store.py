@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
-from papilio.data_pipeline.errors import PapilioError
-
 # How long a request to the store may take. On a loaded host threads come late.
 ANSWER_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
@@ -56,7 +54,7 @@ def store_server(host: str, port: int, *, is_certain: bool = True) -> dist.TCPSt
         return None
 
 
-class ForeignListenerError(PapilioError, RendezvousError):
+class ForeignListenerError(RendezvousError):
     """What listens where the hosts are to meet is another program."""
 
 

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from papilio.data_pipeline.dataset import open_dataset
-from papilio.data_pipeline.errors import PapilioError
-from papilio.data_pipeline.preprocess.bad_rows import BadRow
+from papilio.data_pipeline.manifest import DatasetError
+from papilio.data_pipeline.preprocess.bad_rows import BadRow, PreprocessError
 from papilio.data_pipeline.preprocess.byte_blocks import input_num_bytes
 from papilio.data_pipeline.progress import Progress
 from papilio.trainer.checks.same_data import check_data_of_package
@@ -44,8 +44,11 @@ _NOT_FINITE = "its score is not a finite number; its dense values are too large"
 _PROBABILITY = {"label": pa.uint8(), "probability": pa.float32()}
 
 
-class PredictError(PapilioError, ValueError):
+class PredictError(ValueError):
     """Rows that cannot be scored as asked; the message says which, and what to do."""
+
+
+EXPECTED_ERRORS = (DatasetError, PackageError, PredictError, PreprocessError)
 
 
 @dataclass
@@ -191,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
     begin_s = time.perf_counter()
     try:
         scored = predict(options)
-    except PapilioError as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio predict: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

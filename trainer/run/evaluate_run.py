@@ -6,10 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
 from papilio.data_pipeline.dataset import open_dataset
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.sharding.config import ReplicasConfig, ShardingConfig
 from papilio.trainer.checkpoint.folder import CheckpointFolder
@@ -27,7 +24,7 @@ from papilio.trainer.run.learning_alerts import diagnose
 from papilio.trainer.run.summary import format_metrics
 from papilio.trainer.runtime import configure_runtime
 from papilio.trainer.sharded_model import build_sharded_model
-from papilio.trainer.train import fail
+from papilio.trainer.train import EXPECTED_ERRORS, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_evaluation(known.run, known.data, known.split, known.checkpoint, num_ranks)
         with process_group() as ranks, job_health(ranks, STALL_TIMEOUT_S):
             evaluate_run(config, known.run, known.data or config.data.path, known.split, ranks, known.checkpoint)
-    except (PapilioError, dist.DistError) as error:
+    except EXPECTED_ERRORS as error:
         return fail("papilio evaluate", error)
     return 0
 

@@ -144,7 +144,7 @@ def _read_tree(path: str) -> dict[str, Any]:
     try:
         tree = read_json(path)
     except StorageError as error:
-        if error.is_retryable:
+        if error.is_passing:
             raise
         raise ConfigError(f"{error}; restore it, or choose another output.run_dir") from error
     if not isinstance(tree, dict):

@@ -7,7 +7,6 @@ import math
 import torch
 import torch.distributed as dist
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.loading.order import ReadPosition
 from papilio.trainer.metrics import MetricValues
 
@@ -25,7 +24,7 @@ MIN_SPREAD = 0.01
 NEVER = 1 << 62
 
 
-class TrainingError(PapilioError, RuntimeError):
+class TrainingError(RuntimeError):
     """Training cannot continue; the message names the batch and likely causes."""
 
 

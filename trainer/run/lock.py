@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.paths import join
 from papilio.trainer.storage.api import (
     StorageError,
@@ -61,11 +60,11 @@ MAX_WORD, MAX_PID = 1_000, 1 << 22
 Tell = Callable[[str], None]
 
 
-class LockedError(PapilioError, ValueError):
+class LockedError(ValueError):
     """Another job runs in this folder."""
 
 
-class LostLockError(PapilioError, RuntimeError):
+class LostLockError(RuntimeError):
     """Another job took this one's folder over."""
 
 

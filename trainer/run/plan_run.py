@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 from papilio.data_pipeline.dataset import Dataset, open_dataset
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.expected import expected_dataset
 from papilio.data_pipeline.logging_setup import setup_logging
 from papilio.data_pipeline.manifest import MANIFEST_NAME, DatasetError
 from papilio.data_pipeline.paths import join, path_manager
 from papilio.data_pipeline.terminal import table_columns
 from papilio.data_pipeline.version import papilio_version
-from papilio.sharding.hardware import load_hardware
+from papilio.sharding.hardware import HardwareError, load_hardware
 from papilio.sharding.plan_conversion import check_plan
 from papilio.sharding.plan_file import PlanFile
 from papilio.sharding.planner.errors import PlanError
@@ -34,11 +33,12 @@ from papilio.sharding.reports.explanation import format_explanation
 from papilio.sharding.reports.page import plan_page
 from papilio.sharding.reports.text import format_plan
 from papilio.trainer.config import Config
-from papilio.trainer.config_file import load_config
+from papilio.trainer.config_file import ConfigError, load_config
 from papilio.trainer.models.build import build_model
 from papilio.trainer.models.train_model import TrainModel
 from papilio.trainer.planner_inputs import DEFAULT_PROFILES, describe_job, make_cluster
 
+EXPECTED_ERRORS = (ConfigError, DatasetError, HardwareError, PlanError)
 META = torch.device("meta")
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _show(options, planning, solution, plan)
     except BrokenPipeError:  # as under `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except PapilioError as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio plan: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from papilio.data_pipeline.errors import PapilioError
-
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ FIXES = {
 }
 
 
-class StorageError(PapilioError, OSError):
+class StorageError(OSError):
     """An operation on stored bytes that failed for good: which, where, how often it was tried, and what fixes it."""
 
     def __init__(self, message: str, number: int | None = None, *, is_transient: bool | None = None) -> None:
@@ -61,9 +59,11 @@ class StorageError(PapilioError, OSError):
         super().__init__(message)
         self.errno = number
         self.is_transient = number in TRANSIENT_ERRNOS if is_transient is None else is_transient
-        # The storage answers again, or somebody frees space.
-        self.is_retryable = self.is_transient or number in FULL_ERRNOS
-        self.exit_status = 1 if self.is_retryable else StorageError.exit_status
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same may go well another time: the storage answers again, or somebody frees space."""
+        return self.is_transient or self.errno in FULL_ERRNOS
 
     def __reduce__(self) -> tuple[Callable[..., StorageError], tuple[str, int | None, bool]]:
         """Keep the errno on the way to other ranks, which OSError loses."""
@@ -74,7 +74,7 @@ def _rebuilt(message: str, number: int | None, is_transient: bool) -> StorageErr
     return StorageError(message, number, is_transient=is_transient)
 
 
-class TryAgainError(PapilioError, OSError):
+class TryAgainError(OSError):
     """What was stored is not what was sent, so the whole operation is worth another try."""
 
 

@@ -190,7 +190,7 @@ def test_a_storage_that_does_not_answer_is_no_damage():
     answers = {number: is_unreachable(StorageError("m", number)) for number in (errno.EIO, errno.EACCES, errno.ESTALE)}
     assert answers == {errno.EIO: False, errno.EACCES: False, errno.ESTALE: True}
     found = pickle.loads(pickle.dumps(StorageError("m", errno.ETIMEDOUT)))
-    assert (str(found), found.errno, found.is_retryable) == ("m", errno.ETIMEDOUT, True)
+    assert (str(found), found.errno, found.is_passing) == ("m", errno.ETIMEDOUT, True)
 
 
 def test_when_all_are_damaged_nothing_is_begun_anew(one_rank, data, tmp_path):

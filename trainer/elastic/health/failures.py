@@ -11,11 +11,9 @@ import re
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, host_name, open_health_store
 from papilio.trainer.elastic.health.heartbeat import Heartbeat
 from papilio.trainer.process_group import Ranks
@@ -33,10 +31,7 @@ ERROR_LINE = re.compile(
     r"|(?=[\w.]*(?:Error|Exception|Interrupt)\b|Fatal Python error\b))(.*)"
 )
 MAX_LOG_BYTES = 64 * 1024
-# The packages that talk to a storage: what fails in their frames, or with their classes, failed there.
-STORAGE_CLIENTS = ("boto3", "botocore", "iopath", "s3transfer", "urllib3", "papilio.trainer.storage")
-# What gloo says when it was another rank that went away or does not answer, and NCCL where torch wraps it in no class
-# of its own. Their errors come out of C++ as plain RuntimeErrors: there, the text is all there is to tell them by.
+# What gloo, NCCL and the stores say when it was another rank that went away or does not answer.
 SYMPTOMS_OF_A_LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
@@ -55,56 +50,16 @@ SYMPTOMS_OF_A_LOST_PEER = (
 )
 
 
-class LostRankError(PapilioError, RuntimeError):
+class LostRankError(RuntimeError):
     """Another rank failed first, or went away; the message says which and why."""
-
-    is_retryable = True
-    exit_status = 1
 
 
 def is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether an error reports only that some other rank went away, and not why.
-
-    A storage that timed out says much the same as a peer that did, so classes and origins come before words.
-    """
-    chain = list(_chain(error))
-    if any(_is_of_this_rank(link) for link in chain):
-        return False
+    """Whether an error reports only that some other rank went away, and not why."""
     if isinstance(error, dist.DistError):
         return True
-    # A class of its own (out of memory, CUDA's errors) says by itself what it is.
-    if type(error) is not RuntimeError or any(_came_through_storage(link) for link in chain):
-        return False
     text = str(error).lower()
-    return any(symptom in text for symptom in SYMPTOMS_OF_A_LOST_PEER)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Walk through an error and all that it was raised from, or while handling, hidden by "from None" or not."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            yield link
-            waiting += [link.__cause__, link.__context__]
-
-
-def _is_of_this_rank(error: BaseException) -> bool:
-    """Whether an error has a cause other than a lost peer: torch raises no OSError for its connections."""
-    if isinstance(error, PapilioError):
-        return not isinstance(error, LostRankError)
-    return isinstance(error, OSError) or _is_storage_client(type(error).__module__)
-
-
-def _came_through_storage(error: BaseException) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(_is_storage_client(frame.f_globals.get("__name__", "")) for frame, _ in frames)
-
-
-def _is_storage_client(module: str) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in STORAGE_CLIENTS)
+    return isinstance(error, RuntimeError) and any(symptom in text for symptom in SYMPTOMS_OF_A_LOST_PEER)
 
 
 def one_line(error: BaseException) -> str:
@@ -118,7 +73,7 @@ def one_line(error: BaseException) -> str:
 def format_with_place(error: BaseException) -> str:
     """Return an error's type and first line, and the line of our code or the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or isinstance(error, PapilioError):
+    if not frames or type(error).__module__.partition(".")[0] == "papilio":
         return one_line(error)
     frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(LIBRARIES)), frames[-1])
     path = os.path.join(*frame.filename.split(os.sep)[-2:])

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.paths import join
 from papilio.trainer.storage.api import exists, read_json
 
@@ -24,7 +23,7 @@ UNRESPONSIVE_AFTER_S = 5.0
 JobState = Literal["running", "done", "saved", "failed"]
 
 
-class LiveViewError(PapilioError, ValueError):
+class LiveViewError(ValueError):
     """There is no view to show; the message gives the reason."""
 
 

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from papilio.data_pipeline.errors import PapilioError
+from papilio.data_pipeline.manifest import DatasetError
 from papilio.sharding.reports.figures import size
 from papilio.trainer.inference.backends.build_options import DEFAULT_DENSE, add_arguments
 from papilio.trainer.inference.backends.format_folder import Choice, FormatInfo
 from papilio.trainer.inference.backends.opening import build_format
-from papilio.trainer.inference.package.format import FORMATS, read_package
+from papilio.trainer.inference.export.comparison import ComparisonError
+from papilio.trainer.inference.package.format import FORMATS, PackageError, read_package
 
+EXPECTED_ERRORS = (ComparisonError, DatasetError, PackageError)
 SHOWN_SIZES = ("1", "32", "256", "2048")
 
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dense=namespace.dense or DEFAULT_DENSE,
             num_threads=namespace.threads,
         )
-    except PapilioError as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio package build: error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

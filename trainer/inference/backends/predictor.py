@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.inference.package.format import PackageManifest
 
 # A compiled graph on checked tensors: (dense [B, I], ids [V], lengths [F * B]) -> (probabilities [B], unknown ids []).
 RunGraph = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class TensorError(PapilioError, ValueError):
+class TensorError(ValueError):
     """Tensors that are no request for this package; nothing was computed."""
 
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from papilio.data_pipeline.arrow_types import plain_array
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.raw_values import (
     Faults,
     ValueFaultError,
@@ -30,7 +29,7 @@ _KINDS = {"hex": "up to 8 hexadecimal digits", "string": "a string", "integer": 
 _JSON_NAMES = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", float: "a fraction"}
 
 
-class RequestError(PapilioError, ValueError):
+class RequestError(ValueError):
     """A request that cannot be answered; the message names the record, the column and what is allowed."""
 
 

@@ -15,11 +15,24 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from papilio.data_pipeline.errors import PapilioError
+from papilio.data_pipeline.manifest import DatasetError
 from papilio.sharding.reports.figures import size
+from papilio.trainer.checkpoint.format import CheckpointError
+from papilio.trainer.config_file import ConfigError
+from papilio.trainer.inference.export.comparison import ComparisonError
 from papilio.trainer.inference.export.export_options import add_arguments, options_of
 from papilio.trainer.inference.export.exporter import export_package
-from papilio.trainer.inference.package.format import REPORT_PAGE, Package
+from papilio.trainer.inference.package.format import REPORT_PAGE, Package, PackageError
+from papilio.trainer.storage.retries import StorageError
+
+EXPECTED_ERRORS = (
+    CheckpointError,
+    ComparisonError,
+    ConfigError,
+    DatasetError,
+    PackageError,
+    StorageError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin_s = time.perf_counter()
     try:
         package = export_package(namespace.run, namespace.output, options_of(namespace))
-    except PapilioError as error:
+    except EXPECTED_ERRORS as error:
         print(f"papilio export: error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

@@ -38,7 +38,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from papilio.data_pipeline.checksums import file_crc32
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.inner_path import InnerPath, link_problem
 
 FORMAT_VERSION = 1
@@ -61,7 +60,7 @@ SCALE_AND_BIAS_BYTES = 4
 _REMEDY = "export it again, or copy it again from where it is whole"
 
 
-class PackageError(PapilioError, ValueError):
+class PackageError(ValueError):
     """A package that is missing, incomplete, damaged, of another version, or that cannot be made."""
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.inference.serving.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ _DROP_SYN = [(0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0,
 _BODY_GRACE_S = 2.0
 
 
-class _RefusedError(PapilioError):
+class _RefusedError(Exception):
     """Ends the parsing of a request; the answer says why."""
 
     def __init__(self, status: int, message: str) -> None:

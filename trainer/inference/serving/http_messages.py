@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.data_pipeline.schema import Schema
 from papilio.trainer.inference.encoding.json_records import Record, RequestError, check_records
 from papilio.trainer.inference.serving.micro_batcher import RecordError, Scores
@@ -29,7 +28,7 @@ _MAX_ERROR_CHARACTERS = 500
 _SCORE_FORMAT = "{:.9g}"
 
 
-class HttpError(PapilioError):
+class HttpError(Exception):
     """An answer other than scores."""
 
     def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), **details: Any) -> None:
@@ -38,7 +37,7 @@ class HttpError(PapilioError):
         self.body = {"error": one_line(message)} | {key: value for key, value in details.items() if value is not None}
 
 
-class ClientGoneError(PapilioError):
+class ClientGoneError(Exception):
     """The client closed the connection before its request was whole."""
 
 

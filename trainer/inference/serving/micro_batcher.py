@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from papilio.data_pipeline.errors import PapilioError
 from papilio.trainer.inference.encoding.json_records import Record, RequestError
 from papilio.trainer.inference.encoding.request_encoder import EncodedBatch, merge_batches
 from papilio.trainer.inference.scorer import Scorer
@@ -36,7 +35,7 @@ Scores = NDArray[np.float32]
 Content: TypeAlias = list[Record] | pa.Table
 
 
-class OverloadError(PapilioError, RuntimeError):
+class OverloadError(RuntimeError):
     """More waits than may; the client should come back later."""
 
 

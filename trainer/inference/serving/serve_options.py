@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from papilio.data_pipeline.errors import PapilioError
-
 # For the environment of a process before it loads torch, and with it libgomp. Threads that spin while they wait gain a
 # lone copy up to 1.8 times on an idle machine, but take the cores from others: two copies of two threads on two cores
 # are 7 to 12 times slower (benchmarks/colocation.py, RMC2 and RMC3, 2026-11-21).
@@ -15,7 +13,7 @@ PASSIVE_WAITS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 OTHER_PORT = "choose another --port (0 takes a free one), or --host"
 
 
-class ServeError(PapilioError, ValueError):
+class ServeError(ValueError):
     """A server that cannot start; the message says why."""
 
 

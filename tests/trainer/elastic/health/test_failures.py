@@ -1,4 +1,3 @@
-import errno
 import itertools
 import json
 import subprocess
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from papilio.trainer.checkpoint.saver import SaveError
 from papilio.trainer.config_file import ConfigError, build_config
 from papilio.trainer.elastic.health.failures import (
     LostRankError,
@@ -27,7 +25,6 @@ from papilio.trainer.elastic.health.failures import (
 )
 from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure, open_health_store
 from papilio.trainer.process_group import Ranks
-from papilio.trainer.storage.retries import StorageError, attempt
 from tests.support.agents import REPOSITORY, AgentProcess
 from tests.support.heartbeats import heartbeat_of
 
@@ -49,65 +46,6 @@ GLOO_CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connec
 )
 def test_which_errors_say_only_that_a_peer_is_gone(error: Exception, expected: bool) -> None:
     assert is_loss_of_a_peer(error) is expected
-
-
-class BotoTimeoutError(Exception):
-    """Stands for botocore.exceptions.ReadTimeoutError, which not every installation has."""
-
-    __module__ = "botocore.exceptions"
-
-
-@pytest.mark.parametrize(
-    "cause",
-    [
-        StorageError("could not write s3://b/c (tried 7 times): timed out", errno.ETIMEDOUT),
-        SaveError("checkpoint s3://b/c could not be written: rank 1: StorageError: timed out"),
-        ConfigError("checkpoint.folder: connection refused"),
-        OSError(errno.EIO, "Input/output error"),
-        TimeoutError("timed out"),
-        BotoTimeoutError("Read timeout on endpoint URL"),
-    ],
-    ids=lambda cause: type(cause).__name__,
-)
-@pytest.mark.parametrize("error_class", [RuntimeError, dist.DistNetworkError, dist.DistBackendError, None])
-@pytest.mark.parametrize("link", ["__cause__", "__context__"])
-def test_what_a_storage_says_of_time_outs_is_no_lost_peer(
-    cause: Exception, error_class: type[Exception] | None, link: str
-) -> None:
-    error = cause if error_class is None else error_class(f"connection closed by peer: {cause}")
-    if error is not cause:
-        between = RuntimeError("timed out")
-        setattr(between, link, cause)
-        setattr(error, link, between)
-    assert not is_loss_of_a_peer(error)
-
-
-@pytest.mark.parametrize(
-    "cause", [LostRankError("rank 2 (host h) failed first"), RuntimeError(GLOO_CLOSED), KeyError("x")]
-)
-def test_what_a_lost_peer_leads_to_is_a_lost_peer_still(cause: Exception) -> None:
-    error = RuntimeError(GLOO_CLOSED)
-    error.__context__ = cause
-    cause.__context__ = error  # a circle ends
-    assert is_loss_of_a_peer(error)
-
-
-@pytest.mark.parametrize("error_class", [dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError])
-def test_torch_names_a_lost_peer_by_a_class_whatever_it_says(error_class: type[Exception]) -> None:
-    assert is_loss_of_a_peer(error_class("?"))
-
-
-def test_the_text_counts_only_where_no_class_and_no_frame_says_more() -> None:
-    def time_out() -> None:
-        raise RuntimeError("timed out")
-
-    with pytest.raises(RuntimeError) as caught:
-        attempt("write", "s3://b/c", time_out)
-    assert not is_loss_of_a_peer(caught.value)
-    with pytest.raises(RuntimeError) as caught:
-        time_out()
-    assert is_loss_of_a_peer(caught.value)
-    assert not is_loss_of_a_peer(torch.OutOfMemoryError("allocation timed out"))
 
 
 def test_an_error_fits_on_a_line() -> None:

@@ -25,7 +25,7 @@ RETURNS_HINT = "lines must end in \\n or \\r\\n, not in \\r alone; convert them 
 
 
 @dataclass(frozen=True)
-class Block:
+class InputBlock:
     """Some rows of one input file. Plain local text is read by the worker itself (`data` is None), else handed over.
 
     `crc32` is of the input that the rows come from, None where the worker reads it.
@@ -88,7 +88,7 @@ def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, *, part: int = 1) -> 
         raise PreprocessError(f"input {path} holds no text; fetch it again, or leave it out")
 
 
-def load_block(block: Block, path: str) -> NDArray[np.uint8]:
+def load_block(block: InputBlock, path: str) -> NDArray[np.uint8]:
     """Return a block's bytes after PADDING_BYTES of padding, ended by a newline even where the file is not."""
     buffer = np.zeros(PADDING_BYTES + block.num_bytes + 1, np.uint8)
     body = buffer[PADDING_BYTES:-1]
@@ -97,7 +97,7 @@ def load_block(block: Block, path: str) -> NDArray[np.uint8]:
     return buffer[:-1] if body[-1] == ord("\n") else buffer
 
 
-def read_block(block: Block, path: str) -> bytes:
+def read_block(block: InputBlock, path: str) -> bytes:
     """Return a block's bytes as they stand in the input."""
     if block.data is not None:
         return block.data

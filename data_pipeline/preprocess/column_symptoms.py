@@ -1,4 +1,4 @@
-"""What tells a column that will teach a model nothing: counted chunk by chunk, cheap next to parsing."""
+"""Symptoms of a column from which a model will learn nothing: counted chunk by chunk, cheap next to parsing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SAMPLED_ROWS = 128
 
 
 @dataclass
-class ColumnSigns:
+class ColumnSymptoms:
     """Over all chunks: of each dense column how often its commonest values occur and how many log1p made 0, of each
     categorical one how many ids are suspicious, by kind, and the commonest of these."""
 
@@ -42,7 +42,7 @@ class ColumnSigns:
         self.suspects = [{} for _ in range(self.num_categorical)]
 
     def add(self, meta: dict[str, Any]) -> None:
-        """Count in what `signs_of` found in one chunk."""
+        """Count in what `symptoms_of` found in one chunk."""
         self.num_clipped += np.array(meta["num_clipped"], np.int64)
         for modes, (value, count) in zip(self.modes, meta["modes"], strict=True):
             modes[value] += count
@@ -53,8 +53,8 @@ class ColumnSigns:
                 suspects[kind] = (before[0] + count, max(before[1], most), best)
 
 
-def signs_of(chunk: RawChunk) -> dict[str, Any]:
-    """Return plain values for `ColumnSigns.add`."""
+def symptoms_of(chunk: RawChunk) -> dict[str, Any]:
+    """Return plain values for `ColumnSymptoms.add`."""
     return {
         "num_clipped": chunk.num_clipped.tolist(),
         "modes": [_mode_of(column) for column in chunk.dense.T],

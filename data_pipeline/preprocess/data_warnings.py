@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from papilio.data_pipeline.manifest import CategoricalStats, DenseStats, SplitInfo
-from papilio.data_pipeline.preprocess.column_symptoms import ColumnSigns
+from papilio.data_pipeline.preprocess.column_symptoms import ColumnSymptoms
 from papilio.data_pipeline.schema import CategoricalColumn, DenseColumn, Schema
 
 # Criteo's commonest values: 94 % of one column; 10 to 13 % of another are negative counts of -1 to -3.
@@ -35,7 +35,7 @@ class Found:
     splits: Mapping[str, SplitInfo]
     dense_stats: Mapping[str, DenseStats]
     categorical_stats: Mapping[str, CategoricalStats]
-    signs: ColumnSigns
+    symptoms: ColumnSymptoms
 
 
 def find_warnings(found: Found) -> tuple[str, ...]:
@@ -48,13 +48,13 @@ def find_warnings(found: Found) -> tuple[str, ...]:
             "the schema (where the table has none, add one to it, such as the hour of the day, or 0 in every row)"
         )
     for i, dense in enumerate(found.schema.dense):
-        warnings += _of_dense(dense, found.dense_stats[dense.name], found.signs, i, num_rows)
+        warnings += _of_dense(dense, found.dense_stats[dense.name], found.symptoms, i, num_rows)
     for i, column in enumerate(found.schema.categorical):
         stats = found.categorical_stats[column.name]
-        # Without training rows every id is unknown: that is said of the split.
+        # Without training rows every id is unknown: the split has a warning of its own.
         if found.splits["train"].num_rows:
             warnings += _of_categorical(column, stats, num_rows)
-        warnings += _of_ids(column, stats, found.signs, i, num_rows)
+        warnings += _of_ids(column, stats, found.symptoms, i, num_rows)
     return tuple(warnings)
 
 
@@ -91,11 +91,11 @@ def _differ(train: SplitInfo, split: SplitInfo) -> bool:
     return max(rates) > _LABEL_RATE_RATIO * min(rates) and abs(rates[1] - rates[0]) > 5 * error
 
 
-def _of_dense(column: DenseColumn, stats: DenseStats, signs: ColumnSigns, i: int, num_rows: int) -> Iterator[str]:
+def _of_dense(column: DenseColumn, stats: DenseStats, symptoms: ColumnSymptoms, i: int, num_rows: int) -> Iterator[str]:
     name = f"dense column {shown_name(column.name)}"
-    value, count = max(signs.modes[i].items(), key=lambda item: item[1], default=(0.0, 0))
+    value, count = max(symptoms.modes[i].items(), key=lambda item: item[1], default=(0.0, 0))
     num_present = round((1 - stats.missing_rate) * num_rows)
-    clipped_share = int(signs.num_clipped[i]) / max(num_present, 1)
+    clipped_share = int(symptoms.num_clipped[i]) / max(num_present, 1)
     if stats.missing_rate >= _MISSING_SHARE:
         yield f"{name}: {_percent(stats.missing_rate)} of its values are missing; correct the table, or leave it out"
     elif clipped_share >= _CLIPPED_SHARE:
@@ -104,7 +104,7 @@ def _of_dense(column: DenseColumn, stats: DenseStats, signs: ColumnSigns, i: int
             'transform = "identity" for it in the schema'
         )
     elif count >= _NEAR_CONSTANT_SHARE * num_rows:
-        fix = "leave it out" if len(signs.modes) > 1 else "correct it, unless it is there because one must be"
+        fix = "leave it out" if len(symptoms.modes) > 1 else "correct it, unless it is there because one must be"
         yield f"{name}: {value:g} (after {column.transform}) in {_percent(count / num_rows)} of the rows; {fix}"
     elif abs(stats.mean) + stats.standard_deviation >= _LARGE_INPUT:
         yield (
@@ -135,10 +135,10 @@ def _of_categorical(column: CategoricalColumn, stats: CategoricalStats, num_rows
 
 
 def _of_ids(
-    column: CategoricalColumn, stats: CategoricalStats, signs: ColumnSigns, i: int, num_rows: int
+    column: CategoricalColumn, stats: CategoricalStats, symptoms: ColumnSymptoms, i: int, num_rows: int
 ) -> Iterator[str]:
     num_values = max(1, round(stats.mean_ids_per_sample * num_rows))
-    for kind, (count, _, example) in signs.suspects[i].items():
+    for kind, (count, _, example) in symptoms.suspects[i].items():
         if count <= _SUSPECT_SHARES[kind] * num_values:
             continue
         head = f"categorical column {shown_name(column.name)}: {count:,} of {num_values:,} ids"

@@ -30,7 +30,7 @@ from papilio.data_pipeline.manifest import (
 )
 from papilio.data_pipeline.preprocess.bad_rows import BadRows, PreprocessError
 from papilio.data_pipeline.preprocess.byte_blocks import input_num_bytes
-from papilio.data_pipeline.preprocess.column_symptoms import ColumnSigns
+from papilio.data_pipeline.preprocess.column_symptoms import ColumnSymptoms
 from papilio.data_pipeline.preprocess.data_warnings import Found, find_warnings
 from papilio.data_pipeline.preprocess.parse_stage import Parsed, content_crc32, list_tasks, parse_inputs
 from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
@@ -92,7 +92,7 @@ def preprocess(options: PreprocessOptions) -> Manifest:
         categorical_stats=stats,
         source=_source(request) | {"input_crc32": parsed.input_crc32},
         num_bad_rows=len(bad_rows),
-        warnings=find_warnings(Found(schema, rule.words, splits, dense_stats, stats, parsed.signs)),
+        warnings=find_warnings(Found(schema, rule.words, splits, dense_stats, stats, parsed.symptoms)),
     )
     write_manifest(manifest, options.output)
     stage.remove()
@@ -179,8 +179,8 @@ def _parse(job: _Job, bad_rows: BadRows, input_sizes: list[int]) -> Parsed:
     inputs = job.options.inputs
     is_size_known = min(input_sizes) > 0 and not any(path.endswith((".gz", ".zst", ".parquet")) for path in inputs)
     total = sum(input_sizes) if is_size_known else None
-    signs = ColumnSigns(len(job.schema.dense), len(job.schema.categorical))
-    parsed = Parsed(len(job.schema.dense), len(inputs), signs)
+    symptoms = ColumnSymptoms(len(job.schema.dense), len(job.schema.categorical))
+    parsed = Parsed(len(job.schema.dense), len(inputs), symptoms)
     before = [_state_of(path) for path in inputs]
     with Progress("reading", total, "B", is_shown=job.options.show_progress) as progress:
         parse_inputs(

@@ -15,8 +15,8 @@ from papilio.data_pipeline.array_file import ArrayFile, write_arrays
 from papilio.data_pipeline.manifest import DenseStats
 from papilio.data_pipeline.paths import path_manager
 from papilio.data_pipeline.preprocess.bad_rows import BadRow, BadRows, PreprocessError
-from papilio.data_pipeline.preprocess.byte_blocks import Block, input_crc32, load_block, read_block, read_blocks
-from papilio.data_pipeline.preprocess.column_symptoms import ColumnSigns, signs_of
+from papilio.data_pipeline.preprocess.byte_blocks import InputBlock, input_crc32, load_block, read_block, read_blocks
+from papilio.data_pipeline.preprocess.column_symptoms import ColumnSymptoms, symptoms_of
 from papilio.data_pipeline.preprocess.criteo import parse_criteo
 from papilio.data_pipeline.preprocess.raw_chunk import RawChunk
 from papilio.data_pipeline.preprocess.stage_folder import Stage
@@ -40,7 +40,7 @@ _PARTS_WITH_BAGS = 4
 class ParseTask:
     """One block to parse and stage."""
 
-    block: Block
+    block: InputBlock
     path: str
     source: str
     schema: Schema
@@ -53,7 +53,7 @@ class Parsed:
 
     num_dense: int
     num_files: int
-    signs: ColumnSigns
+    symptoms: ColumnSymptoms
     chunk_rows: list[int] = field(default_factory=list)
     input_crc32: int = 0
     rows_per_file: list[int] = field(init=False)
@@ -72,7 +72,7 @@ class Parsed:
         self.chunk_rows.append(meta["num_rows"])
         self.input_crc32 = joined_crc32(self.input_crc32, meta["input_crc32"])
         self.rows_per_file[file_index] += meta["num_rows"]
-        self.signs.add(meta["signs"])
+        self.symptoms.add(meta["signs"])
         self.num_missing += np.array(meta["num_missing"], np.int64)
         if meta["num_rows"]:
             self.sums += np.array(meta["sums"])
@@ -128,7 +128,7 @@ def list_tasks(inputs: tuple[str, ...], source: str, schema: Schema, stage: Stag
     for file_index, path in enumerate(inputs):
         for offset, num_bytes, data, header, crc32 in checksummed_blocks(path, source, schema):
             held = None if os.path.exists(stage.chunk_path(chunk)) else data
-            block = Block(chunk, file_index, offset, num_bytes, held, header, crc32)
+            block = InputBlock(chunk, file_index, offset, num_bytes, held, header, crc32)
             yield ParseTask(block, path, source, schema, stage)
             chunk += 1
 
@@ -153,7 +153,7 @@ def content_crc32(inputs: tuple[str, ...], source: str, schema: Schema, progress
     joined = 0
     for file_index, path in enumerate(inputs):
         for offset, num_bytes, _, _, crc32 in checksummed_blocks(path, source, schema):
-            block = Block(0, file_index, offset, num_bytes, crc32=crc32)
+            block = InputBlock(0, file_index, offset, num_bytes, crc32=crc32)
             joined = joined_crc32(joined, _crc32_of(block, path))
             progress.advance(num_bytes)
     return joined
@@ -223,11 +223,11 @@ def _staged(task: ParseTask, path: str) -> dict[str, Any]:
     return meta
 
 
-def _crc32_of(block: Block, path: str) -> int:
+def _crc32_of(block: InputBlock, path: str) -> int:
     return zlib.crc32(read_block(block, path)) if block.crc32 is None else block.crc32
 
 
-def parse_rows(block: Block, path: str, source: str, schema: Schema) -> RawChunk:
+def parse_rows(block: InputBlock, path: str, source: str, schema: Schema) -> RawChunk:
     """Parse one block of a file.
 
     Raises:
@@ -249,7 +249,8 @@ def _meta_of(chunk: RawChunk) -> dict[str, Any]:
     return {
         "num_rows": len(chunk.labels),
         "num_lines": chunk.num_lines,
-        "signs": signs_of(chunk),
+        # "signs" is part of the staged file's format: renaming the key means a new STAGE_VERSION.
+        "signs": symptoms_of(chunk),
         "num_missing": chunk.num_missing.tolist(),
         "sums": [dense.sum(axis=0).tolist(), np.square(dense).sum(axis=0).tolist()],
         "extremes": [dense.min(axis=0).tolist(), dense.max(axis=0).tolist()] if len(dense) else [],

@@ -1,4 +1,4 @@
-"""What the recipe asks for, settled for each table: options to choose from, ranks allowed, tables kept together."""
+"""What the recipe asks for, resolved for each table: options to choose from, ranks allowed, tables kept together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Rules:
     group: int | None = None  # the constraint that keeps it together with others
 
 
-def settle(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
+def resolve_constraints(config: ShardingConfig, job: Job, cluster: Cluster) -> list[Item]:
     """Apply the constraints and list each table's options.
 
     Raises:
@@ -107,8 +107,8 @@ def _rules_of(table: Table, config: ShardingConfig) -> _Rules:
     rules = _Rules(config.types, config.kernels, None, config.min_partition, config.cache_load_factor)
     for number, constraint in enumerate(config.constraints):
         if any(matches(table.name, pattern) for pattern in constraint.tables):
-            said = {name: getattr(constraint, name) for name in _FIELDS if getattr(constraint, name) is not None}
-            rules = replace(rules, constraint=number, **said)
+            overrides = {name: getattr(constraint, name) for name in _FIELDS if getattr(constraint, name) is not None}
+            rules = replace(rules, constraint=number, **overrides)
             if constraint.types is not None:
                 rules = replace(rules, asks_for_columns=not set(COLUMN_TYPES).isdisjoint(constraint.types))
             if constraint.keep_together:

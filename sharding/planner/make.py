@@ -7,8 +7,8 @@ from papilio.sharding.plan_file import PlanFile
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.planner.job import Cluster, Job
 from papilio.sharding.planner.planner import GIB, Planning, prepare, solve, write_plan
-from papilio.sharding.planner.remediation import find_remediation
-from papilio.sharding.planner.search import Failure
+from papilio.sharding.planner.remediation import find_remediations
+from papilio.sharding.planner.search import SearchFailure
 
 
 def make_plan(
@@ -35,26 +35,26 @@ def make_plan(
     """
     planning = prepare(job, cluster, config, memory_bytes)
     found = solve(planning)
-    if isinstance(found, Failure):
+    if isinstance(found, SearchFailure):
         raise PlanError(describe_failure(planning, found, memory_bytes))
     return write_plan(planning, found, recipe=recipe, papilio_version=papilio_version)
 
 
-def describe_failure(planning: Planning, failure: Failure, memory_bytes: int | None) -> str:
+def describe_failure(planning: Planning, failure: SearchFailure, memory_bytes: int | None) -> str:
     """Say what is short, in figures, and list the remediation, the fastest first."""
     lines = [_shortage(planning, failure)]
-    ways = find_remediation(planning, memory_bytes)
-    if not ways:
+    remediations = find_remediations(planning, memory_bytes)
+    if not remediations:
         lines.append("No single change helps, nor two together; use smaller tables (hashing, a higher frequency cut).")
     else:
         lines.append("It fits, each of these planned and checked, the fastest first:")
-        for way in ways:
-            lines.append(f"  {way.words}: {way.step_s * 1e3:,.1f} ms a step, {way.samples_per_s:,.0f} samples/s")
-            lines.append(f"      {way.setting}")
+        for remediation in remediations:
+            step = f"{remediation.step_s * 1e3:,.1f} ms a step, {remediation.samples_per_s:,.0f} samples/s"
+            lines += [f"  {remediation.words}: {step}", f"      {remediation.setting}"]
     return "\n".join(lines)
 
 
-def _shortage(planning: Planning, failure: Failure) -> str:
+def _shortage(planning: Planning, failure: SearchFailure) -> str:
     budget, cluster = planning.budget, planning.cluster
     kept = f"{budget.capacity / GIB:,.1f} GiB a rank, {planning.config.reserve_fraction:.0%} of it kept free"
     if budget.for_tables < 0:

@@ -1,4 +1,4 @@
-"""The ways in which a table can be cut and stored, before anything is said of which rank gets what."""
+"""The options of a table: how it can be cut and stored, before any shard is assigned to a rank."""
 
 from __future__ import annotations
 

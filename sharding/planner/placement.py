@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to place an item, reduced to figures.
+class PlacementCandidate:
+    """An option of an item as the search sees it: figures only.
 
     `num_blocks` shards (for Span.HOST: column blocks, each a shard on every rank of a host) that each cost their rank
     `seconds` and hold `device_bytes` of the device's and `host_bytes` of its host's memory. `everywhere_seconds` is
@@ -48,7 +48,7 @@ class Loads:
         self._ranks_per_host = ranks_per_host
         self._host_of = np.arange(num_ranks) // ranks_per_host
 
-    def find(self, choice: Choice, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64] | None:
+    def find(self, choice: PlacementCandidate, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64] | None:
         """Return the least loaded ranks where the choice fits, [num_shards]; None where it does not fit."""
         if choice.span is Span.EACH_RANK:
             return self._every_rank(choice)
@@ -65,7 +65,7 @@ class Loads:
             return self._whole_hosts(choice, by_host)
         return self._ranks_of_one_host(choice, by_host)
 
-    def add(self, choice: Choice, ranks: NDArray[np.int64], sign: int = 1) -> None:
+    def add(self, choice: PlacementCandidate, ranks: NDArray[np.int64], sign: int = 1) -> None:
         """Put the choice's shards on `ranks`, or with sign -1 take them off."""
         self.seconds[ranks] += sign * choice.seconds
         self.everywhere_seconds += sign * choice.everywhere_seconds
@@ -73,14 +73,14 @@ class Loads:
         if choice.host_bytes:
             np.subtract.at(self.host_free, self._host_of[ranks], sign * choice.host_bytes)
 
-    def _every_rank(self, choice: Choice) -> NDArray[np.int64] | None:
+    def _every_rank(self, choice: PlacementCandidate) -> NDArray[np.int64] | None:
         if self.device_free.min() < choice.device_bytes:
             return None
         if choice.host_bytes and self.host_free.min() < choice.host_bytes * self._ranks_per_host:
             return None
         return np.arange(len(self.seconds))
 
-    def _ranks(self, choice: Choice, open_seconds: Floats) -> NDArray[np.int64] | None:
+    def _ranks(self, choice: PlacementCandidate, open_seconds: Floats) -> NDArray[np.int64] | None:
         if choice.num_blocks == 1:
             rank = int(open_seconds.argmin())
             return None if np.isinf(open_seconds[rank]) else np.array([rank])
@@ -95,7 +95,7 @@ class Loads:
                 return None
         return ranks
 
-    def _whole_hosts(self, choice: Choice, by_host: Floats) -> NDArray[np.int64] | None:
+    def _whole_hosts(self, choice: PlacementCandidate, by_host: Floats) -> NDArray[np.int64] | None:
         worst = by_host.max(axis=1)
         if choice.host_bytes:
             worst = np.where(self.host_free >= choice.host_bytes * self._ranks_per_host, worst, np.inf)
@@ -106,7 +106,7 @@ class Loads:
             return None
         return (hosts[:, None] * self._ranks_per_host + np.arange(self._ranks_per_host)).ravel()
 
-    def _ranks_of_one_host(self, choice: Choice, by_host: Floats) -> NDArray[np.int64] | None:
+    def _ranks_of_one_host(self, choice: PlacementCandidate, by_host: Floats) -> NDArray[np.int64] | None:
         if choice.num_blocks > self._ranks_per_host:
             return None
         order = np.argsort(by_host, axis=1, kind="stable")[:, : choice.num_blocks]

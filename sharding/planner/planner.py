@@ -18,15 +18,15 @@ from papilio.sharding.plan_file import (
     ShardPlace,
     StepPrediction,
 )
-from papilio.sharding.planner.constraints import Item, settle
+from papilio.sharding.planner.constraints import Item, resolve_constraints
 from papilio.sharding.planner.cost import PHASES, option_seconds, predict_step, shard_seconds
 from papilio.sharding.planner.geometry import cut_table
 from papilio.sharding.planner.job import Cluster, Job
 from papilio.sharding.planner.memory import HOST, KINDS, device_bytes, memory_use, rank_bytes, shard_bytes
 from papilio.sharding.planner.notes import make_notes
 from papilio.sharding.planner.options import Option, Span
-from papilio.sharding.planner.placement import Choice
-from papilio.sharding.planner.search import Failure, Problem, Solution, search
+from papilio.sharding.planner.placement import PlacementCandidate
+from papilio.sharding.planner.search import Problem, SearchFailure, Solution, search
 
 GIB = 1 << 30
 # Plans whose predicted steps differ by less are not told apart: predictions are off by 8 % on average on a calibrated
@@ -74,7 +74,7 @@ def prepare(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: in
     Raises:
         PlanError: a constraint matches no table or cannot be satisfied.
     """
-    items = settle(config, job, cluster)
+    items = resolve_constraints(config, job, cluster)
     costs: dict[Option, NDArray[np.float64]] = {}
     choices = [[_choice_of(options, job, cluster, costs) for options in item.choices] for item in items]
     budget = _budget(job, cluster, config, memory_bytes)
@@ -89,7 +89,7 @@ def prepare(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: in
     return Planning(job, cluster, config, budget, items, problem, costs)
 
 
-def solve(planning: Planning) -> Solution | Failure:
+def solve(planning: Planning) -> Solution | SearchFailure:
     """Search for the best placement: among all options, and again with one sharding type preferred at a time.
 
     Each type in use brings collectives and kernels of its own to every step. A search that goes table by table does
@@ -97,7 +97,7 @@ def solve(planning: Planning) -> Solution | Failure:
     the one with the fewest shards is taken.
     """
     if planning.budget.for_tables < 0:
-        return Failure(tuple(range(len(planning.items))))
+        return SearchFailure(tuple(range(len(planning.items))))
     found = search(planning.problem)
     solutions = [found] if isinstance(found, Solution) else []
     for sharding_type in dict.fromkeys(choice[0].sharding_type for item in planning.items for choice in item.choices):
@@ -197,7 +197,7 @@ def places_of(option: Option, ranks: Sequence[int]) -> tuple[ShardPlace, ...]:
 
 def _choice_of(
     options: Sequence[Option], job: Job, cluster: Cluster, costs: dict[Option, NDArray[np.float64]]
-) -> Choice:
+) -> PlacementCandidate:
     """Reckon options that are placed as one."""
     memory = np.zeros(len(KINDS))
     seconds, everywhere = 0.0, 0.0
@@ -212,7 +212,9 @@ def _choice_of(
         Span.EACH_RANK: cluster.group_size,
         Span.HOST: blocks * cluster.group_ranks_per_node,
     }.get(first.span, blocks)
-    return Choice(first.span, blocks, seconds, device_bytes(memory), float(memory[HOST]), num_shards, everywhere)
+    return PlacementCandidate(
+        first.span, blocks, seconds, device_bytes(memory), float(memory[HOST]), num_shards, everywhere
+    )
 
 
 def _budget(job: Job, cluster: Cluster, config: ShardingConfig, memory_bytes: int | None) -> Budget:

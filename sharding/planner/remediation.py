@@ -19,12 +19,12 @@ MAX_NODES = 4_096
 MIN_BATCH_PER_RANK = 16
 # Names in a sentence before it says "and so many more".
 MAX_NAMES = 4
-# How often tables that still find no place are let free too.
+# How often the types of tables that still find no place are relaxed, too.
 MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class WayOut:
+class Remediation:
     """A change with which the job fits: in words, as settings, and what the step then is predicted to take."""
 
     words: str
@@ -47,7 +47,7 @@ class _Case:
         return replace(self, words=(*self.words, words), settings=(*self.settings, setting), **parts)  # type: ignore[arg-type]
 
 
-def find_remediation(planning: Planning, memory_bytes: int | None) -> list[WayOut]:
+def find_remediations(planning: Planning, memory_bytes: int | None) -> list[Remediation]:
     """Return single changes with which the job fits, or where there is none pairs of them; the fastest first."""
     case = _Case(planning.job, planning.cluster, planning.config)
     changes: tuple[Callable[[_Case, int | None], _Case | None], ...] = (
@@ -58,20 +58,22 @@ def find_remediation(planning: Planning, memory_bytes: int | None) -> list[WayOu
         _smaller_batch,
         _more_nodes,
     )
-    ways = [way for change in changes for way in _try(case, (change,), memory_bytes)]
-    if not ways:
+    remediations = [found for change in changes for found in _try(case, (change,), memory_bytes)]
+    if not remediations:
         # The last three search for what it takes, given the change before them.
-        ways = [way for pair in itertools.combinations(changes, 2) for way in _try(case, pair, memory_bytes)]
-    return sorted(ways, key=lambda way: -way.samples_per_s)
+        remediations = [
+            found for pair in itertools.combinations(changes, 2) for found in _try(case, pair, memory_bytes)
+        ]
+    return sorted(remediations, key=lambda remediation: -remediation.samples_per_s)
 
 
 def _try(
     case: _Case, changes: tuple[Callable[[_Case, int | None], _Case | None], ...], memory_bytes: int | None
-) -> Iterator[WayOut]:
+) -> Iterator[Remediation]:
     for change in changes:
         try:
             changed = change(case, memory_bytes)
-        except PlanError:  # the change contradicts a constraint: not a way out
+        except PlanError:  # the change contradicts a constraint: no remediation
             return
         if changed is None:
             return
@@ -81,7 +83,7 @@ def _try(
         return
     planning, solution = found
     step_s = predict(planning, solution).total_s
-    yield WayOut(" and ".join(case.words), " ".join(case.settings), step_s, case.job.global_batch_size / step_s)
+    yield Remediation(" and ".join(case.words), " ".join(case.settings), step_s, case.job.global_batch_size / step_s)
 
 
 def _solve(case: _Case, memory_bytes: int | None) -> tuple[Planning, Solution] | None:
@@ -94,7 +96,7 @@ def _solve(case: _Case, memory_bytes: int | None) -> tuple[Planning, Solution] |
 
 
 def _more_types(case: _Case, memory_bytes: int | None) -> _Case | None:
-    """Let the tables that found no place, and no others, be cut in ways that the recipe does not allow."""
+    """Let the tables that found no place, and no others, use sharding types that the recipe does not allow."""
     types = tuple(dict.fromkeys([*case.config.types, *ALL_TYPES]))
     config, named = case.config, tuple[str, ...]()
     for _ in range(MAX_ROUNDS):
@@ -112,7 +114,7 @@ def _more_types(case: _Case, memory_bytes: int | None) -> _Case | None:
 
 
 def _cut_as_found(case: _Case, planning: Planning, solution: Solution, named: tuple[str, ...]) -> _Case:
-    """Ask for the types that the search chose for the tables that were let free."""
+    """Ask for the types that the search chose for the tables whose types were relaxed."""
     by_type: dict[str, list[str]] = {}
     for name, (option, _) in chosen_options(planning, solution).items():
         if name in named and option.sharding_type not in case.config.types:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from papilio.sharding.planner.options import Span
-from papilio.sharding.planner.placement import Choice, Loads
+from papilio.sharding.planner.placement import Loads, PlacementCandidate
 
 # Items looked at on the most loaded rank before the search gives up, and rounds of improvement over the whole search.
 MAX_ITEMS_PER_ROUND = 64
@@ -32,7 +32,7 @@ MAX_RANDOM_ORDERS = 40
 class Problem:
     """Choices of each item, and which ranks [W] may hold it (None: all)."""
 
-    choices: Sequence[Sequence[Choice]]
+    choices: Sequence[Sequence[PlacementCandidate]]
     allowed: Sequence[NDArray[np.bool_] | None]
     num_ranks: int
     ranks_per_host: int
@@ -50,13 +50,13 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Failure:
+class SearchFailure:
     """The items that found no place, in the order in which they were tried, by the attempt that placed the most."""
 
     items: tuple[int, ...]
 
 
-def search(problem: Problem) -> Solution | Failure:
+def search(problem: Problem) -> Solution | SearchFailure:
     """Return the best placement found, or which items did not fit."""
     orders = _orders(problem)
     failed: list[int] | None = None
@@ -78,7 +78,7 @@ def search(problem: Problem) -> Solution | Failure:
             attempt.improve(in_pairs=True)
         return min(best, key=_Attempt.value).solution()
     assert failed is not None
-    return Failure(tuple(failed))
+    return SearchFailure(tuple(failed))
 
 
 def replace_one(problem: Problem, solution: Solution, item: int, pick: int) -> Solution | None:
@@ -162,7 +162,7 @@ class _Attempt:
         self._put(item, best[1], best[2])
         return True
 
-    def _harm(self, choice: Choice, ranks: NDArray[np.int64]) -> float:
+    def _harm(self, choice: PlacementCandidate, ranks: NDArray[np.int64]) -> float:
         if self._saves_memory and not self._is_full:
             used = self._problem.device_limit_bytes - float(self._loads.device_free[ranks].min())
             return used + choice.device_bytes + choice.device_bytes * choice.num_shards / self._problem.num_ranks
@@ -220,7 +220,7 @@ class _Attempt:
                 return True
         return False
 
-    def _whole_elsewhere(self, rank: int) -> list[tuple[int, Choice]]:
+    def _whole_elsewhere(self, rank: int) -> list[tuple[int, PlacementCandidate]]:
         found = []
         for other in range(len(self._picks)):
             choice = self._choice(other)
@@ -228,7 +228,7 @@ class _Attempt:
                 found.append((other, choice))
         return sorted(found, key=lambda pair: float(self._loads.seconds[self._ranks[pair[0]][0]]) - pair[1].seconds)
 
-    def _may_hold(self, item: int, rank: int, choice: Choice, leaving: Choice) -> bool:
+    def _may_hold(self, item: int, rank: int, choice: PlacementCandidate, leaving: PlacementCandidate) -> bool:
         allowed = self._problem.allowed[item]
         if allowed is not None and not allowed[rank]:
             return False
@@ -243,7 +243,7 @@ class _Attempt:
         self._put(item, pick, np.array([there]))
         self._put(other, other_pick, np.array([rank]))
 
-    def _choice(self, item: int) -> Choice:
+    def _choice(self, item: int) -> PlacementCandidate:
         return self._problem.choices[item][self._picks[item]]
 
     def _put(self, item: int, pick: int, ranks: NDArray[np.int64]) -> None:

@@ -17,7 +17,7 @@ class TableChange:
 
     Attributes:
         name: of the table.
-        kind: how it was and how it is, without ranks; changes of one kind are told together when there are many.
+        kind: how it was and how it is, without ranks; changes of one kind share a line when there are many.
         words: how it was and how it is.
         cost_s: seconds of its most loaded rank, new less old.
         rank_bytes: bytes of weights and optimizer, new less old, of the ranks where they differ.

@@ -14,13 +14,13 @@ __all__ = ["PlanDiff", "TableChange", "diff_plans", "format_diff"]
 
 # Of more changed tables than this, those of a kind are summed up.
 MAX_TABLES = 24
-# Of the tables that are summed up, those told one by one first: they cost or save most.
+# Of the tables that are summed up, those listed one by one first: they cost or save most.
 NUM_DEAREST = 8
 MAX_NAMES = 4
 # A part of the step, or a rank's memory, that changes by less is not worth a line.
 NOTABLE_S = 5e-6
 NOTABLE_BYTES = 1 << 20
-# Ranks whose changes differ by no more than this share are told together.
+# Ranks whose changes differ by no more than this share are on one line.
 ALIKE_SHARE = 0.02
 
 
@@ -64,11 +64,11 @@ def _memory(diff: PlanDiff, width: int) -> list[str]:
     usable = " -> ".join(dict.fromkeys(map(size, diff.usable_bytes)))
     text = f"{' -> '.join(dict.fromkeys(texts))}; usable {usable}"
     changes = {rank: new[rank] - old[rank] for rank in old if rank in new}
-    told = [f"{_signed_size(changes[ranks[0]])} on {_ranks(ranks)}" for ranks in _extremes(changes)]
+    most_changed = [f"{_signed_size(changes[ranks[0]])} on {_ranks(ranks)}" for ranks in _extremes(changes)]
     head = "Memory  at the peak" if old != new else "Memory  the same on each rank, at most"
     lines = _wrap_head(f"{head} {text}", width)
-    if told:
-        lines += _wrap(f"most changed: {'; '.join(told)}", width)
+    if most_changed:
+        lines += _wrap(f"most changed: {'; '.join(most_changed)}", width)
     if diff.moved_bytes:
         group = " in the first group of ranks" if max(diff.num_groups) > 1 else ""
         lines += _wrap(f"{size(diff.moved_bytes)} of tables and optimizer state change rank{group}", width)

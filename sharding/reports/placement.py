@@ -6,7 +6,7 @@ from papilio.sharding.plan_file import PlanFile
 from papilio.sharding.planner.notes import row_state_note
 
 MIB = 1 << 20
-# Ranks listed one by one; of more, the extremes are told.
+# Ranks listed one by one; of more, only the extremes.
 MAX_LISTED = 8
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from papilio.data_pipeline.arrow_types import type_fault
 from papilio.data_pipeline.preprocess.bad_rows import PreprocessError
-from papilio.data_pipeline.preprocess.byte_blocks import PADDING_BYTES, Block, load_block
+from papilio.data_pipeline.preprocess.byte_blocks import PADDING_BYTES, InputBlock, load_block
 from papilio.data_pipeline.preprocess.table_columns import categorical_codes, dense_values, labels_of
 from papilio.data_pipeline.preprocess.table_source import parse_header, parse_text_block, read_parquet_batches
 from papilio.data_pipeline.raw_values import Faults, is_printed_list
@@ -208,7 +208,7 @@ def test_a_parquet_column_of_a_wrong_type_is_refused_with_its_file(tmp_path) -> 
 
 
 def parse(text: bytes, header: tuple[str, ...] = ("y", "x", "c")):
-    buffer = load_block(Block(0, 0, 0, len(text), text), "")
+    buffer = load_block(InputBlock(0, 0, 0, len(text), text), "")
     return parse_text_block(buffer, header, ",", SCHEMA, starts_file=True)
 
 
@@ -221,7 +221,9 @@ def test_a_blank_line_is_no_row_and_keeps_its_number(end) -> None:
     assert chunk.num_lines == 9
     one_column = Schema(label="y", categorical=(STRING,))
     text = b"c\na\n\nb\n"
-    chunk = parse_text_block(load_block(Block(0, 0, 0, len(text), text), ""), ("c",), ",", one_column, starts_file=True)
+    chunk = parse_text_block(
+        load_block(InputBlock(0, 0, 0, len(text), text), ""), ("c",), ",", one_column, starts_file=True
+    )
     assert chunk.columns[0].counts.tolist() == [1, 1, 1]  # a, b, and one that is missing
 
 

@@ -25,7 +25,7 @@ from papilio.sharding.planner.cost import PHASES, predict_step, shard_seconds
 from papilio.sharding.planner.job import Cluster, DenseWork, Job, Table
 from papilio.sharding.planner.options import Option
 from papilio.sharding.planner.planner import chosen_options, prepare, solve, write_plan
-from papilio.sharding.planner.search import Failure
+from papilio.sharding.planner.search import SearchFailure
 from papilio.sharding.runtime.initial_weights import initialize_tables
 from papilio.trainer.config import (
     DenseOptimizerConfig,
@@ -130,7 +130,7 @@ def plan_shape(shape: Shape, config: ShardingConfig, cluster: Cluster) -> Planne
     """Plan a shape as the config asks; None where it does not fit."""
     planning = prepare(shape.job(), cluster, config)
     solution = solve(planning)
-    if isinstance(solution, Failure):
+    if isinstance(solution, SearchFailure):
         return None
     plan = write_plan(planning, solution, recipe="synthetic", papilio_version=papilio_version())
     return PlannedShape(shape, plan, tuple(chosen_options(planning, solution).values()))

@@ -29,7 +29,7 @@ from papilio.sharding.planner.explain import explain_table
 from papilio.sharding.planner.job import Cluster, Job
 from papilio.sharding.planner.make import describe_failure
 from papilio.sharding.planner.planner import Planning, prepare, solve, write_plan
-from papilio.sharding.planner.search import Failure, Solution
+from papilio.sharding.planner.search import SearchFailure, Solution
 from papilio.sharding.reports.explanation import format_explanation
 from papilio.sharding.reports.page import plan_page
 from papilio.sharding.reports.text import format_plan
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.recipe, overrides)
         planning = prepare_planning(config, options.hardware, options.num_nodes, options.ranks_per_node)
         solution = solve(planning)
-        if isinstance(solution, Failure):
+        if isinstance(solution, SearchFailure):
             raise PlanError(describe_failure(planning, solution, None))
         plan = write_plan(planning, solution, recipe=config.name, papilio_version=papilio_version())
         check_plan(plan, planning.job, planning.cluster, "the plan")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from papilio.data_pipeline.preprocess import criteo
-from papilio.data_pipeline.preprocess.byte_blocks import Block, load_block
+from papilio.data_pipeline.preprocess.byte_blocks import InputBlock, load_block
 from papilio.data_pipeline.preprocess.criteo import decode_decimal, diagnose, parse_criteo
 from papilio.data_pipeline.schema import criteo_schema
 
@@ -11,7 +11,7 @@ GOOD = [b"1", *[b"5"] * 13, *[b"0000002a"] * 26]
 
 
 def parse(text: bytes):
-    return parse_criteo(load_block(Block(0, 0, 0, len(text), text), ""), SCHEMA)
+    return parse_criteo(load_block(InputBlock(0, 0, 0, len(text), text), ""), SCHEMA)
 
 
 def row(**changed: bytes) -> bytes:

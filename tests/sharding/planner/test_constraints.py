@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from papilio.sharding.config import CommunicationConfig
-from papilio.sharding.planner.constraints import settle
+from papilio.sharding.planner.constraints import resolve_constraints
 from papilio.sharding.planner.errors import PlanError
 from papilio.sharding.planner.make import make_plan
 from papilio.sharding.reports.placement import describe_placement
@@ -19,7 +19,7 @@ def plan(job, cluster, **settings):
 
 def refusal(job, cluster, **settings):
     with pytest.raises(PlanError) as error:
-        settle(config_of(**settings), job, cluster)
+        resolve_constraints(config_of(**settings), job, cluster)
     return str(error.value)
 
 
@@ -132,7 +132,9 @@ def job_with(**changes):
 def test_int8_keeps_to_types_without_partial_sums():
     job = dataclasses.replace(make_job(dim=96), communication=CommunicationConfig(forward="int8"))
     cluster = make_cluster(num_nodes=2, ranks_per_node=2)
-    types = {option.sharding_type for item in settle(config_of(), job, cluster) for (option,) in item.choices}
+    types = {
+        option.sharding_type for item in resolve_constraints(config_of(), job, cluster) for (option,) in item.choices
+    }
     assert types.isdisjoint({"row_wise", "table_row_wise", "grid_shard"})
     message = refusal(job, cluster, types=["row_wise"])
     assert message.startswith("sharding: table t_0 may only be row_wise, but sharding.communication is int8")
@@ -143,8 +145,8 @@ def test_int8_packs_32_columns():
     message = refusal(dataclasses.replace(make_job(dim=48), communication=communication), make_cluster())
     assert "packs 32 columns together, but table t_0 has 48; make model.embedding_dim a multiple of 32" in message
     job = dataclasses.replace(make_job(dim=96), communication=communication)
-    settled = settle(config_of(types=["column_wise"]), job, make_cluster())
-    assert [option.num_column_shards for (option,) in settled[0].choices] == [3]
+    items = resolve_constraints(config_of(types=["column_wise"]), job, make_cluster())
+    assert [option.num_column_shards for (option,) in items[0].choices] == [3]
 
 
 def test_bf16_is_not_sent_over_gloo():
@@ -175,7 +177,7 @@ COLUMN_TYPES = {"column_wise", "table_column_wise", "grid_shard"}
 
 def choices_of(optimizer, **settings):
     job, cluster = make_job(dim=64, optimizer=optimizer), make_cluster(num_nodes=2, ranks_per_node=2)
-    items = settle(config_of(**settings), job, cluster)
+    items = resolve_constraints(config_of(**settings), job, cluster)
     return [{option.sharding_type for (option,) in item.choices} for item in items]
 
 
@@ -214,7 +216,7 @@ def test_a_min_partition_that_cuts_nothing_is_refused():
     )
     constraint = {"tables": ["t_1"], "types": ["column_wise"], "min_partition": 17}
     assert refusal(job, make_cluster(), constraints=[constraint]).startswith("sharding.constraints[0]: table t_1 may")
-    settle(config_of(types=["column_wise"], min_partition=33), job, make_cluster(ranks_per_node=1))
+    resolve_constraints(config_of(types=["column_wise"], min_partition=33), job, make_cluster(ranks_per_node=1))
 
 
 def test_a_single_row_is_not_cut_into_a_grid():
@@ -228,5 +230,7 @@ def test_a_table_is_found_by_its_name_whatever_brackets_it_has(name):
     job = make_job()
     tables = (dataclasses.replace(job.tables[0], name=name), *job.tables[1:])
     constraint = {"tables": [name], "types": ["row_wise"]}
-    items = settle(config_of(constraints=[constraint]), dataclasses.replace(job, tables=tables), make_cluster())
+    items = resolve_constraints(
+        config_of(constraints=[constraint]), dataclasses.replace(job, tables=tables), make_cluster()
+    )
     assert {option.sharding_type for (option,) in items[0].choices} == {"row_wise"}

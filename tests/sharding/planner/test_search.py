@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from papilio.sharding.planner.options import Span
-from papilio.sharding.planner.placement import Choice
-from papilio.sharding.planner.search import Failure, Problem, Solution, replace_one, search
+from papilio.sharding.planner.placement import PlacementCandidate
+from papilio.sharding.planner.search import Problem, SearchFailure, Solution, replace_one, search
 
 
 def whole(seconds, device_bytes=0.0, host_bytes=0.0):
-    return Choice(Span.RANK, 1, seconds, device_bytes, host_bytes, num_shards=1)
+    return PlacementCandidate(Span.RANK, 1, seconds, device_bytes, host_bytes, num_shards=1)
 
 
 def on_every_rank(seconds, num_ranks, device_bytes=0.0):
-    return Choice(Span.EACH_RANK, 1, seconds, device_bytes, 0.0, num_shards=num_ranks)
+    return PlacementCandidate(Span.EACH_RANK, 1, seconds, device_bytes, 0.0, num_shards=num_ranks)
 
 
 def make_problem(choices, num_ranks=3, ranks_per_host=None, device=np.inf, host=np.inf, allowed=None):
@@ -56,7 +56,7 @@ def random_problem(seed):
     choices = []
     for _ in range(5):
         work, size = draw.uniform(1, 10), draw.uniform(1, 10)
-        halves = Choice(Span.RANK, 2, 0.55 * work, size / 2, 0.0, num_shards=2)
+        halves = PlacementCandidate(Span.RANK, 2, 0.55 * work, size / 2, 0.0, num_shards=2)
         choices.append([whole(work, size), halves, on_every_rank(0.45 * work, 3, size / 3)])
     return make_problem(choices, device=draw.uniform(9, 20))
 
@@ -67,7 +67,7 @@ def test_it_comes_within_five_percent_of_the_best_of_all_plans(seed):
     optimum = best_by_enumeration(problem)
     found = search(problem)
     if np.isinf(optimum):
-        assert isinstance(found, Failure)
+        assert isinstance(found, SearchFailure)
     else:
         assert isinstance(found, Solution)
         assert found.loads.seconds.max() <= 1.05 * optimum + 1e-9
@@ -105,13 +105,13 @@ def test_a_mask_keeps_an_item_to_its_ranks():
 
 
 def test_host_shards_take_every_rank_of_one_host():
-    host = Choice(Span.HOST, 1, 1.0, 0.0, 0.0, num_shards=2)
+    host = PlacementCandidate(Span.HOST, 1, 1.0, 0.0, 0.0, num_shards=2)
     found = search(make_problem([[host], [host], [host]], num_ranks=6, ranks_per_host=2))
     assert sorted(ranks.tolist() for ranks in found.ranks) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_columns_on_one_host_stay_on_it():
-    columns = Choice(Span.RANKS_OF_HOST, 2, 1.0, 0.0, 0.0, num_shards=2)
+    columns = PlacementCandidate(Span.RANKS_OF_HOST, 2, 1.0, 0.0, 0.0, num_shards=2)
     found = search(make_problem([[columns]] * 4, num_ranks=4, ranks_per_host=2))
     assert all(len({rank // 2 for rank in ranks.tolist()}) == 1 for ranks in found.ranks)
     assert found.loads.seconds.tolist() == [2.0] * 4
@@ -120,14 +120,14 @@ def test_columns_on_one_host_stay_on_it():
 def test_host_memory_is_shared_by_the_ranks_of_a_host():
     problem = make_problem([[whole(1.0, host_bytes=6.0)]] * 3, num_ranks=4, ranks_per_host=2, host=10.0)
     found = search(problem)
-    assert isinstance(found, Failure)
+    assert isinstance(found, SearchFailure)
     assert len(found.items) == 1, "two hosts of 10 bytes hold one item of 6 each"
     assert isinstance(search(make_problem([[whole(1.0, host_bytes=5.0)]] * 4, 4, 2, host=10.0)), Solution)
 
 
 def test_what_does_not_fit_is_named():
     found = search(make_problem([[whole(1.0, 4.0)], [whole(1.0, 11.0)]], device=10.0))
-    assert found == Failure((1,))
+    assert found == SearchFailure((1,))
 
 
 def test_the_same_problem_gives_the_same_plan():
@@ -151,6 +151,6 @@ def test_a_forced_choice_that_does_not_fit_gives_none():
 
 
 def test_what_an_option_costs_everywhere_counts():
-    cheap_on_one = Choice(Span.RANK, 1, 1.0, 0.0, 0.0, 1, everywhere_seconds=5.0)
+    cheap_on_one = PlacementCandidate(Span.RANK, 1, 1.0, 0.0, 0.0, 1, everywhere_seconds=5.0)
     found = search(make_problem([[cheap_on_one, whole(3.0)]]))
     assert found.picks == (1,)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from papilio.data_pipeline.preprocess.bad_rows import BadRow, PreprocessError
-from papilio.data_pipeline.preprocess.byte_blocks import PADDING_BYTES, Block, load_block
+from papilio.data_pipeline.preprocess.byte_blocks import PADDING_BYTES, InputBlock, load_block
 from papilio.data_pipeline.preprocess.criteo import NUM_FIELDS, parse_criteo
 from papilio.data_pipeline.preprocess.parse_stage import blocks_of, parse_rows
 from papilio.data_pipeline.preprocess.raw_chunk import RawChunk
@@ -55,7 +55,7 @@ def read_raw_rows(path: str, source: str, encoder: RequestEncoder) -> Iterator[R
     first_line = 0
     has_label: bool | None = None
     for offset, num_bytes, data, header in blocks_of(path, source, schema, needs_label=False):
-        block = Block(0, 0, offset, num_bytes, data, header)
+        block = InputBlock(0, 0, offset, num_bytes, data, header)
         if has_label is None:
             has_label = _has_label(block, path, source, schema)
         try:
@@ -68,7 +68,7 @@ def read_raw_rows(path: str, source: str, encoder: RequestEncoder) -> Iterator[R
         first_line += chunk.num_lines
 
 
-def _parse(block: Block, path: str, source: str, schema: Schema, *, has_label: bool) -> RawChunk:
+def _parse(block: InputBlock, path: str, source: str, schema: Schema, *, has_label: bool) -> RawChunk:
     if has_label or source != "criteo":
         return parse_rows(block, path, source, schema)
     text = load_block(block, path)[PADDING_BYTES:].tobytes()
@@ -78,7 +78,7 @@ def _parse(block: Block, path: str, source: str, schema: Schema, *, has_label: b
     return parse_criteo(padded, schema)
 
 
-def _has_label(block: Block, path: str, source: str, schema: Schema) -> bool:
+def _has_label(block: InputBlock, path: str, source: str, schema: Schema) -> bool:
     if source == "criteo":
         text = load_block(block, path)[PADDING_BYTES:]
         first_end = int(np.argmax(text == ord("\n")))

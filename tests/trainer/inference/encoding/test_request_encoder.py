@@ -10,7 +10,7 @@ from papilio.data_pipeline.dataset import open_dataset
 from papilio.data_pipeline.generate.generate_options import GenerateOptions
 from papilio.data_pipeline.generate.generator import generate
 from papilio.data_pipeline.id_mapper import load_id_mappers
-from papilio.data_pipeline.preprocess.byte_blocks import Block, load_block
+from papilio.data_pipeline.preprocess.byte_blocks import InputBlock, load_block
 from papilio.data_pipeline.preprocess.criteo import parse_criteo
 from papilio.data_pipeline.preprocess.engine import preprocess
 from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
@@ -103,7 +103,7 @@ def test_arrow_columns_become_the_bytes_of_the_shards(criteo) -> None:
 
 def test_criteo_text_becomes_the_bytes_of_the_shards(criteo) -> None:
     text, dataset, _ = criteo
-    chunk = parse_criteo(load_block(Block(0, 0, 0, text.stat().st_size), str(text)), dataset.schema)
+    chunk = parse_criteo(load_block(InputBlock(0, 0, 0, text.stat().st_size), str(text)), dataset.schema)
     assert_same(encoder_of(dataset).encode_chunk(chunk), *shard_arrays(dataset))
 
 

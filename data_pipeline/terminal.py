@@ -176,3 +176,12 @@ def discard_unwritten() -> str | None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 return name
     return None
+
+
+def format_duration(seconds: float, decimals: int = 0) -> str:
+    """Write seconds for people: "12 s" (with `decimals`, if any), "3 min 05 s", "2 h 07 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.{decimals}f} s"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from papilio.data_pipeline.terminal import format_duration
 from papilio.launch.verb_arguments import SPLITS
 from papilio.sharding.plan_file import PlanFile
 from papilio.sharding.reports.figures import size
@@ -92,8 +93,8 @@ def describe(found: Committed, roles: str, now: datetime, columns: int) -> list[
         "saved": f"{_time(marker)} UTC ({age(marker, now)} ago) by {_ranks(marker.world_size)}, {_reason(marker)}",
         "size": _total(marker),
         "position": f"step {marker.step:,}; {_position(marker)}",
-        "trained": f"{progress['num_samples']:,} samples in {_duration(progress['train_s'])}, "
-        f"{_duration(progress['wait_s'])} of it waiting for data",
+        "trained": f"{progress['num_samples']:,} samples in {format_duration(progress['train_s'], decimals=1)}, "
+        f"{format_duration(progress['wait_s'], decimals=1)} of it waiting for data",
         "validated": _validations(marker),
         "optimizers": _optimizers(marker.config),
         "data": _data(marker.data),
@@ -329,9 +330,3 @@ def _and(words: Sequence[str]) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number != 1 else ''}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

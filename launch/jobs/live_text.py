@@ -6,8 +6,9 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from papilio.data_pipeline.terminal import format_duration
 from papilio.trainer.elastic.health.live_view import LiveView, RankView
-from papilio.trainer.run.progress_lines import duration, progress_bar
+from papilio.trainer.run.progress_lines import progress_bar
 
 # Up to so many ranks have a line each; of more, the hosts and the slowest ranks.
 MAX_RANK_LINES = 16
@@ -58,7 +59,7 @@ def _head(view: LiveView, width: int, now_unix_s: float, ink: Ink) -> list[str]:
     ended = "" if view.state == "running" and not is_old else f" {ago(view.age_s(now_unix_s))}"
     words = [view.name, f"{state}{ended}", f"step {view.step:,} of {view.num_steps:,}"]
     has_end = view.state == "running" and view.remaining_s is not None and not is_old and not is_waiting
-    left = f"  {duration(view.remaining_s or 0.0)} left" if has_end else ""
+    left = f"  {format_duration(view.remaining_s or 0.0)} left" if has_end else ""
     room = width - len("  ".join(words)) - len(left) - len("  || 100%")
     bar = progress_bar(view.step, view.num_steps, min(MAX_BAR_WIDTH, room)) if room >= MIN_BAR_WIDTH else ""
     words[1] = ink.paint(state, COLORS[state]) + ended
@@ -184,7 +185,7 @@ def ago(seconds: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return duration(max(0.0, seconds)) if seconds < 48 * 3_600 else f"{seconds / 86_400:.0f} days"
+    return format_duration(max(0.0, seconds)) if seconds < 48 * 3_600 else f"{seconds / 86_400:.0f} days"
 
 
 def _longest(values: Iterable[float | None]) -> float | None:

@@ -1,5 +1,7 @@
 """What is shown where characters, colors, a terminal, or a reader are missing."""
 
+from __future__ import annotations
+
 import errno
 import io
 import os
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from papilio.data_pipeline import terminal
+from papilio.data_pipeline.terminal import format_duration
 from papilio.trainer.elastic.bootstrap import module_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -127,3 +130,9 @@ def test_columns_come_before_the_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert terminal.table_columns() == 80
     monkeypatch.setenv("COLUMNS", "123")
     assert terminal.table_columns() == 123
+
+
+def test_durations_are_written_in_their_two_largest_units() -> None:
+    written = [format_duration(seconds) for seconds in (0.4, 12, 59.6, 185, 7_620)]
+    assert written == ["0 s", "12 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+    assert format_duration(1.26, decimals=1) == "1.3 s"

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from papilio.data_pipeline.terminal import format_duration
+
 BAR_WIDTH = 20
 MIN_BAR_WIDTH = 6
 # A progress line, wherever it was printed: "#" is what a stream without block characters shows.
@@ -60,12 +62,5 @@ class ProgressPrinter:
             return
         self._last_s = now_s
         remaining_s = (now_s - self._begin_s) / max(1, done - self._num_done) * (total - done)
-        line = f"{label:<10} {progress_bar(done, total)}  {detail}  {duration(remaining_s)} left"
+        line = f"{label:<10} {progress_bar(done, total)}  {detail}  {format_duration(remaining_s)} left"
         print(line, file=self._stream, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people: "12 s", "3 min 05 s", "2 h 07 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -22,7 +22,7 @@ from papilio.data_pipeline.preprocess.stage_folder import STAGE_NAME, STAGE_VERS
 from tests.support.criteo_text import all_bytes, criteo_lines, criteo_options
 
 KILLED_SCRIPT = """
-import sys, time
+import os, signal, sys
 from papilio.data_pipeline.preprocess import byte_blocks
 from papilio.data_pipeline.preprocess import parse_stage
 from papilio.data_pipeline.preprocess import vocabulary_stage
@@ -30,17 +30,17 @@ from papilio.data_pipeline.preprocess import shard_stage
 from papilio.data_pipeline.preprocess import engine as p
 from papilio.data_pipeline.preprocess.preprocess_options import PreprocessOptions
 byte_blocks.read_blocks.__defaults__ = (30_000,)
-def slowly(function):
+def waits_to_be_killed(function):
     def run(task):
-        result = function(task)
-        time.sleep(0.02)
-        return result
+        while os.path.exists(sys.argv[2]):
+            signal.pause()
+        return function(task)
     return run
 options = PreprocessOptions.model_validate_json(sys.argv[1])
 if options.num_workers == 1:
-    parse_stage.parse_block = slowly(parse_stage.parse_block)
-    p.build_column = slowly(p.build_column)
-    p.write_split_shard = slowly(p.write_split_shard)
+    parse_stage.parse_block = waits_to_be_killed(parse_stage.parse_block)
+    p.build_column = waits_to_be_killed(p.build_column)
+    p.write_split_shard = waits_to_be_killed(p.write_split_shard)
 p.preprocess(options)
 """
 
@@ -87,7 +87,7 @@ def count_calls(opened: list):
 
 
 def kill_when_there(options: PreprocessOptions, path: Path) -> None:
-    script = [sys.executable, "-c", KILLED_SCRIPT, options.model_dump_json()]
+    script = [sys.executable, "-c", KILLED_SCRIPT, options.model_dump_json(), str(path)]
     environment = os.environ | {"PYTHONPATH": str(Path(byte_blocks.__file__).parents[3])}
     process = subprocess.Popen(script, env=environment)
     deadline = time.monotonic() + 60

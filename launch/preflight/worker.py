@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.data_pipeline.verification import check_data
+from papilio.launch.preflight.checks import judge
 from papilio.launch.preflight.facts import Card, DataFacts, Gpu, HostFacts, LinkFacts, PlanFacts
+from papilio.launch.preflight.finding import Evidence
 from papilio.launch.preflight.folders import SharedFolder, written_folders
 from papilio.launch.preflight.gpus import query_gpus
 from papilio.launch.preflight.installed import code_hashes, installed_versions
-from papilio.launch.preflight.judging import Evidence, judge
 from papilio.launch.preflight.links import LinkJob, measure_links
 from papilio.launch.preflight.machine import memory_bytes, num_cores, shared_memory_bytes
 from papilio.launch.preflight.meeting import Meeting, MeetingError, Place, holds_meeting, open_meeting

@@ -100,20 +100,19 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from papilio.trainer.run.plan_options import PlanOptions
+
     parser.add_argument("words", nargs="*", metavar="diff OLD NEW", help="compare two plan files instead of planning")
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="path of a recipe .toml, or the bare name of one that comes with Papilio"
-    )
-    parser.add_argument(
-        "--hardware", metavar="NAME|FILE", help="profile of the hosts, or a file of `papilio calibrate`"
-    )
-    parser.add_argument("--num-nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks of a host (default: the profile's)")
-    parser.add_argument("--explain", metavar="TABLE", help="every option for one table: cost, memory, why it lost")
-    parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --sharding.plan and `plan diff`")
-    parser.add_argument("--html", metavar="FILE", help="write the report as one page for a browser")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON instead of the report")
-    parser.add_argument("--all", action="store_true", help="list every table and rank, however many")
+    add = _options_of(parser, PlanOptions)
+    add("--recipe", metavar="NAME|FILE")
+    add("--hardware", metavar="NAME|FILE")
+    add("--num-nodes", type=int, metavar="N")
+    add("--ranks-per-node", type=int, metavar="N")
+    add("--explain", metavar="TABLE")
+    add("--output", metavar="FILE")
+    add("--html", metavar="FILE")
+    add("--json", "as_json", action="store_true")
+    add("--all", "show_all", action="store_true")
 
 
 def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -361,7 +360,8 @@ def _options_of(parser: argparse.ArgumentParser, options_type: type[BaseModel]) 
         name = field_name or flag.removeprefix("--").replace("-", "_")
         field = options_type.model_fields[name]
         described = (field.description or "").replace("%", "%%")
-        if not field.is_required() and field.default is not None:
+        # A switch that is off says nothing of its default.
+        if not field.is_required() and field.default is not None and field.default is not False:
             default = field.default
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             described += f" (default: {shown})"

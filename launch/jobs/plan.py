@@ -7,23 +7,28 @@ import subprocess
 from pathlib import Path
 
 from papilio.data_pipeline.terminal import table_columns
+from papilio.launch.given_options import build_options, given_options
 from papilio.launch.usage import UsageError, require_files
 from papilio.sharding.plan_file import read_plan_file
 from papilio.sharding.reports.diff import diff_plans, format_diff
 from papilio.trainer.config_file import load_config
 from papilio.trainer.elastic.bootstrap import child_command
+from papilio.trainer.run.plan_options import PlanOptions
 
 
 def run_plan(namespace: argparse.Namespace) -> int:
     """Plan a recipe, or compare two plan files (`papilio plan diff OLD NEW`)."""
     if namespace.words:
         return _diff(namespace.words)
-    if namespace.recipe is None:
+    given = {name: value for name, value in given_options(namespace).items() if name != "words"}
+    if "recipe" not in given:
         raise UsageError("--recipe is missing: papilio plan --recipe R --hardware H, or papilio plan diff OLD NEW")
-    if namespace.recipe.endswith(".toml"):
-        require_files("--recipe", [namespace.recipe])
-    load_config(namespace.recipe, namespace.overrides)
-    return subprocess.run(_command(namespace), check=False).returncode
+    options = build_options(PlanOptions, {**given, "overrides": namespace.overrides}, {})
+    if options.recipe.endswith(".toml"):
+        require_files("--recipe", [options.recipe])
+    load_config(options.recipe, options.overrides)
+    command = child_command("papilio.trainer.run.plan_run", options.to_argument())
+    return subprocess.run(command, check=False).returncode
 
 
 def _diff(words: list[str]) -> int:
@@ -35,14 +40,3 @@ def _diff(words: list[str]) -> int:
     old, new = (read_plan_file(path) for path in words[1:])
     print(format_diff(diff_plans(old, new), table_columns()))
     return 0
-
-
-def _command(namespace: argparse.Namespace) -> list[str]:
-    command = child_command("papilio.trainer.run.plan_run", "--recipe", namespace.recipe)
-    command += ["--num-nodes", str(namespace.num_nodes)]
-    for flag in ("hardware", "ranks_per_node", "explain", "output", "html"):
-        value = getattr(namespace, flag)
-        if value is not None:
-            command += [f"--{flag.replace('_', '-')}", str(value)]
-    command += [f"--{flag}" for flag in ("json", "all") if getattr(namespace, flag)]
-    return [*command, *namespace.overrides]

@@ -23,6 +23,7 @@ from papilio.sharding.plan_file import plan_from_json
 from papilio.trainer.config import Config
 from papilio.trainer.config_file import load_config
 from papilio.trainer.elastic.bootstrap import child_command
+from papilio.trainer.run.plan_options import PlanOptions
 
 FORMAT_VERSION = 1
 STUDY = "study.json"
@@ -168,9 +169,14 @@ def _predict(namespace: argparse.Namespace, config: Config, num_hosts: int) -> S
     assert hardware is not None  # _check
     num_ranks = num_hosts * load_hardware(hardware).ranks_per_host
     batch_size = _batch_size(namespace, config, num_ranks)
-    command = child_command("papilio.trainer.run.plan_run", "--recipe", namespace.recipe, "--json")
-    command += ["--hardware", hardware, "--num-nodes", str(num_hosts)]
-    command += [*namespace.overrides, f"--train.global_batch_size={batch_size}"]
+    options = PlanOptions(
+        recipe=namespace.recipe,
+        overrides=(*namespace.overrides, f"--train.global_batch_size={batch_size}"),
+        hardware=hardware,
+        num_nodes=num_hosts,
+        as_json=True,
+    )
+    command = child_command("papilio.trainer.run.plan_run", options.to_argument())
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return StudyRow(num_ranks, num_hosts, batch_size, hardware=hardware, note=_reason(done.stderr))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from papilio.launch.preflight.facts import PlanFacts
 from papilio.sharding.plan_file import PlanFileError, plan_from_json
 from papilio.trainer.elastic.bootstrap import child_command
+from papilio.trainer.run.plan_options import PlanOptions
 
 TIMEOUT_S = 300
 PREFIX = "papilio plan: error: "
@@ -15,9 +16,15 @@ PREFIX = "papilio plan: error: "
 
 def plan_job(recipe: str, overrides: Sequence[str], hardware: str | None, num_hosts: int, nproc: int) -> PlanFacts:
     """Plan the job as `papilio plan` does."""
-    command = child_command("papilio.trainer.run.plan_run", "--recipe", recipe, "--json")
-    command += ["--num-nodes", str(num_hosts), "--ranks-per-node", str(nproc)]
-    command += [*(["--hardware", hardware] if hardware else []), *overrides]
+    options = PlanOptions(
+        recipe=recipe,
+        overrides=tuple(overrides),
+        hardware=hardware or None,
+        num_nodes=num_hosts,
+        ranks_per_node=nproc,
+        as_json=True,
+    )
+    command = child_command("papilio.trainer.run.plan_run", options.to_argument())
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         if done.returncode:

@@ -1,11 +1,10 @@
-"""Plan a job without running it: `python -m papilio.trainer.run.plan_run --recipe R --hardware H --num-nodes N`.
+"""Plan a job without running it: `python -m papilio.trainer.run.plan_run OPTIONS`, the JSON of a `PlanOptions`.
 
 One process, no GPU, no process group; the model stays on meta.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -38,26 +37,17 @@ from papilio.trainer.config_file import load_config
 from papilio.trainer.models.build import build_model
 from papilio.trainer.models.train_model import TrainModel
 from papilio.trainer.planner_inputs import DEFAULT_PROFILES, describe_job, make_cluster
+from papilio.trainer.run.plan_options import PlanOptions
 
 META = torch.device("meta")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan, print and write."""
-    parser = argparse.ArgumentParser(prog="papilio.trainer.run.plan_run", description=__doc__)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--hardware")
-    parser.add_argument("--num-nodes", type=int, default=1)
-    parser.add_argument("--ranks-per-node", type=int)
-    parser.add_argument("--explain", metavar="TABLE")
-    parser.add_argument("--output", metavar="FILE")
-    parser.add_argument("--html", metavar="FILE")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--all", action="store_true")
-    options, overrides = parser.parse_known_args(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Plan, print and write as the JSON of a `PlanOptions` says; return the exit status."""
+    options = PlanOptions.from_argument(arguments[0])
     setup_logging("tool")
     try:
-        config = load_config(options.recipe, overrides)
+        config = load_config(options.recipe, options.overrides)
         planning = prepare_planning(config, options.hardware, options.num_nodes, options.ranks_per_node)
         solution = solve(planning)
         if isinstance(solution, SearchFailure):
@@ -115,16 +105,16 @@ def _dataset_or_shape(config: Config) -> Dataset:
     return open_dataset(config.data.path)
 
 
-def _show(options: argparse.Namespace, planning: Planning, solution: Solution, plan: PlanFile) -> None:
+def _show(options: PlanOptions, planning: Planning, solution: Solution, plan: PlanFile) -> None:
     """Print what was asked for and write the files."""
     num_columns = table_columns()
-    if options.json:
+    if options.as_json:
         print(plan.to_json(), end="")
     elif options.explain:
         reports = explain_table(planning, solution, options.explain)
-        print(format_explanation(reports, plan, num_columns, show_all=options.all))
+        print(format_explanation(reports, plan, num_columns, show_all=options.show_all))
     else:
-        print(format_plan(plan, num_columns, show_all=options.all))
+        print(format_plan(plan, num_columns, show_all=options.show_all))
     for path, text in ((options.output, plan.to_json), (options.html, lambda: plan_page(plan))):
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -133,4 +123,4 @@ def _show(options: argparse.Namespace, planning: Planning, solution: Solution, p
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

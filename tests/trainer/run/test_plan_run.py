@@ -6,14 +6,20 @@ import pytest
 
 from papilio.sharding.plan_file import read_plan_file
 from papilio.trainer.config_file import load_config
+from papilio.trainer.run.plan_options import PlanOptions
 from papilio.trainer.run.plan_run import main, prepare_planning
 
-TERABYTE = ["--recipe", "criteo_terabyte_dcnv2", "--hardware", "dgx_a100", "--num-nodes", "16"]
+TERABYTE = PlanOptions(recipe="criteo_terabyte_dcnv2", hardware="dgx_a100", num_nodes=16)
+TERABYTE_ON_ONE = PlanOptions(recipe="criteo_terabyte_dcnv2", hardware="dgx_a100")
+
+
+def plan_main(options: PlanOptions, **changes: object) -> int:
+    return main([options.model_copy(update=changes).to_argument()])
 
 
 def test_terabyte_for_128_gpus(tmp_path, capsys):
     path, page = tmp_path / "plan.json", tmp_path / "plan.html"
-    assert main([*TERABYTE, "--output", str(path), "--html", str(page)]) == 0
+    assert plan_main(TERABYTE, output=str(path), html=str(page)) == 0
     shown = capsys.readouterr().out
     plan = read_plan_file(str(path))
     assert (plan.machine.num_ranks, len(plan.ranks), len(plan.tables)) == (128, 128, 26)
@@ -37,12 +43,12 @@ def test_terabyte_for_128_gpus(tmp_path, capsys):
 
 
 def test_json_for_machines(capsys):
-    assert main([*TERABYTE, "--json"]) == 0
+    assert plan_main(TERABYTE, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["machine"]["hardware"] == "dgx_a100"
 
 
 def test_explaining_a_table(capsys):
-    assert main([*TERABYTE, "--explain", "t_C10"]) == 0
+    assert plan_main(TERABYTE, explain="t_C10") == 0
     shown = capsys.readouterr().out
     assert shown.startswith(
         "t_C10: 40,000,002 rows x 128, 1 id(s) a sample, 19.07 GiB of weights; 128 rank(s) of dgx_a100"
@@ -68,28 +74,28 @@ def test_cross_layers_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        (["--hardware", "dgx_a10"], "hardware dgx_a10: no such profile or file; did you mean dgx_a100? profiles: "),
-        (["--hardware", "dgx_a100", "--num-nodes", "0"], "at least one of each is needed"),
-        (["--hardware", "dgx_a100", "--explain", "t_C27"], "there is no such table; did you mean t_C"),
-        (["--hardware", "dgx_a100", "--data.shape=criteo_terabit"], "did you mean criteo_terabyte?"),
+        ({"hardware": "dgx_a10"}, "hardware dgx_a10: no such profile or file; did you mean dgx_a100? profiles: "),
+        ({"num_nodes": 0}, "at least one of each is needed"),
+        ({"explain": "t_C27"}, "there is no such table; did you mean t_C"),
+        ({"overrides": ("--data.shape=criteo_terabit",)}, "did you mean criteo_terabyte?"),
         (
-            ["--hardware", "dgx_a100", "--data.shape=none"],
+            {"overrides": ("--data.shape=none",)},
             "so the sizes of the tables are not known; preprocess the data",
         ),
         (
-            ["--hardware", "dgx_a100", "--sharding.replicas.num_groups=3"],
+            {"overrides": ("--sharding.replicas.num_groups=3",)},
             "does not divide 8 ranks; possible: 1, 2, 4, 8",
         ),
         (
-            ["--hardware", "big_basin_p100", "--sharding.types=['table_wise']"],
+            {"hardware": "big_basin_p100", "overrides": ("--sharding.types=['table_wise']",)},
             "It fits, each of these planned and checked, the fastest first:",
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(arguments, message, capsys):
-    assert main(["--recipe", "criteo_terabyte_dcnv2", *arguments]) == 1
+def test_what_is_wrong_is_said_in_a_line(changes, message, capsys):
+    assert plan_main(TERABYTE_ON_ONE, **changes) == 1
     error = capsys.readouterr().err
     assert error.startswith("papilio plan: error: ")
     assert message in error

@@ -36,8 +36,15 @@ MAX_LOG_BYTES = 64 * 1024
 COLLECTIVE_MODULES = frozenset(
     f"torch.distributed.{name}" for name in ("distributed_c10d", "_functional_collectives", "nn.functional")
 )
-# What also waits for collectives, among much else: torchrec's redistributions, DDP, and a backward pass with either.
-MIXED_PACKAGES = ("torchrec.distributed", "torch.nn.parallel", "torch.autograd")
+# What also waits for collectives, among much else: torchrec's redistributions, DDP, a backward pass with either, and
+# those of our modules that wait by themselves (`work.wait()`), where gloo's error has no frame of torch.
+MIXED_PACKAGES = (
+    "torchrec.distributed",
+    "torch.nn.parallel",
+    "torch.autograd",
+    "papilio.sharding.runtime.replicas",
+    "papilio.trainer.elastic.preemption",
+)
 
 
 class LostRankError(PapilioError):

@@ -1,3 +1,4 @@
+import ast
 import errno
 import itertools
 import json
@@ -19,6 +20,7 @@ from botocore.exceptions import ReadTimeoutError
 from papilio.trainer.checkpoint.saver import SaveError
 from papilio.trainer.config_file import ConfigError, build_config
 from papilio.trainer.elastic.health.failures import (
+    MIXED_PACKAGES,
     WAIT_FOR_CAUSE_S,
     LostRankError,
     find_cause,
@@ -37,6 +39,7 @@ from papilio.trainer.storage.retries import RetryPolicy, StorageError, attempt
 from papilio.trainer.storage.s3 import explain_s3_error
 from tests.support.agents import REPOSITORY, AgentProcess
 from tests.support.heartbeats import heartbeat_of
+from tests.test_architecture import MODULES
 
 LOST = dist.DistNetworkError("failed to recv, got 0 bytes")
 GLOO_CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29853."
@@ -79,6 +82,8 @@ def test_the_class_and_the_place_of_an_error_say_that_a_peer_is_gone(error: Exce
         (raised_in(TORCHREC, RuntimeError(GLOO_CLOSED)), True),
         (raised_in(f"{DDP}.distributed", RuntimeError("sizes differ")), True),
         (raised_in("torch.autograd.graph", RuntimeError("a second backward")), True),
+        (raised_in("papilio.sharding.runtime.replicas", RuntimeError(GLOO_CLOSED)), True),
+        (raised_in("papilio.trainer.elastic.preemption", RuntimeError(GLOO_CLOSED)), True),
         (raised_in("torch.nn.parallelism", RuntimeError("timed out")), False),
         (raised_in(TORCHREC, ValueError("timed out")), False),
         (raised_in("torch.nn.modules.linear", RuntimeError("timed out")), False),
@@ -87,6 +92,21 @@ def test_the_class_and_the_place_of_an_error_say_that_a_peer_is_gone(error: Exce
 def test_where_more_than_collectives_run_a_peer_may_be_gone(error: Exception, expected: bool) -> None:
     assert may_be_loss_of_a_peer(error) is expected
     assert not is_loss_of_a_peer(error)
+
+
+def test_modules_that_wait_for_a_collective_by_themselves_are_known() -> None:
+    """There gloo's error has no frame of torch."""
+    waiting = {
+        name
+        for name, tree in MODULES.items()
+        if name.partition(".")[0] in ("trainer", "sharding") and "dist" in ast.unparse(tree)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("_pending.wait", "work.wait", ").wait"))
+    }
+    # link_speed prints the error, whatever it is, and ends.
+    assert {f"papilio.{name}" for name in waiting - {"trainer.calibration.link_speed"}} == {
+        name for name in MIXED_PACKAGES if name.startswith("papilio.")
+    }
 
 
 def test_an_error_of_ours_behind_a_bare_one_is_no_loss_of_a_peer() -> None:

@@ -92,6 +92,7 @@ COPIED = (
     "trainer/elastic/bootstrap.py",
     "trainer/elastic/exit_codes.py",
     "data_pipeline/crash.py",
+    "data_pipeline/errors.py",
     "data_pipeline/terminal.py",
 )
 

@@ -14,7 +14,7 @@ import pytest
 
 from papilio.launch import cli
 from papilio.launch.verb_arguments import serve_arguments
-from papilio.trainer.inference.backends.format_folder import Choice, Made, WayFigures, write_format
+from papilio.trainer.inference.backends.format_folder import BackendFigures, Choice, Made, write_format
 from papilio.trainer.inference.package.format import read_package
 from papilio.trainer.inference.serving.serve_options import ServeOptions
 from tests.support.served import json_body, records_of, text_rows, write_package
@@ -74,7 +74,7 @@ def test_a_format_that_is_not_there_or_not_ours_is_told_before_anything_starts(
     assert f"{copy} has no format fastest; `papilio package build {copy} --format fastest` makes it" in (
         capsys.readouterr().err
     )
-    figures = WayFigures(dense="fp32")
+    figures = BackendFigures(dense="fp32")
     choice = Choice(
         up_to=((1, "eager"),), ways={"eager": figures}, num_threads=1, num_samples=0, min_auc_ratio=0.9, held_out=None
     )

@@ -326,7 +326,7 @@ def test_a_watch_survives_whatever_a_package_makes_its_reader_raise(tmp_path, ca
         watched = Watched(str(tmp_path), load)
         (tmp_path / MANIFEST).write_text("22")
         os.utime(tmp_path / MANIFEST, ns=(1, 1))
-        await watched.wait_for(lambda: "package refused, first goes on: " in caplog.text)
+        await watched.wait_for(lambda: "package refused, first keeps serving: " in caplog.text)
         assert watched.batcher.scorer.label == "first"
         (tmp_path / TABLES).write_text("the rest of it")  # the manifest stays: it was there first
         await watched.wait_for(lambda: watched.batcher.scorer.label == "second")

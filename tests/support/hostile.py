@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
 import uvicorn
@@ -29,21 +30,17 @@ class Client:
 
     async def send(self, data: bytes) -> None:
         """Write, if the server still listens."""
-        try:
+        with suppress(OSError, RuntimeError):  # uvloop's word for a closed connection is the latter
             self.writer.write(data)
             await self.writer.drain()
-        except (OSError, RuntimeError):  # uvloop's word for a closed connection is the latter
-            pass
 
     async def rest(self) -> bytes:
         """All that the server sends until it closes the connection, which it must."""
         parts = []
-        try:
+        with suppress(ConnectionResetError):
             async with asyncio.timeout(PATIENCE_S):
                 while part := await self.reader.read(1 << 16):
                     parts.append(part)
-        except ConnectionResetError:
-            pass
         return b"".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import struct
 import time
@@ -20,6 +21,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from papilio.data_pipeline.errors import PapilioError
 
 # How long a request to the store may take. On a loaded host threads come late.
+logger = logging.getLogger(__name__)
+
 ANSWER_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
 RETRY_S = 0.5
@@ -114,8 +117,8 @@ def _listen(connection: socket.socket) -> NoStore | None:
         heard += _answer_to_a_line(connection)
         if not heard:
             return NoStore("it takes connections and says nothing", is_open=True)
-    except OSError:
-        pass  # closed
+    except OSError as error:  # closed: what was heard before decides
+        logger.debug("what listens there closed the connection: %s", error)
     if heard == NONCE:
         return None
     if not heard:

@@ -434,7 +434,7 @@ def _is_hidden(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        return True  # it is there, and another user's
     return True
 
 

@@ -70,14 +70,14 @@ def test_s3_connections_that_close_are_tried_again(s3: S3StandIn, pauses: Pauses
 
 
 def test_s3_silence_is_tried_again(s3: S3StandIn, pauses: Pauses, monkeypatch: pytest.MonkeyPatch) -> None:
-    from papilio.trainer.storage import s3 as s3_storage
+    from papilio.trainer.storage import s3_client
 
     storage.write_file(s3.url("x"), lambda: [b"abc"])
-    monkeypatch.setattr(s3_storage, "READ_TIMEOUT_S", 0.2)
-    s3_storage._client_of_process.cache_clear()
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT_S", 0.2)
+    s3_client._client_of_process.cache_clear()
     s3.faults.be_slow(1, "GET", seconds=0.8)
     assert storage.read_bytes(s3.url("x"), retries=pauses.policy) == b"abc"
-    s3_storage._client_of_process.cache_clear()
+    s3_client._client_of_process.cache_clear()
     assert pauses.seconds == [0.5]
 
 
@@ -185,16 +185,16 @@ def test_s3_is_not_emptied_by_mistake(s3: S3StandIn) -> None:
 def test_s3_misconfigured(
     settings: dict[str, str], message: str, s3: S3StandIn, pauses: Pauses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from papilio.trainer.storage import s3 as s3_storage
+    from papilio.trainer.storage import s3_client
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
-    s3_storage._client_of_process.cache_clear()
+    s3_client._client_of_process.cache_clear()
     try:
         with pytest.raises(StorageError, match=message):
             storage.require_writable(s3.url("x"), retries=pauses.policy)
     finally:
-        s3_storage._client_of_process.cache_clear()
+        s3_client._client_of_process.cache_clear()
 
 
 def test_s3_paths_work_in_iopath(s3: S3StandIn) -> None:

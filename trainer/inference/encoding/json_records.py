@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,8 @@ def dense_matrix(records: Sequence[Record], names: Sequence[str], faults: Faults
     values = [record.get(name) for name in names for record in records]
     shape = (len(names), len(records))
     if _NUMBER_TYPES.issuperset(map(type, values)):
-        try:
+        with suppress(OverflowError):  # an integer beyond float64, which is found and named below
             return np.array(values, np.float64).reshape(shape).T
-        except OverflowError:
-            pass  # an integer beyond float64: found below
     numbers = np.full(len(values), np.nan)
     for place, value in enumerate(values):
         name, row = names[place // len(records)], place % len(records)

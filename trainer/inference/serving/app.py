@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from papilio.trainer.inference.encoding.json_records import RequestError
@@ -70,12 +71,11 @@ class ServingApp:
         kind = _FORMATS.get(header(scope["headers"], b"content-type").partition(";")[0].strip().lower(), "other")
         self._count(1)
         try:
-            answer = await self._scores(scope, receive, kind)
-            # Before it is sent: who has an answer finds it counted, whichever process is asked.
-            self._metrics.record_request(kind, answer.status, time.perf_counter() - begin_s)
-            await self._send(answer, scope, send)
-        except ClientGoneError:
-            pass  # nobody is there to be answered
+            with suppress(ClientGoneError):  # then nobody is there to be answered
+                answer = await self._scores(scope, receive, kind)
+                # Before it is sent: who has an answer finds it counted, whichever process is asked.
+                self._metrics.record_request(kind, answer.status, time.perf_counter() - begin_s)
+                await self._send(answer, scope, send)
         finally:
             self._count(-1)
 

@@ -36,7 +36,7 @@ from papilio.trainer.elastic.health.health_store import HealthStore, RankFailure
 from papilio.trainer.elastic.health.job_health import JobHealth, job_health
 from papilio.trainer.process_group import Ranks
 from papilio.trainer.storage.retries import RetryPolicy, StorageError, attempt
-from papilio.trainer.storage.s3 import explain_s3_error
+from papilio.trainer.storage.s3_client import explain_s3_error
 from tests.support.agents import REPOSITORY, AgentProcess
 from tests.support.heartbeats import heartbeat_of
 from tests.test_architecture import MODULES

@@ -9,7 +9,7 @@ import sys
 class PapilioError(Exception):
     """What was foreseen: the message says what was wrong and how to fix it, and needs no traceback.
 
-    Errors are told apart by class, errno or attribute, never by words in their text. A class also derives from a
+    Errors are distinguished by class, errno or attribute, never by words in their text. A class also derives from a
     builtin (ValueError, OSError) only where callers, pydantic among them, catch that.
 
     Attributes:
@@ -23,7 +23,7 @@ class PapilioError(Exception):
 
     @property
     def rank_exit_status(self) -> int:
-        """Of a rank that ends with it: its agent starts the ranks anew after 1, and not after 78 (EX_CONFIG)."""
+        """Of a rank that ends with it: its agent restarts the ranks after 1, and not after 78 (EX_CONFIG)."""
         return 1 if self.is_retryable else os.EX_CONFIG
 
 

@@ -85,14 +85,16 @@ def problem_of(need: PrivateName) -> str | None:
 
 def is_of_later_release(need: PrivateName) -> bool:
     """Whether the installed library is older than the name."""
-    numbers = [tuple(map(int, version.split(".")[:2])) for version in (version_of(need.library), need.since or "0.0")]
+    numbers = [
+        tuple(map(int, version.split(".")[:2])) for version in (version_of(need.depends_on), need.since or "0.0")
+    ]
     return numbers[0] < numbers[1]
 
 
 def message_of(need: PrivateName, problem: str, module: str) -> str:
     """What a failing contract test says."""
     path = module.removeprefix("papilio.").replace(".", "/")
-    return f"{need.library} {version_of(need.library)} {problem}; {path}.py needs it {need.purpose}"
+    return f"{need.depends_on} {version_of(need.depends_on)} {problem}; {path}.py needs it {need.purpose}"
 
 
 def declared() -> Iterator[tuple[str, PrivateName]]:
@@ -105,7 +107,7 @@ def declared() -> Iterator[tuple[str, PrivateName]]:
 @pytest.mark.parametrize(("module", "need"), declared(), ids=lambda value: getattr(value, "name", value))
 def test_the_installed_versions_have_what_is_declared(module: str, need: PrivateName) -> None:
     if is_of_later_release(need):
-        pytest.skip(f"{need.library} has it since {need.since}")
+        pytest.skip(f"{need.depends_on} has it since {need.since}")
     problem = problem_of(need)
     assert problem is None, message_of(need, problem, module)
 

@@ -27,6 +27,6 @@ class PrivateName:
     since: str | None = None
 
     @property
-    def library(self) -> str:
+    def depends_on(self) -> str:
         """The package on which it depends."""
         return self.owner.partition(".")[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 # sysexits.h, "temporary failure; the user is invited to retry": preempted and saved, start me again to resume.
@@ -25,3 +27,14 @@ def exit_now(status: int) -> NoReturn:
         with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or there is none
             stream.flush()
     os._exit(status)
+
+
+def exit_in_order_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process through all `finally`s, which remove what was begun, with 128 + N."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, leave)

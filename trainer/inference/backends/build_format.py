@@ -12,11 +12,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.sharding.reports.figures import size
+from papilio.trainer.elastic.exit_codes import exit_in_order_on_signals
 from papilio.trainer.inference.backends.build_options import DEFAULT_DENSE, add_arguments
 from papilio.trainer.inference.backends.format_folder import Choice, FormatInfo
 from papilio.trainer.inference.backends.opening import build_format
@@ -35,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logging.getLogger("papilio.trainer").setLevel(logging.INFO)
     warnings.simplefilter("ignore")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, _leave_in_order)
+    exit_in_order_on_signals()
     begin_s = time.perf_counter()
     try:
         package = read_package(namespace.package)
@@ -84,11 +81,6 @@ def describe_choice(choice: Choice) -> list[str]:
         kept = "exact" if figures.auc_ratio is None else f"{figures.auc_ratio:.4%}"
         lines.append(f"  {name:<18}{times}{kept:>12}   {figures.refusal or ', '.join(ranges[name])}".rstrip())
     return lines
-
-
-def _leave_in_order(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave through all `finally`s, which remove what was begun."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

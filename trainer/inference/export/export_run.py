@@ -12,11 +12,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
 
 from papilio.data_pipeline.errors import PapilioError, report_error
 from papilio.sharding.reports.figures import size
+from papilio.trainer.elastic.exit_codes import exit_in_order_on_signals
 from papilio.trainer.inference.export.export_options import add_arguments, options_of
 from papilio.trainer.inference.export.exporter import export_package
 from papilio.trainer.inference.package.format import REPORT_PAGE, Package
@@ -29,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     namespace = parser.parse_args(arguments)
     # By force: importing torch and FBGEMM has set up logging in ways of theirs.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, _leave_in_order)
+    exit_in_order_on_signals()
     begin_s = time.perf_counter()
     try:
         package = export_package(namespace.run, namespace.output, options_of(namespace))
@@ -59,11 +56,6 @@ def describe_export(package: Package, output: str, seconds: float) -> list[str]:
     if manifest.certified is None:
         return [*lines, "  not certified (--no-gate): nobody has measured what it costs"]
     return [*lines, f"  {output}/{REPORT_PAGE} shows what was measured, and what each table costs at each precision"]
-
-
-def _leave_in_order(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave through all `finally`s, which remove what was begun."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -76,15 +76,20 @@ def damaged(source: Path, folder: Path, file: str) -> dict[str, str]:
     return copies
 
 
-def tries(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """What to call each try, and its command line, in which every other argument is right."""
+def write_table(folder: Path) -> tuple[Path, Path]:
+    """A table of a few rows, and its schema."""
+    table, schema = folder / "table.csv", folder / "schema.toml"
+    table.write_text("\n".join(text_rows(records_of(0, 5), label=True)) + "\n")
+    schema.write_text(f'label = "{SCHEMA.label}"\n[[categorical]]\nname = "{SCHEMA.categorical[0].name}"\n')
+    return table, schema
+
+
+def commands(folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """Command lines with an @ where a path stands and every other argument right, each with the paths to try there."""
     data, run, package = (
         Path(path) for path in (*write_scored_run(folder / "made")[:2], write_package(folder / "p", 1))
     )
-    table = folder / "table.csv"
-    table.write_text("\n".join(text_rows(records_of(0, 5), label=True)) + "\n")
-    schema = folder / "schema.toml"
-    schema.write_text(f'label = "{SCHEMA.label}"\n[[categorical]]\nname = "{SCHEMA.categorical[0].name}"\n')
+    table, schema = write_table(folder)
     copies = folder / "damaged"
     copies.mkdir()
     (checkpoint,) = (path.name for path in (run / "checkpoints").iterdir())
@@ -98,7 +103,7 @@ def tries(folder: Path) -> Iterator[tuple[str, list[str]]]:
     out, recipe = str(folder / "out"), ["--recipe", "small_data"]
     with_data = [*recipe, f"--data.path={data}"]
     preprocess = ["preprocess", "--source", "table"]
-    commands: list[tuple[list[str], dict[str, str]]] = [
+    return [
         ([*preprocess, "--schema", str(schema), "--output", out, "--input", "@"], bad),
         (["preprocess", "--source", "criteo", "--output", out, "--input", "@"], bad),
         ([*preprocess, "--input", str(table), "--output", out, "--schema", "@"], bad),
@@ -137,7 +142,11 @@ def tries(folder: Path) -> Iterator[tuple[str, list[str]]]:
         (["preflight", "--recipe", "@"], bad),
         (["launch", "--dryrun", "train", "--recipe", "@"], bad),
     ]
-    for words, corpus in commands:
+
+
+def tries(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """What to call each try, and its command line."""
+    for words, corpus in commands(folder):
         for name, path in corpus.items():
             yield (
                 f"{' '.join(words[:2])} {words[-1] if words[-1] != '@' else words[-2]}: {name}",

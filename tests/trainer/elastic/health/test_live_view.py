@@ -71,16 +71,13 @@ def make_config(data, run_dir, max_steps, ranks_of_m):
     )
 
 
-def train_with_a_slow_rank(ranks, store, config, slow):
-    """Train while rank 1 is slow in its dense layers or in reading; return what was printed and logged."""
-    import papilio.trainer.train as entry
+def slow_parts(rank, slow):
+    """What to patch so that rank 1 is slow in its dense layers or in reading, with a clock that nothing else moves."""
     from papilio.data_pipeline.loading.batch import Batch
+    from papilio.trainer import train
     from papilio.trainer.elastic.health import step_timer
-    from papilio.trainer.elastic.health.job_health import job_health
-    from papilio.trainer.elastic.health.step_timer import StepTimer
-    from papilio.trainer.elastic.health.stragglers import StragglerDetector
 
-    build, padded_to, lookups = entry.build_sharded_model, Batch.padded_to, step_timer._lookups
+    build, padded_to, lookups = train.build_sharded_model, Batch.padded_to, step_timer._lookups
     clock_s = [0.0]
 
     def now(timer):
@@ -102,29 +99,41 @@ def train_with_a_slow_rank(ranks, store, config, slow):
 
     def build_slow(*arguments):
         model = build(*arguments)
-        if slow == "dense" and ranks.rank == 1:
+        if slow == "dense" and rank == 1:
             (layer,) = (part for name, part in model.module.named_modules() if name.endswith("dense_arch.0"))
             layer.register_forward_hook(be_slow)
         return model
 
     def pad_slowly(batch, size):
-        time.sleep(0.1 if slow == "data" and ranks.rank == 1 else 0.0)
+        time.sleep(0.1 if slow == "data" and rank == 1 else 0.0)
         return padded_to(batch, size)
+
+    return {
+        "papilio.trainer.train.build_sharded_model": build_slow,
+        "papilio.data_pipeline.loading.batch.Batch.padded_to": pad_slowly,
+        "papilio.trainer.elastic.health.step_timer._lookups": lookups_by_ids,
+        "papilio.trainer.elastic.health.step_timer.StepTimer._now": now,
+    }
+
+
+def train_with_a_slow_rank(ranks, store, config, slow):
+    """Train while rank 1 is slow in its dense layers or in reading; return what was printed and logged."""
+    import papilio.trainer.train as entry
+    from papilio.trainer.elastic.health.job_health import job_health
+    from papilio.trainer.elastic.health.step_timer import StepTimer
+    from papilio.trainer.elastic.health.stragglers import StragglerDetector
 
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     detector = StragglerDetector(window_s=WINDOW_S, num_windows=2)
+    quick = {
+        "papilio.trainer.loop.StepTimer": functools.partial(StepTimer, every_s=TIMED_EVERY_S),
+        "papilio.trainer.elastic.health.job_health.LiveWriter": functools.partial(LiveWriter, detector=detector),
+        "papilio.trainer.elastic.health.live_writer.LOOK_EVERY_S": LOOK_EVERY_S,
+        "papilio.trainer.elastic.health.watchdog.BEAT_S": BEAT_S,
+    }
     with contextlib.ExitStack() as stack:
-        for target, value in (
-            ("papilio.trainer.train.build_sharded_model", build_slow),
-            ("papilio.data_pipeline.loading.batch.Batch.padded_to", pad_slowly),
-            ("papilio.trainer.loop.StepTimer", functools.partial(StepTimer, every_s=TIMED_EVERY_S)),
-            ("papilio.trainer.elastic.health.job_health.LiveWriter", functools.partial(LiveWriter, detector=detector)),
-            ("papilio.trainer.elastic.health.live_writer.LOOK_EVERY_S", LOOK_EVERY_S),
-            ("papilio.trainer.elastic.health.watchdog.BEAT_S", BEAT_S),
-            ("papilio.trainer.elastic.health.step_timer._lookups", lookups_by_ids),
-            ("papilio.trainer.elastic.health.step_timer.StepTimer._now", now),
-        ):
+        for target, value in (slow_parts(ranks.rank, slow) | quick).items():
             stack.enter_context(patch(target, value))
         stack.enter_context(contextlib.redirect_stdout(log))
         logging.getLogger("papilio.trainer.elastic.health").addHandler(handler)

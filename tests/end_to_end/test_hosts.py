@@ -119,14 +119,16 @@ def test_a_link_that_fails_and_a_first_host_that_is_lost_stop_the_job_for_a_whil
 ) -> None:
     command = toy(tmp_path, "1:2")
     first, second = start("n1", *command), start("n2", *command)
+    first.wait_for(" on 2")  # whichever host is there first may begin alone
     toy_goes_on(tmp_path)
+    num_starts = first.output.count("starting again")
 
     hosts.unplug("n2")
     first.wait_for("papilio: host n2 has given no heartbeat for 3 s; the ranks wait for it")
     hosts.plug_in("n2")
     first.wait_for("papilio: host n2 is there again")
     toy_goes_on(tmp_path)
-    assert "starting again" not in first.output + second.output, "a link that comes back in time changes nothing"
+    assert first.output.count("starting again") == num_starts, "a link that comes back in time changes nothing"
 
     hosts.unplug("n2")
     first.wait_for("rank 1 has not arrived at step ")
@@ -142,7 +144,7 @@ def test_a_link_that_fails_and_a_first_host_that_is_lost_stop_the_job_for_a_whil
     assert other.wait() == NO_RESTART, other.output
     refused = "at n1:29400, host n1 runs a job with other settings: nothing more there, --step-s=0.01 here; start the"
     assert refused in other.output
-    assert first.output.count("starting again") == 2
+    assert first.output.count("starting again") == num_starts + 2
 
     hosts.kill("n1")
     second.wait_for("papilio: waiting up to 60 s for the store at n1:29400: connection refused")

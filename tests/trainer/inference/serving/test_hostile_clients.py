@@ -66,6 +66,7 @@ def length(count: int) -> bytes:
         (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "what came is not a request"),
         (POST + b"connection: upgrade\r\nupgrade: h2c\r\n" + length(2) + b"\r\n{}", 400, "send it without Upgrade"),
         (POST + length(99_999) + b"expect: 100-continue\r\n\r\n", 413, "99,999 bytes, at most 20,000 are allowed"),
+        (POST + b"connection: close\r\n" + length(5) + b"\r\n\xef\xbb\xbf{}", 400, "begins with a byte order mark"),
         (POST + b"content-encoding: gzip\r\nconnection: close\r\n" + length(2) + b"\r\n{}", 415, "encoded as 'gzip'"),
     ],
 )

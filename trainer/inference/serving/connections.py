@@ -71,6 +71,13 @@ class ConnectionLimits:
     idle: dict[BoundedProtocol, None] = field(default_factory=dict)
 
 
+class _ClosedWhenRead:
+    """What writes the answer to a request: the connection's transport, but closing it waits for the request's end."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection."""
 
@@ -87,6 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_dropped = 0
         self._made_s = self.loop.time()
         self._has_asked = False
+        self._is_closed_when_read = False  # the last answer is given, and the rest of its request still comes
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; if there are too many connections, the one idle longest makes room."""
@@ -104,6 +112,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits.idle.pop(self, None)
         self._clear_deadline()
         self.resume_writing()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what was asked for before the client ended its side; return whether there is any such."""
+        if self._is_in_head or self._is_in_body or self.cycle is None or self.cycle.response_complete:
+            return False
+        self.cycle.keep_alive = False
+        return True
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and set a deadline for the rest of a request that is not whole."""
@@ -135,6 +150,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_head = True
         self._num_head_bytes = self._num_headers = self._num_dropped = 0
+        if self.transport.is_closing():
+            self._stop_parsing(400, "a request after the last that is answered")  # for nobody to read
         if len(self.pipeline) >= _MAX_PIPELINED:
             self._stop_parsing(400, f"more than {_MAX_PIPELINED} requests before the first is answered")
 
@@ -156,6 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() == b"POST":  # its body would not be parsed
             self._stop_parsing(400, "a request with a body cannot change the protocol; send it without Upgrade")
         super().on_headers_complete()
+        self.cycle.transport = _ClosedWhenRead(self.transport, self._close_when_read)  # type: ignore[assignment]
         self._is_in_head, self._is_in_body = False, True
         self._has_asked = True
         self._num_idle_bytes = 0
@@ -179,6 +197,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self._is_in_body = False
         self._num_idle_bytes = 0
+        if self._is_closed_when_read:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the client to take the answer."""
@@ -204,6 +224,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._send_deadline is not None:
             self._send_deadline.cancel()
             self._send_deadline = None
+
+    def _close_when_read(self) -> None:
+        is_cut_short = self._is_in_body and not self.pipeline and self.cycle.response_complete
+        if not is_cut_short or self.transport.is_closing() or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self._is_closed_when_read = True
+        self.transport.write_eof()
+        if self._deadline is None:
+            self._set_deadline(_BODY_GRACE_S, self.transport.abort)
 
     def _make_room(self) -> bool:
         oldest = next(iter(self._limits.idle), None)

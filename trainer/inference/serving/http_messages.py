@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def read_json(body: bytes, schema: Schema, limits: RequestLimits) -> list[Record
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except json.JSONDecodeError as error:
+        if body.startswith(codecs.BOM_UTF8):
+            raise RequestError("the body begins with a byte order mark; send JSON without one") from None
         raise RequestError(f"the body is not JSON: {error}") from None
     except ValueError as error:
         if isinstance(error, RequestError):

@@ -66,6 +66,7 @@ def length(count: int) -> bytes:
         (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "what came is not a request"),
         (POST + b"connection: upgrade\r\nupgrade: h2c\r\n" + length(2) + b"\r\n{}", 400, "send it without Upgrade"),
         (POST + length(99_999) + b"expect: 100-continue\r\n\r\n", 413, "99,999 bytes, at most 20,000 are allowed"),
+        (POST + b"connection: close\r\n" + length(5) + b"\r\n\xef\xbb\xbf{}", 400, "begins with a byte order mark"),
         (POST + b"content-encoding: gzip\r\nconnection: close\r\n" + length(2) + b"\r\n{}", 415, "encoded as 'gzip'"),
     ],
 )
@@ -129,6 +130,34 @@ def test_who_sends_on_after_a_refusal_has_read_it_and_is_cut_off(scorer) -> None
         assert await bench.is_healthy()
 
     serve_to(scenario, scorer, **QUICK | {"body_timeout_s": 1000.0})
+
+
+def test_who_closes_after_a_request_and_sends_it_whole_reads_why_it_is_refused(scorer) -> None:
+    async def scenario(bench: Bench) -> None:
+        sent = POST + b"connection: close\r\n" + length(200_000) + b"\r\n" + b"x" * 200_000
+        for _ in range(5):
+            client = await bench.connect()
+            await client.send(sent)
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 413 ")
+            assert "200,000 bytes, at most 20,000 are allowed" in json.loads(await client.reader.read())["error"]
+            client.writer.close()
+        assert await bench.is_healthy()
+
+    serve_to(scenario, scorer, **QUICK)
+
+
+def test_who_ends_its_side_after_a_request_is_answered(scorer) -> None:
+    async def scenario(bench: Bench) -> None:
+        client = await bench.connect()
+        await client.send((POST + length(len(BODY)) + b"\r\n" + BODY) * 2)
+        client.writer.write_eof()
+        answers = await client.rest()
+        assert answers.count(b"HTTP/1.1 200 ") == answers.count(b'{"probabilities": [') == 2
+        client.writer.close()
+        assert await bench.is_healthy()
+
+    serve_to(scenario, scorer, **QUICK)
 
 
 def test_who_does_not_read_answers_is_cut_off(scorer) -> None:

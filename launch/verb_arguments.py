@@ -276,7 +276,8 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
         "job",
         nargs="?",
         metavar="JOB",
-        help="a handle, as slurm://papilio/12, an id, a name, or a run folder (default: the newest job of this folder)",
+        help="a handle, as slurm://papilio/12, an id, a name, or a run folder "
+        "(default: the newest job of this folder, else of any)",
     )
     parser.add_argument("-w", "--watch", action="store_true", help="draw it anew every 2 s until the job ends")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
@@ -340,7 +341,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "job",
         nargs="?",
         metavar="JOB",
-        help="a handle, as slurm://papilio/12, an id or a name (default: the newest job of this folder)",
+        help="a handle, as slurm://papilio/12, an id or a name (default: the newest job of this folder, else of any)",
     )
 
 

@@ -284,7 +284,7 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def logs_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_job(parser)
+    _add_job(parser, "the newest job of this folder, else of any")
     parser.add_argument(
         "-f", "--follow", action="store_true", help="go on until the job ends, and leave with its status"
     )
@@ -330,18 +330,18 @@ def preflight_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_job(parser)
+    _add_job(parser, "the newest job of this folder")
     parser.add_argument(
         "-y", "--yes", action="store_true", help="do not ask, where JOB is left out, a name, or not launched from here"
     )
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
+def _add_job(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "job",
         nargs="?",
         metavar="JOB",
-        help="a handle, as slurm://papilio/12, an id or a name (default: the newest job of this folder, else of any)",
+        help=f"a handle, as slurm://papilio/12, an id or a name (default: {default})",
     )
 
 
